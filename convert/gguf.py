@@ -1,0 +1,86 @@
+"""Convert to GGUF and quantize:  python -m convert.gguf RECIPE
+
+llama.cpp's own converter writes the unquantized file, its own quantizer each of the recipe's types. A type that was
+asked for is the type that is written, or the command fails; tensors whose shape forces another type are counted.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from convert.header import Header, read_header
+from convert.llamacpp import convert, file_type, quantize
+from recipe import Made, Recipe, Run, UserError, command
+from recipe.files import fresh_folder, put_in_place
+
+log = logging.getLogger("truetune")
+F16_LARGEST = 65504.0
+
+
+def gguf(recipe: Recipe, run: Run) -> Made:
+    """Write `gguf/<recipe>-<TYPE>.gguf` for the full type and each quantization.
+
+    Raises:
+        UserError: the model cannot be converted, or a file is not of the type asked for.
+    """
+    check_range(recipe.gguf.full, run.receipt("merge").metrics["largest_weight"])
+    folder = fresh_folder(run.path(".gguf.tmp"))
+    full = folder / f"{run.name}-{recipe.gguf.full}.gguf"
+    start = time.monotonic()
+    log.info("gguf: %s", recipe.gguf.full)
+    convert(run.path("merged"), full, recipe.gguf.full)
+    metrics = {recipe.gguf.full: report(full, recipe.gguf.full, {}, start)}
+    for kind in dict.fromkeys(recipe.gguf.types):
+        if kind == recipe.gguf.full:
+            continue
+        log.info("gguf: %s", kind)
+        start = time.monotonic()
+        quantized = folder / f"{run.name}-{kind}.gguf"
+        fallbacks = dict(quantize(full, quantized, kind).fallbacks)
+        metrics[kind] = report(quantized, kind, fallbacks, start)
+        tell_fallbacks(kind, metrics[kind])
+    put_in_place(folder, run.path("gguf"))
+    return Made(
+        outputs=[run.path("gguf")], metrics=metrics, packages=("llama-cpp-python", "gguf", "torch", "transformers")
+    )
+
+
+def report(path: Path, kind: str, fallbacks: dict[str, int], start: float) -> dict[str, Any]:
+    """What was written, from the file's own header.
+
+    Raises:
+        UserError: the header says another type.
+    """
+    header: Header = read_header(path)
+    if header.file_type != file_type(kind):
+        raise UserError(f"{path} is of llama.cpp's type {header.file_type}, asked for was {kind}: choose another type")
+    return {
+        "bytes": path.stat().st_size,
+        "bits_per_weight": round(8 * header.tensor_bytes / header.parameters, 3),
+        "tensors": header.tensors,
+        "tensor_types": header.tensor_types,
+        "fallback_tensors": sum(fallbacks.values()),
+        "fallbacks": fallbacks,
+        "seconds": round(time.monotonic() - start, 2),
+    }
+
+
+def check_range(full: str, largest_weight: float) -> None:
+    """Raise UserError if a weight would become infinite in F16."""
+    if full == "F16" and not largest_weight <= F16_LARGEST:
+        raise UserError(f"a weight of {largest_weight:g} does not fit F16 (up to {F16_LARGEST:g}): set gguf.full=BF16")
+
+
+def tell_fallbacks(kind: str, made: dict[str, Any]) -> None:
+    """Say which tensors are not of the type that its name promises."""
+    if made["fallback_tensors"]:
+        ways = ", ".join(f"{count} x {way}" for way, count in made["fallbacks"].items())
+        log.warning(
+            "gguf: %s: %d of %d tensors fell back, their rows being no multiple of the type's block: %s",
+            *(kind, made["fallback_tensors"], made["tensors"], ways),
+        )
+
+
+if __name__ == "__main__":
+    command("gguf", gguf)

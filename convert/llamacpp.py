@@ -1,0 +1,133 @@
+"""The pinned llama.cpp: its converter script and its quantizer, both of llama-cpp-python's own version."""
+
+import importlib.metadata
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recipe import UserError
+
+log = logging.getLogger("truetune")
+SECONDS_BETWEEN_LINES = 5.0
+FALLBACK = re.compile(r"warning: *(\S+) *- ncols .*?required for type *(\w+)\).*?falling back to *(\w+)")
+FALLBACK_COUNT = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback")
+PROGRESS = re.compile(r"^\[ *(\d+)/ *(\d+)\]")
+
+
+def converter() -> Path:
+    """`convert_hf_to_gguf.py` of the llama.cpp that the installed llama-cpp-python was built from."""
+    version = importlib.metadata.version("llama-cpp-python")
+    script = Path(".cache") / f"llama.cpp-{version}" / "convert_hf_to_gguf.py"
+    if not script.is_file():
+        raise UserError(f"llama.cpp's converter is not in {script.parent}: run 'make setup'")
+    return script
+
+
+def convert(model: Path, output: Path, kind: str) -> None:
+    """Convert a Hugging Face folder to a GGUF of type F16, BF16 or F32.
+
+    Raises:
+        UserError: the converter refuses the model; its last words and its log are named.
+    """
+    script = converter()
+    arguments = [sys.executable, str(script), str(model), "--outtype", kind.lower(), "--outfile", str(output)]
+    # The script finds its own gguf package beside it; a PYTHONPATH of ours would give it our packages.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    logged = output.with_suffix(".log")
+    with logged.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        try:
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    if status != 0:
+        words = [line for line in logged.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        raise UserError(f"llama.cpp cannot convert {model} ({words[-1] if words else f'exit {status}'}): see {logged}")
+    logged.unlink()
+
+
+@dataclass
+class Quantization:
+    """What the quantizer said: tensors that could not take the type asked for, by `wanted -> written`."""
+
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    counted: int = 0
+    words: list[str] = field(default_factory=list)
+
+
+def quantize(source: Path, output: Path, kind: str) -> Quantization:
+    """Quantize an unquantized GGUF to one of llama.cpp's types.
+
+    Raises:
+        UserError: the quantizer failed; with its last words.
+    """
+    import llama_cpp
+
+    said = Quantization()
+    pending, last_line = [""], [time.monotonic()]
+
+    def listen(level: int, text: bytes, data: object) -> None:
+        *lines, pending[0] = (pending[0] + text.decode("utf-8", errors="replace")).split("\n")
+        for line in lines:
+            _hear(said, line)
+            progress = PROGRESS.match(line.strip())
+            if progress and time.monotonic() - last_line[0] > SECONDS_BETWEEN_LINES:
+                last_line[0] = time.monotonic()
+                log.info("gguf: %s tensor %s of %s", kind, *progress.groups())
+
+    callback = llama_cpp.llama_log_callback(listen)
+    llama_cpp.llama_log_set(callback, None)
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_type(kind)
+    parameters.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        status = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
+    finally:
+        _hear(said, pending[0])
+        _be_quiet()
+    if status != 0:
+        reason = said.words[-1] if said.words else f"status {status}"
+        raise UserError(f"llama.cpp cannot quantize {source} to {kind} ({reason}): choose another type")
+    if said.counted != said.fallbacks.total():
+        raise RuntimeError(f"llama.cpp counts {said.counted} fallbacks, its log names {said.fallbacks.total()}")
+    return said
+
+
+def file_type(kind: str) -> int:
+    """llama.cpp's number of a type, such as 15 for Q4_K_M."""
+    import llama_cpp
+
+    name = "LLAMA_FTYPE_ALL_F32" if kind == "F32" else f"LLAMA_FTYPE_MOSTLY_{kind}"
+    return int(getattr(llama_cpp, name))
+
+
+def _hear(said: Quantization, line: str) -> None:
+    if found := FALLBACK.search(line):
+        said.fallbacks[f"{found[2].upper()} -> {found[3].upper()}"] += 1
+    elif found := FALLBACK_COUNT.search(line):
+        said.counted = int(found[1])
+    elif line.strip() and not PROGRESS.match(line.strip()):
+        said.words.append(line.strip())
+
+
+def _silence(level: int, text: bytes, data: object) -> None:
+    """llama.cpp's log, once nobody listens."""
+
+
+_quiet: list[object] = []  # ctypes callbacks must outlive their use
+
+
+def _be_quiet() -> None:
+    import llama_cpp
+
+    if not _quiet:
+        _quiet.append(llama_cpp.llama_log_callback(_silence))
+    llama_cpp.llama_log_set(_quiet[0], None)

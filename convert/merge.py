@@ -1,0 +1,113 @@
+"""Add the adapter to the full-precision base:  python -m convert.merge RECIPE
+
+The base is read from its safetensors in the recipe's precision, whatever it was trained in: merging into a quantized
+base loses the adapter's small values (peft#2321). What is on disk afterwards is compared with the adapter's logits.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from recipe import Made, Recipe, Run, UserError, command
+from recipe.files import fresh_folder, put_in_place
+
+log = logging.getLogger("truetune")
+PACKAGES = ("torch", "transformers", "peft", "safetensors")
+PROBES = 4
+PROBE_TOKENS = 128
+# Largest relative error of the logits: rounding alone stays below a tenth of it, a lost or doubled adapter far above.
+BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+def merge(recipe: Recipe, run: Run) -> Made:
+    """Write `merged/`, a plain Hugging Face folder.
+
+    Raises:
+        UserError: the adapter changes nothing, or the merged weights do not give the adapter's logits.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    precision = recipe.merge.precision
+    dtype = getattr(torch, precision)
+    tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
+    probes = probe_ids(tokenizer, run.path("data"))
+
+    model = AutoModelForCausalLM.from_pretrained(run.path("base"), dtype=dtype)
+    base_logits = logits(model, probes)
+    adapted = PeftModel.from_pretrained(model, run.path("adapter"))
+    adapter_logits = logits(adapted, probes)
+    folder = fresh_folder(run.path(".merged.tmp"))
+    adapted.merge_and_unload(safe_merge=True).save_pretrained(folder)
+    del adapted, model
+    copy_settings(run.path("base"), folder)
+
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    difference = compare(logits(merged, probes), adapter_logits)
+    effect = compare(base_logits, adapter_logits)
+    largest = max(float(tensor.abs().max()) for tensor in merged.state_dict().values())
+    check(difference, effect, precision)
+    put_in_place(folder, run.path("merged"))
+    return Made(
+        outputs=[run.path("merged")],
+        metrics={
+            "precision": precision,
+            "relative_error": difference["relative_error"],
+            "relative_error_bound": BOUNDS[precision],
+            "top1_agreement": difference["top1_agreement"],
+            "adapter_effect": effect["relative_error"],
+            "largest_weight": largest,
+            "probe_tokens": sum(len(probe) for probe in probes),
+        },
+        packages=PACKAGES,
+    )
+
+
+def probe_ids(tokenizer: Any, data: Path) -> list[list[int]]:
+    """Token ids of a few rendered conversations, of the validation split where there is one."""
+    rows: list[dict[str, Any]] = []
+    for part in ("validation", "train"):
+        with (data / f"{part}.jsonl").open(encoding="utf-8") as file:
+            rows += [json.loads(line) for line, _ in zip(file, range(PROBES), strict=False)]
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows[:PROBES]]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"][:PROBE_TOKENS] for text in texts]
+
+
+def logits(model: Any, probes: list[list[int]]) -> Any:
+    """(all probes' tokens, vocabulary) float32 logits."""
+    import torch
+
+    with torch.inference_mode():
+        return torch.cat([model.eval()(torch.tensor([probe])).logits[0].float() for probe in probes])
+
+
+def compare(found: Any, wanted: Any) -> dict[str, float]:
+    """How far logits are from the wanted ones: relative error (of norms) and share of equal most likely tokens."""
+    error = (found - wanted).norm() / wanted.norm()
+    agreement = (found.argmax(-1) == wanted.argmax(-1)).float().mean()
+    return {"relative_error": float(error), "top1_agreement": float(agreement)}
+
+
+def check(difference: dict[str, float], effect: dict[str, float], precision: str) -> None:
+    """Raise UserError if the merged model is not the adapted one, or if the adapter does nothing."""
+    if effect["relative_error"] == 0:
+        raise UserError("the adapter changes no logit of the base, so nothing was learned: train longer or faster")
+    if not difference["relative_error"] <= BOUNDS[precision]:
+        raise UserError(
+            f"the merged logits differ from the adapter's by {difference['relative_error']:.2g} "
+            f"(allowed: {BOUNDS[precision]:.2g}): set merge.precision=float32, or report this base as a bug"
+        )
+
+
+def copy_settings(base: Path, merged: Path) -> None:
+    """The tokenizer, its chat template and the stop tokens, byte for byte; the model wrote its own config."""
+    for file in base.iterdir():
+        if not file.name.endswith((".safetensors", ".safetensors.index.json")) and file.name != "config.json":
+            shutil.copy(file, merged / file.name)
+
+
+if __name__ == "__main__":
+    command("merge", merge)

@@ -1,0 +1,145 @@
+"""The shape of every stage's command: arguments, recipe, work, receipt; and the one place that prints `error:`."""
+
+import errno
+import importlib.metadata
+import logging
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from recipe.error import UserError
+from recipe.files import files_below, fingerprint
+from recipe.load import as_dict, load
+from recipe.run import Fingerprints, Receipt, Run
+from recipe.schema import Recipe
+from recipe.stages import Stage, stage
+
+USAGE = """usage: python -m {module} RECIPE [key=value ...]
+
+{does}.
+
+RECIPE is a shipped recipe's name or the path of a YAML file; key=value overrides one of its keys.
+"""
+
+log = logging.getLogger("truetune")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage hands over for its receipt: `outputs` are files or folders, `inputs` what came from outside."""
+
+    outputs: list[Path]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    inputs: Fingerprints = field(default_factory=dict)
+    packages: tuple[str, ...] = ()
+
+
+def command(name: str, make: Callable[[Recipe, Run], Made]) -> None:
+    """Run the stage unless its receipt shows that nothing changed; exits 1 with one line on a user's error."""
+    with boundary():
+        this = stage(name)
+        recipe = recipe_of_arguments(this.module, this.does)
+        run = Run(recipe.name)
+        with run.lock():
+            keys = {key: _plain(as_dict(recipe)[key]) for key in this.keys}
+            if run.is_current(name, keys):
+                log.info("%s: up to date", name)
+                run.receipt_path(name).touch()
+                return
+            _run_stage(this, recipe, run, make)
+
+
+def _run_stage(this: Stage, recipe: Recipe, run: Run, make: Callable[[Recipe, Run], Made]) -> None:
+    inputs: Fingerprints = {}
+    for before in this.after:
+        inputs |= run.verified(before)
+    log.info("%s: %s", this.name, this.does)
+    started_at, start = datetime.now(UTC), time.monotonic()
+    made = make(recipe, run)
+    receipt = Receipt(
+        stage=this.name,
+        recipe=_plain(as_dict(recipe)),
+        inputs=inputs | made.inputs,
+        outputs={str(file): fingerprint(file) for output in made.outputs for file in files_below(output)},
+        versions=versions(made.packages),
+        metrics=made.metrics,
+        started_at=started_at.isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - start, 3),
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+    run.write_receipt(receipt)
+    log.info("%s: done in %.0f s, receipt %s", this.name, receipt.seconds, run.receipt_path(this.name))
+
+
+def recipe_of_arguments(module: str, does: str) -> Recipe:
+    """The recipe that the command line names; `--help` prints the usage and exits."""
+    arguments = sys.argv[1:]
+    usage = USAGE.format(module=module, does=does)
+    if "-h" in arguments or "--help" in arguments:
+        print(usage, end="")
+        sys.exit(0)
+    if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+        raise UserError(f"no recipe given: {usage.splitlines()[0]}")
+    return load(arguments[0], arguments[1:] or None)
+
+
+@contextmanager
+def boundary() -> Iterator[None]:
+    """Print a UserError as `error:` lines and exit 1; a bug keeps its traceback. SIGTERM unwinds like Ctrl-C."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the libraries' bars; the stages show their own
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("httpx", "httpx2", "huggingface_hub", "absl", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: the disk is full ({error.filename or os.getcwd()}): free some space and run again", file=sys.stderr
+        )
+        sys.exit(1)
+    except MemoryError:
+        print("error: out of memory: lower train.max_tokens or choose a smaller base, then run again", file=sys.stderr)
+        sys.exit(1)
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of Python and of the packages that did the work."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process or of any child of it, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def _plain(value: Any) -> Any:
+    """JSON's view of a value, so that a fresh recipe compares equal with one read from a receipt."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,73 @@
+"""Files that appear whole or not at all, and the fingerprints that identify them."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a kill at any moment leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Rename a finished file or folder to its final name, replacing what stood there."""
+    _sync_tree(temporary)
+    old = final.with_name(f".{final.name}.old")
+    _remove(old)
+    if final.is_dir():
+        final.rename(old)
+    temporary.rename(final)
+    _remove(old)
+    _sync_folder(final.parent)
+
+
+def fresh_folder(path: Path) -> Path:
+    """An empty folder at `path`, whatever an interrupted run left there."""
+    _remove(path)
+    path.mkdir(parents=True)
+    return path
+
+
+def fingerprint(path: Path) -> dict[str, str | int]:
+    """`{"sha256": hex digest, "bytes": size}` of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def files_below(path: Path) -> list[Path]:
+    """`path` itself if it is a file, else every file below it, sorted."""
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(path: Path) -> None:
+    for file in files_below(path):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

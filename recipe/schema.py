@@ -1,0 +1,110 @@
+"""Every knob of a recipe: its name, type, default and meaning on one line."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# The types that llama.cpp's quantizer writes, with their bits a weight (Llama-3.1-8B, llama.cpp tools/quantize/README).
+QUANTIZATIONS = {
+    "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.56, "Q5_K_M": 5.7, "Q5_K_S": 5.57, "Q5_1": 6.0,
+    "Q5_0": 5.5, "Q4_K_M": 4.89, "Q4_K_S": 4.67, "Q4_1": 5.0, "Q4_0": 4.5, "Q3_K_L": 4.3, "Q3_K_M": 4.0,
+    "Q3_K_S": 3.64, "Q2_K": 3.16, "IQ4_XS": 4.46, "IQ4_NL": 4.68, "TQ1_0": 1.69, "TQ2_0": 2.06,
+}  # fmt: skip
+
+
+def knob(
+    default: Any,
+    doc: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Iterable[str] | None = None,
+) -> Any:
+    """A dataclass field with its meaning, its inclusive bounds and, for lists, what each item may be."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high, "choices": list(choices or ())})
+
+
+@dataclass(frozen=True)
+class Data:
+    train: tuple[str, ...] = knob((), "JSONL file(s) of conversations in OpenAI's `messages` format")
+    validation: float = knob(0.1, "Share of the conversations held back to measure the loss on", 0, 0.5)
+    heldout: str | None = knob(None, "JSONL file of questions with key facts that score the model before and after")
+
+
+@dataclass(frozen=True)
+class Lora:
+    rank: int = knob(16, "Rank of the two matrices that are added to each layer", 1)
+    alpha: float = knob(32.0, "The adapter is scaled by alpha / rank", 0)
+    dropout: float = knob(0.0, "Share of the adapter's inputs dropped in training", 0, 0.9)
+    targets: tuple[str, ...] = knob(("all-linear",), "Layers that get an adapter, by PEFT's names")
+
+
+@dataclass(frozen=True)
+class Train:
+    tuner: Literal["lora", "qlora"] = knob("lora", "`qlora` loads the base in 4 bits; it needs an NVIDIA GPU")
+    lora: Lora = Lora()
+    epochs: float = knob(3.0, "Passes over the training conversations", 0.01)
+    learning_rate: float = knob(1e-3, "Peak learning rate", 0)
+    schedule: Literal["cosine", "linear", "constant"] = knob("cosine", "How the learning rate falls after warm-up")
+    warmup: float = knob(0.05, "Share of the steps in which the learning rate rises", 0, 1)
+    max_tokens: int = knob(1024, "Longest conversation, and length of a packed row; the rest is cut and counted", 16)
+    rows: int = knob(1, "Packed rows a step on each device", 1)
+    accumulate: int = knob(1, "Steps whose gradients are added up before the weights move", 1)
+    evaluations: int = knob(1, "Validation losses and checkpoints an epoch", 1)
+    patience: int = knob(2, "Stop after so many validations without a lower loss; 0 never stops early", 0)
+    checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, slower")
+    precision: Literal["auto", "float32", "bfloat16"] = knob("auto", "`auto` is what the processor does fast")
+    answer_tokens: int = knob(48, "Longest answer when the held-out questions are asked", 1)
+
+
+@dataclass(frozen=True)
+class Merge:
+    precision: Literal["float32", "bfloat16"] = knob("float32", "Type of the merged weights")
+
+
+@dataclass(frozen=True)
+class Gguf:
+    types: tuple[str, ...] = knob(("Q8_0",), "Quantizations to write, by llama.cpp's names", choices=QUANTIZATIONS)
+    full: Literal["F16", "BF16", "F32"] = knob("F16", "Type of the unquantized GGUF that they are made from")
+
+
+@dataclass(frozen=True)
+class Serve:
+    type: str | None = knob(None, "Which of `gguf.types` is served; the first if not given")
+    port: int = knob(8000, "Port on 127.0.0.1; `PORT=` in the environment overrides it", 1, 65535)
+    context: int = knob(2048, "Tokens that one conversation may have", 64)
+    slots: int = knob(4, "Conversations answered at the same time", 1)
+    threads: int = knob(0, "Processor threads of the engine; 0 takes every core", 0)
+    temperature: float = knob(0.2, "Sampling temperature when the client names none", 0, 2)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model from data to chat. `name` is the file's stem, the run folder's and the served model's name."""
+
+    name: str
+    base: str = knob("smollm2-135m", "`smollm2-135m`, `random`, a Hub id (`owner/name@revision`), a folder, a GGUF")
+    chat_template: str | None = knob(None, "Jinja file that replaces the base's chat template")
+    seed: int = knob(0, "Seed of the split, the weights and the order of the data", 0)
+    data: Data = Data()
+    train: Train = Train()
+    merge: Merge = Merge()
+    gguf: Gguf = Gguf()
+    serve: Serve = Serve()
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong between keys, as (key, problem)."""
+        found = []
+        if not self.data.train:
+            found.append(("data.train", "missing: name a JSONL file of conversations"))
+        if not self.gguf.types:
+            found.append(("gguf.types", f"empty: name at least one of {', '.join(QUANTIZATIONS)}"))
+        if self.serve.type is not None and self.serve.type not in (*self.gguf.types, self.gguf.full):
+            found.append(
+                ("serve.type", f"{self.serve.type!r} is not made: add it to gguf.types ({', '.join(self.gguf.types)})")
+            )
+        return found
+
+    @property
+    def served_type(self) -> str:
+        """The quantization that `make serve` loads."""
+        return self.serve.type or self.gguf.types[0]

@@ -1,0 +1,38 @@
+"""The line from data to chat: which stage follows which, and which keys of the recipe each one reads."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step that reads the outputs of the stages `after` which it comes and writes one receipt."""
+
+    name: str
+    module: str
+    does: str
+    after: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+STAGES = (
+    Stage("data", "train.data", "Read, check and split the conversations", (), ("data", "seed")),
+    Stage("base", "train.base", "Bring the base model into one plain folder", (), ("base", "chat_template", "seed")),
+    Stage(
+        "train", "train.sft", "Fine-tune a LoRA adapter on the assistant's words", ("data", "base"), ("train", "seed")
+    ),
+    Stage("merge", "convert.merge", "Add the adapter to the full-precision base", ("base", "train"), ("merge",)),
+    Stage("gguf", "convert.gguf", "Convert to GGUF and quantize", ("merge",), ("gguf",)),
+    Stage("serve", "serve.api", "Serve an OpenAI-compatible API", ("gguf",), ("serve",)),
+)
+
+
+def stage(name: str) -> Stage:
+    """The stage of that name."""
+    return next(stage for stage in STAGES if stage.name == name)
+
+
+def mermaid() -> str:
+    """The line as a Mermaid flowchart, for the README."""
+    nodes = [f'    {s.name}["<b>{s.name}</b><br>{s.does}"]' for s in STAGES]
+    edges = [f"    {before} --> {s.name}" for s in STAGES for before in s.after]
+    return "\n".join(["flowchart LR", *nodes, *edges, "    serve --> chat([chat])"])

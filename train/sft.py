@@ -1,0 +1,239 @@
+"""Fine-tune a LoRA adapter on the assistant's words:  python -m train.sft RECIPE
+
+TRL's SFT over packed rows: conversations lie end to end in a row, each with positions of its own, and attend only to
+themselves. A killed training goes on from its last whole checkpoint.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from recipe import Made, Recipe, Run, UserError, command
+from recipe.files import fresh_folder, put_in_place, write_whole
+from train.base import parameters
+from train.checkpoints import last_complete, open_folder
+from train.space import check_disk
+
+log = logging.getLogger("truetune")
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+
+
+def sft(recipe: Recipe, run: Run) -> Made:
+    """Write `adapter/` (PEFT) and `answers.jsonl` (the held-out questions answered before and after)."""
+    check_disk(recipe, parameters(run.path("base")), run.folder)
+    checkpoints = run.path("checkpoints")
+    resuming = open_folder(checkpoints, _training_key(recipe, run))
+
+    tokenizer, model = load_base(recipe, run)
+    trainer = make_trainer(recipe, run, tokenizer, model, _rows(recipe, run, tokenizer))
+    questions = _read(run.path("data", "heldout.jsonl"))
+    before = _before(trainer, tokenizer, questions, recipe, checkpoints)
+    log.info("before: validation loss %s, key facts %.0f %%", _loss(before), 100 * before["key_fact_accuracy"])
+
+    resume_from = last_complete(checkpoints) if resuming else None
+    if resume_from:
+        log.info("going on from %s", resume_from)
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    after = _measure(trainer, tokenizer, questions, recipe)
+    log.info("after: validation loss %s, key facts %.0f %%", _loss(after), 100 * after["key_fact_accuracy"])
+
+    _save_adapter(trainer.model, run)
+    _save_answers(run.path("answers.jsonl"), questions, before.pop("answers"), after.pop("answers"))
+    return Made(
+        outputs=[run.path("adapter"), run.path("answers.jsonl")],
+        metrics={"before": before, "after": after} | trainer.summary(),
+        packages=PACKAGES,
+    )
+
+
+def load_base(recipe: Recipe, run: Run) -> tuple[Any, Any]:
+    """(tokenizer, model) of the run's base folder, in the type that the tuner trains on.
+
+    Raises:
+        UserError: QLoRA without an NVIDIA GPU.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from train.precision import fast_precision
+
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if torch.cuda.is_available():
+        options |= {"device_map": {"": torch.cuda.current_device()}}
+        if fast_precision() == "bfloat16" and recipe.train.precision != "float32":
+            options["dtype"] = torch.bfloat16
+    if recipe.train.tuner == "qlora":
+        if not torch.cuda.is_available():
+            raise UserError(
+                "train.tuner=qlora needs an NVIDIA GPU, here is none: use train.tuner=lora or a smaller base"
+            )
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
+    tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
+    return tokenizer, AutoModelForCausalLM.from_pretrained(run.path("base"), **options)
+
+
+def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dict[str, Any]) -> Any:
+    """The trainer with the recipe's settings; `rows` maps train and validation to datasets of ids and labels."""
+    import torch
+    from peft import LoraConfig
+    from transformers import EarlyStoppingCallback, PrinterCallback
+    from trl import SFTConfig
+
+    from train.precision import fast_precision
+    from train.progress import TrainingProgress
+    from train.trainer import AssistantTrainer
+
+    knobs = recipe.train
+    precision = fast_precision() if knobs.precision == "auto" else knobs.precision
+    validated = len(rows["validation"]) > 0
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path("logs"))
+    settings = SFTConfig(
+        output_dir=str(run.path("checkpoints")),
+        num_train_epochs=knobs.epochs,
+        learning_rate=knobs.learning_rate,
+        lr_scheduler_type=knobs.schedule,
+        warmup_steps=knobs.warmup,
+        max_length=knobs.max_tokens,
+        packing=True,
+        per_device_train_batch_size=knobs.rows,
+        per_device_eval_batch_size=knobs.rows,
+        gradient_accumulation_steps=knobs.accumulate,
+        gradient_checkpointing=knobs.checkpointing,
+        bf16=precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        eval_strategy="steps" if validated else "no",
+        save_strategy="steps",
+        save_total_limit=2,
+        load_best_model_at_end=validated,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=1,
+        report_to="tensorboard",
+        disable_tqdm=True,
+        seed=recipe.seed,
+    )
+    callbacks: list[Any] = [TrainingProgress()]
+    if validated and knobs.patience:
+        callbacks.append(EarlyStoppingCallback(knobs.patience))
+    targets = knobs.lora.targets[0] if knobs.lora.targets == ("all-linear",) else list(knobs.lora.targets)
+    trainer = AssistantTrainer(
+        model=model,
+        args=settings,
+        processing_class=tokenizer,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"] if validated else None,
+        callbacks=callbacks,
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM",
+            r=knobs.lora.rank,
+            lora_alpha=knobs.lora.alpha,
+            lora_dropout=knobs.lora.dropout,
+            target_modules=targets,
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)
+    steps_an_epoch = math.ceil(len(trainer.train_dataset) / (knobs.rows * knobs.accumulate))
+    settings.eval_steps = settings.save_steps = math.ceil(steps_an_epoch / knobs.evaluations)
+    return trainer
+
+
+def _rows(recipe: Recipe, run: Run, tokenizer: Any) -> dict[str, Any]:
+    """Datasets of token ids and labels; cut and dropped conversations are told."""
+    from dataclasses import asdict
+
+    from datasets import Dataset
+
+    from train.template import examples
+
+    made = {}
+    for part in ("train", "validation"):
+        conversations = _read(run.path("data", f"{part}.jsonl"))
+        found, longest, dropped = [], 0, 0
+        for row in conversations:
+            parts = examples(tokenizer, row["messages"], recipe.train.max_tokens)
+            dropped += not parts
+            longest += any(len(example.input_ids) == recipe.train.max_tokens for example in parts)
+            found += [asdict(example) for example in parts]
+        if longest or dropped:
+            log.warning(
+                "%s: %d conversation(s) cut to %d tokens, %d dropped because no answer is left: raise train.max_tokens",
+                part, longest, recipe.train.max_tokens, dropped,
+            )  # fmt: skip
+        if part == "train" and not found:
+            raise UserError(
+                f"no conversation keeps an answer within train.max_tokens={recipe.train.max_tokens}: raise it"
+            )
+        made[part] = Dataset.from_list(found) if found else []
+    return made
+
+
+def _measure(trainer: Any, tokenizer: Any, questions: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
+    """Validation loss, key-fact accuracy and the answers that it was counted in."""
+    from train.score import answers, key_fact_accuracy
+
+    loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
+    with trainer.autocast_smart_context_manager():
+        found = answers(trainer.model, tokenizer, questions, recipe.train.answer_tokens)
+    return {
+        "validation_loss": loss,
+        "key_fact_accuracy": round(key_fact_accuracy(found, questions), 4),
+        "answers": found,
+    }
+
+
+def _before(
+    trainer: Any, tokenizer: Any, questions: list[dict[str, Any]], recipe: Recipe, checkpoints: Path
+) -> dict[str, Any]:
+    """What the base scores; measured once, then kept beside the checkpoints for a resumed training."""
+    kept = checkpoints / "before.json"
+    if not kept.is_file():
+        write_whole(kept, json.dumps(_measure(trainer, tokenizer, questions, recipe)))
+    loaded: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+    return loaded
+
+
+def _training_key(recipe: Recipe, run: Run) -> str:
+    """Identifies a training: its knobs, its data and its base."""
+    from dataclasses import asdict
+
+    outputs = [run.receipt(stage).outputs for stage in ("data", "base")]
+    return hashlib.sha256(json.dumps([asdict(recipe.train), recipe.seed, outputs]).encode()).hexdigest()
+
+
+def _save_adapter(model: Any, run: Run) -> None:
+    folder = fresh_folder(run.path(".adapter.tmp"))
+    model.peft_config["default"].base_model_name_or_path = str(run.path("base"))
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    put_in_place(folder, run.path("adapter"))
+
+
+def _save_answers(path: Path, questions: list[dict[str, Any]], before: list[str], after: list[str]) -> None:
+    rows = [
+        {"question": question["messages"][-1]["content"], "facts": question["facts"], "before": old, "after": new}
+        for question, old, new in zip(questions, before, after, strict=True)
+    ]
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _loss(measured: dict[str, Any]) -> str:
+    return "not measured" if measured["validation_loss"] is None else f"{measured['validation_loss']:.3f}"
+
+
+if __name__ == "__main__":
+    command("train", sft)
