@@ -20,6 +20,7 @@ STAGES = (
     Stage(
         "train", "train.sft", "Fine-tune a LoRA adapter on the assistant's words", ("data", "base"), ("train", "seed")
     ),
+    Stage("reference", "train.reference", "Let the trained model answer the probes", ("data", "base", "train"), ()),
     Stage("merge", "convert.merge", "Add the adapter to the full-precision base", ("base", "train"), ("merge",)),
     Stage("gguf", "convert.gguf", "Convert to GGUF and quantize", ("merge",), ("gguf",)),
     Stage("serve", "serve.api", "Serve an OpenAI-compatible API", ("gguf",), ("serve",)),

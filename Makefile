@@ -1,0 +1,113 @@
+# From a file of conversations to a chat window: `make help` lists what there is, `make doctor` what is missing.
+SHELL       := bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS   += --no-builtin-rules --no-print-directory
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+# An exported path would make llama.cpp's tools import our packages instead of theirs.
+unexport PYTHONPATH
+
+# SET, PORT and Q given on the command line or in the environment reach Python through the environment, unquoted.
+RECIPE ?= assistant
+UV     ?= uv
+FILE   := $(if $(filter %.yaml %.yml,$(RECIPE)),$(RECIPE),recipe/$(RECIPE).yaml)
+NAME   := $(basename $(notdir $(FILE)))
+RUN    := runs/$(NAME)
+PYTHON := .venv/bin/python
+
+USES_RECIPE := resolve data base train merge gguf serve chat ask tensorboard clean
+ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
+ifeq ($(wildcard $(FILE)),)
+$(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
+$(sort $(basename $(notdir $(wildcard recipe/*.yaml)))))
+endif
+endif
+
+# The first Python that runs (a version manager's stand-in may exist and fail) and is new enough.
+RIGHT_VERSION := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
+	if "$$python" -c '$(RIGHT_VERSION)' 2>/dev/null; then echo "$$python"; break; fi; done)
+NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
+'brew install python@3.12' or 'uv python install 3.12'
+
+.PHONY: help setup doctor resolve data base train merge gguf serve chat ask tensorboard test lint format lock clean
+
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  RECIPE=tiny                     a recipe of recipe/, or the path of your own .yaml (now: $(RECIPE))"
+	@echo "  SET='train.epochs=1 seed=2'     changes keys of the recipe and keeps them for this run; SET= drops them"
+	@echo "  PORT=8080                       for serve, chat and ask"
+	@echo "  Q='What is a receipt?'          for ask"
+
+setup: .venv/.complete ## Make the environment: .venv and .cache
+
+doctor: ## Show what this machine has, and what is missing for which target
+	@$(or $(SYSTEM_PYTHON),$(shell command -v python3),$(error $(NO_PYTHON))) recipe/doctor.py
+
+.venv/.complete: pyproject.toml requirements.lock recipe/environment.py
+	@$(or $(SYSTEM_PYTHON),$(error $(NO_PYTHON))) recipe/environment.py
+
+# The line from data to chat, as in recipe/stages.py. Each receipt is a target. A stage runs again when a receipt
+# before it is newer, or when resolve rewrote its keys, which it does only if they changed.
+data: $(RUN)/data.json ## Read, check and split the conversations
+base: $(RUN)/base.json ## Bring the base model into one plain folder
+train: $(RUN)/train.json ## Fine-tune a LoRA adapter on the assistant's words
+merge: $(RUN)/merge.json ## Add the adapter to the full-precision base
+gguf: $(RUN)/gguf.json ## Convert to GGUF and quantize
+
+# Order only: a new environment must not train again.
+resolve: | .venv/.complete
+	@$(PYTHON) -m recipe.resolve $(FILE)
+
+# With a recipe, even an empty one, Make looks at the file's real time after resolve.
+$(RUN)/keys/%.json: resolve
+	@:
+
+# base waits for data because one run folder has one writer, with -j too.
+$(RUN)/data.json: $(RUN)/keys/data.json
+	@$(PYTHON) -m train.data $(FILE)
+$(RUN)/base.json: $(RUN)/keys/base.json | $(RUN)/data.json
+	@$(PYTHON) -m train.base $(FILE)
+$(RUN)/train.json: $(RUN)/keys/train.json $(RUN)/data.json $(RUN)/base.json
+	@$(PYTHON) -m train.sft $(FILE)
+$(RUN)/merge.json: $(RUN)/keys/merge.json $(RUN)/base.json $(RUN)/train.json
+	@$(PYTHON) -m convert.merge $(FILE)
+$(RUN)/gguf.json: $(RUN)/keys/gguf.json $(RUN)/merge.json
+	@$(PYTHON) -m convert.gguf $(FILE)
+
+serve: $(RUN)/gguf.json ## Serve an OpenAI-compatible API of the trained model on 127.0.0.1
+	@$(PYTHON) -m serve.api $(FILE)
+
+chat: | .venv/.complete ## Talk with the served model in the terminal
+	@$(PYTHON) -m serve.chat $(FILE)
+
+ask: | .venv/.complete ## Ask the served model one question: Q='...'
+	@$(PYTHON) -m serve.chat $(FILE) --ask
+
+tensorboard: | .venv/.complete ## Show the loss curves in the browser, on 127.0.0.1
+	@test -d $(RUN)/logs || { echo "error: no $(RUN)/logs: run 'make train RECIPE=$(RECIPE)' first" >&2; exit 1; }
+	@.venv/bin/tensorboard --host 127.0.0.1 --logdir $(RUN)/logs
+
+test: | .venv/.complete ## Run the tests; ARGS='-k name' goes to pytest
+	@$(PYTHON) -m pytest $(ARGS)
+
+lint: | .venv/.complete ## Check style and types
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m ruff format --check
+	@$(PYTHON) -m mypy
+
+format: | .venv/.complete ## Put the code in its one format
+	@$(PYTHON) -m ruff check --fix-only --select I
+	@$(PYTHON) -m ruff format
+
+# torch has a CPU and a CUDA build with different hashes; llama-cpp-python is compiled: recipe/environment.py has both.
+lock: ## Write requirements.lock from pyproject.toml, with uv
+	@$(UV) pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes --quiet \
+		--no-emit-package torch --no-emit-package llama-cpp-python \
+		--custom-compile-command 'make lock' --output-file requirements.lock
+	@sed -i.old -E "s/ ; python_full_version < '3.13' and \(sys_platform == 'darwin' or sys_platform == 'linux'\)//" \
+		requirements.lock && rm requirements.lock.old
+
+clean: ## Remove everything that this recipe's run made
+	rm -rf -- "runs/$(or $(NAME),$(error error: no recipe name))"

@@ -1,0 +1,128 @@
+"""The environment: its pins agree, its lock is whole, and its failures say what mends them."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from recipe import environment
+
+LOCK = Path("requirements.lock").read_text(encoding="utf-8")
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
+# Entry by entry: `name==version ; marker \` and the indented hashes below it.
+ENTRIES = re.findall(r"^([a-z0-9][a-z0-9._-]*)==(\S+)(.*(?:\n {4}--hash=.*)*)", LOCK, re.M)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with the files that the set-up reads, and no environment."""
+    (tmp_path / "recipe").mkdir()
+    for name in ("pyproject.toml", "requirements.lock", "recipe/environment.py", "recipe/doctor.py"):
+        (tmp_path / name).write_bytes(Path(name).read_bytes())
+    return tmp_path
+
+
+def pinned(name: str) -> str:
+    groups = [PROJECT["project"]["dependencies"], *PROJECT["dependency-groups"].values()]
+    return next(line.split("==")[1] for group in groups for line in group if line.startswith(f"{name}=="))
+
+
+def test_the_pins_of_the_set_up_are_those_of_the_project() -> None:
+    assert environment.TORCH == pinned("torch")
+    assert environment.LLAMA_CPP_PYTHON == pinned("llama-cpp-python")
+    assert environment.BITSANDBYTES == pinned("bitsandbytes")
+
+
+def test_every_locked_package_has_a_hash() -> None:
+    assert len(ENTRIES) > 50
+    assert [name for name, _, rest in ENTRIES if "--hash=sha256:" not in rest] == []
+
+
+def test_the_lock_has_what_the_project_names_at_its_version() -> None:
+    separate = {"torch", "llama-cpp-python"}
+    wanted = PROJECT["project"]["dependencies"] + PROJECT["dependency-groups"]["dev"]
+    named = {tuple(line.lower().split("==")) for line in wanted if line.split("==")[0] not in separate}
+    assert named <= {(name, version) for name, version, _ in ENTRIES}
+
+
+def test_the_lock_has_no_torch_no_cuda_and_names_no_index() -> None:
+    unwanted = re.compile(r"torch|triton|nvidia|cuda|cupti|llm$|llama|bitsandbytes")
+    assert [name for name, _, _ in ENTRIES if unwanted.match(name)] == []
+    assert not re.search(r"://|win32|emscripten|never", LOCK)
+
+
+def test_no_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(environment, "run", lambda *_, **__: False)
+    with pytest.raises(environment.SetupError, match=r"no C\+\+ compiler.*apt install build-essential.*xcode-select"):
+        environment.install_llama_cpp_python(tmp_path / "source.txt")
+
+
+def test_a_named_compiler_that_is_not_there_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    assert environment.find_compiler() is None
+
+
+def test_a_failed_step_shows_the_end_of_its_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environment, "LOG", tmp_path / "setup.log")
+    environment.LOG.write_text("")
+    failing = [sys.executable, "-c", "print('what went wrong'); raise SystemExit(1)"]
+    with pytest.raises(environment.SetupError, match=r"a step: see .*setup\.log\n  what went wrong"):
+        environment.run("a step", failing)
+    assert not environment.run("a step", failing, may_fail=True)
+
+
+def test_progress_counts_compiled_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environment, "LOG", tmp_path / "setup.log")
+    environment.LOG.write_text(
+        "before\n  [12/180] Building CXX object ggml.cpp.o\n  [45/180] Building C object\n  more\n"
+    )
+    assert environment.progress(7, 120.0) == ": 25 %, 45 of 180 files, 6 min left"
+    environment.LOG.write_text("Collecting pandas==3\n  Downloading pandas-3.whl (9 MB)\n")
+    assert environment.progress(0, 5.0) == ": Downloading pandas-3.whl"
+    assert environment.progress(environment.LOG.stat().st_size, 5.0) == ""
+
+
+def test_an_unknown_device_is_refused(checkout: Path) -> None:
+    done = run_script("recipe/environment.py", checkout, TRUETUNE_DEVICE="tpu")
+    assert (done.returncode, done.stderr) == (1, "error: TRUETUNE_DEVICE=tpu: choose one of: cpu, cuda\n")
+    assert not (checkout / ".venv").exists()
+
+
+def test_a_matching_stamp_changes_nothing_and_is_renewed(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkout)
+    (checkout / environment.CONVERTER).mkdir(parents=True)
+    (checkout / ".venv/bin").mkdir(parents=True)
+    (checkout / ".venv/bin/python").symlink_to(sys.executable)
+    stamp = checkout / ".venv/.complete"
+    stamp.write_text(environment.digest("cpu"))
+    os.utime(stamp, (0, 0))
+    done = run_script("recipe/environment.py", checkout, TRUETUNE_DEVICE="cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert stamp.stat().st_mtime > 0
+    assert environment.digest("cpu") != environment.digest("cuda")
+
+
+def test_the_doctor_works_before_set_up(checkout: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "recipe/doctor.py"], cwd=checkout, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    assert re.search(r"^environment +not made yet: 'make setup'$", done.stdout, re.M)
+    assert re.search(r"^make serve ", done.stdout, re.M)
+
+
+def run_script(path: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, path],
+        cwd=folder,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
