@@ -15,7 +15,7 @@ NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
 PYTHON := .venv/bin/python
 
-USES_RECIPE := resolve data base train merge gguf serve chat ask tensorboard clean
+USES_RECIPE := resolve data base train reference merge gguf parity prove serve chat ask tensorboard clean
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
@@ -30,7 +30,7 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor resolve data base train merge gguf serve chat ask tensorboard test lint format lock clean
+.PHONY: help setup doctor resolve data base train reference merge gguf parity prove serve chat ask tensorboard test lint format lock clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,7 @@ help: ## Show this list
 	@echo "  SET='train.epochs=1 seed=2'     changes keys of the recipe and keeps them for this run; SET= drops them"
 	@echo "  PORT=8080                       for serve, chat and ask"
 	@echo "  Q='What is a receipt?'          for ask"
+	@echo "  FORCE=1                         for serve: serve even what failed its proof"
 
 setup: .venv/.complete ## Make the environment: .venv and .cache
 
@@ -52,9 +53,11 @@ doctor: ## Show what this machine has, and what is missing for which target
 # before it is newer, or when resolve rewrote its keys, which it does only if they changed.
 data: $(RUN)/data.json ## Read, check and split the conversations
 base: $(RUN)/base.json ## Bring the base model into one plain folder
-train: $(RUN)/train.json ## Fine-tune a LoRA adapter on the assistant's words
+train: $(RUN)/train.json $(RUN)/reference.json ## Fine-tune a LoRA adapter on the assistant's words
+reference: $(RUN)/reference.json ## Let the trained model answer the probes
 merge: $(RUN)/merge.json ## Add the adapter to the full-precision base
 gguf: $(RUN)/gguf.json ## Convert to GGUF and quantize
+parity: $(RUN)/parity.json ## Compare merged weights and GGUF files with the trained model
 
 # Order only: a new environment must not train again.
 resolve: | .venv/.complete
@@ -71,10 +74,19 @@ $(RUN)/base.json: $(RUN)/keys/base.json | $(RUN)/data.json
 	@$(PYTHON) -m train.base $(FILE)
 $(RUN)/train.json: $(RUN)/keys/train.json $(RUN)/data.json $(RUN)/base.json
 	@$(PYTHON) -m train.sft $(FILE)
-$(RUN)/merge.json: $(RUN)/keys/merge.json $(RUN)/base.json $(RUN)/train.json
+$(RUN)/reference.json: $(RUN)/keys/reference.json $(RUN)/data.json $(RUN)/base.json $(RUN)/train.json
+	@$(PYTHON) -m train.reference $(FILE)
+# merge waits for the reference because one run folder has one writer, with -j too.
+$(RUN)/merge.json: $(RUN)/keys/merge.json $(RUN)/base.json $(RUN)/train.json | $(RUN)/reference.json
 	@$(PYTHON) -m convert.merge $(FILE)
 $(RUN)/gguf.json: $(RUN)/keys/gguf.json $(RUN)/merge.json
 	@$(PYTHON) -m convert.gguf $(FILE)
+
+$(RUN)/parity.json: $(RUN)/keys/parity.json $(RUN)/base.json $(RUN)/reference.json $(RUN)/merge.json $(RUN)/gguf.json
+	@$(PYTHON) -m convert.prove $(FILE)
+
+prove: $(RUN)/parity.json ## Prove that what is served is the model that was trained
+	@$(PYTHON) -m serve.prove $(FILE)
 
 serve: $(RUN)/gguf.json ## Serve an OpenAI-compatible API of the trained model on 127.0.0.1
 	@$(PYTHON) -m serve.api $(FILE)

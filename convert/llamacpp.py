@@ -92,7 +92,7 @@ def quantize(source: Path, output: Path, kind: str) -> Quantization:
         status = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
     finally:
         _hear(said, pending[0])
-        _be_quiet()
+        be_quiet()
     if status != 0:
         reason = said.words[-1] if said.words else f"status {status}"
         raise UserError(f"llama.cpp cannot quantize {source} to {kind} ({reason}): choose another type")
@@ -125,7 +125,7 @@ def _silence(level: int, text: bytes, data: object) -> None:
 _quiet: list[object] = []  # ctypes callbacks must outlive their use
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     import llama_cpp
 
     if not _quiet:

@@ -48,18 +48,22 @@ def command(name: str, make: Callable[[Recipe, Run], Made]) -> None:
     """Run the stage unless its receipt shows that nothing changed; exits 1 with one line on a user's error."""
     with boundary():
         this = stage(name)
-        recipe = recipe_of_arguments(this.module, this.does)
-        run = Run(recipe.name)
-        with run.lock():
-            keys = {key: _plain(as_dict(recipe)[key]) for key in this.keys}
-            if run.is_current(name, keys):
-                log.info("%s: up to date", name)
-                run.receipt_path(name).touch()
-                return
-            _run_stage(this, recipe, run, make)
+        up_to_date(this, recipe_of_arguments(this.module, this.does), make)
 
 
-def _run_stage(this: Stage, recipe: Recipe, run: Run, make: Callable[[Recipe, Run], Made]) -> None:
+def up_to_date(this: Stage, recipe: Recipe, make: Callable[[Recipe, Run], Made]) -> Receipt:
+    """The stage's receipt, made now unless the one that is there still holds."""
+    run = Run(recipe.name)
+    with run.lock():
+        keys = {key: _plain(as_dict(recipe)[key]) for key in this.keys}
+        if run.is_current(this.name, keys):
+            log.info("%s: up to date", this.name)
+            run.receipt_path(this.name).touch()
+            return run.receipt(this.name)
+        return _run_stage(this, recipe, run, make)
+
+
+def _run_stage(this: Stage, recipe: Recipe, run: Run, make: Callable[[Recipe, Run], Made]) -> Receipt:
     inputs: Fingerprints = {}
     for before in this.after:
         inputs |= run.verified(before)
@@ -79,6 +83,7 @@ def _run_stage(this: Stage, recipe: Recipe, run: Run, make: Callable[[Recipe, Ru
     )
     run.write_receipt(receipt)
     log.info("%s: done in %.0f s, receipt %s", this.name, receipt.seconds, run.receipt_path(this.name))
+    return receipt
 
 
 def recipe_of_arguments(module: str, does: str) -> Recipe:

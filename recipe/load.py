@@ -32,7 +32,7 @@ def load(recipe: str, overrides: list[str] | None = None) -> Recipe:
     for override in kept_overrides(path.stem) if overrides is None else overrides:
         _apply_override(tree, override, problems)
     places: dict[str, str] = {}
-    values = _build(Recipe, tree, "", str(path), places, problems)
+    values = _build(Recipe, tree, "", places, problems)
     if not problems:
         loaded = _locate(Recipe(name=path.stem, **values), path.parent)
         problems = [f"{places.get(key, path)}: {key}: {problem}" for key, problem in loaded.problems()]
@@ -101,31 +101,47 @@ class _Leaf:
     place: str
 
 
-def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+class _Section(dict[str, Any]):
+    """Keys of a YAML mapping, and where it stands."""
+
+    place = "SET"
+
+
+def _read_yaml(path: Path, problems: list[str]) -> _Section:
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        if node is None:
+            return _Section()
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}:1: a recipe is a mapping of keys to values, not a list or a single value")
+        return _mapping(node, path, str(path), problems)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}:1: a recipe is a mapping of keys to values, not a list or a single value")
-    return _mapping(node, path, problems)
+        raise UserError(f"{path}{line}: not YAML: {_reason(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply, or in itself: a recipe has sections of keys and values") from None
 
 
-def _mapping(node: yaml.MappingNode, path: Path, problems: list[str]) -> dict[str, Any]:
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
+
+
+def _mapping(node: yaml.MappingNode, path: Path, place: str, problems: list[str]) -> _Section:
     loader = yaml.SafeLoader("")
-    tree: dict[str, Any] = {}
+    tree = _Section()
+    tree.place = place
     for key_node, value_node in node.value:
         key, place = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
         if key in tree:
             problems.append(f"{place}: {key}: given twice: keep one")
         if isinstance(value_node, yaml.MappingNode):
-            tree[key] = _mapping(value_node, path, problems)
+            tree[key] = _mapping(value_node, path, place, problems)
         else:
-            tree[key] = _Leaf(loader.construct_object(value_node, deep=True), place)
+            try:
+                tree[key] = _Leaf(loader.construct_object(value_node, deep=True), place)
+            except (yaml.YAMLError, ValueError) as error:  # an unknown tag, or a date that does not exist
+                problems.append(f"{place}: {key}: cannot be read: {_reason(error)}")
     return tree
 
 
@@ -136,32 +152,30 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
         return
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text
     *parents, last = key.split(".")
     for parent in parents:
         child = tree.get(parent)
         if not isinstance(child, dict):
-            child = tree[parent] = {}
+            child = tree[parent] = _Section()
         tree = child
     tree[last] = _Leaf(value, "SET")
 
 
-def _build(
-    cls: Any, tree: dict[str, Any], prefix: str, place: str, places: dict[str, str], problems: list[str]
-) -> dict[str, Any]:
+def _build(cls: Any, tree: dict[str, Any], prefix: str, places: dict[str, str], problems: list[str]) -> dict[str, Any]:
     """Values for the dataclass `cls` from `tree`; problems are appended, places of keys recorded."""
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if prefix or field.name != "name"}
     values: dict[str, Any] = {}
     for key, given in tree.items():
         dotted = prefix + key
-        here = given.place if isinstance(given, _Leaf) else place
+        here = given.place
         places[dotted] = here
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1)
             hint = f"did you mean '{near[0]}'?" if near else f"choose one of: {', '.join(fields)}"
-            problems.append(f"{_place_of(given, place)}: {dotted}: unknown key: {hint}")
+            problems.append(f"{here}: {dotted}: unknown key: {hint}")
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(given, _Leaf) and given.value is not None:
                 inner = ", ".join(field.name for field in dataclasses.fields(hints[key]))
@@ -169,10 +183,10 @@ def _build(
                     f"{here}: {dotted}: {given.value!r} is not a section: write its keys below it ({inner})"
                 )
             else:
-                nested = {} if isinstance(given, _Leaf) else given
-                values[key] = _build_section(hints[key], nested, f"{dotted}.", place, places, problems)
-        elif isinstance(given, dict):
-            problems.append(f"{_place_of(given, place)}: {dotted}: is one value, not a section")
+                nested = _Section() if isinstance(given, _Leaf) else given
+                values[key] = _build_section(hints[key], nested, f"{dotted}.", places, problems)
+        elif isinstance(given, _Section):
+            problems.append(f"{here}: {dotted}: is one value, not a section")
         else:
             try:
                 values[key] = _coerce(given.value, hints[key], fields[key].metadata)
@@ -181,16 +195,8 @@ def _build(
     return values
 
 
-def _build_section(
-    cls: Any, tree: dict[str, Any], prefix: str, place: str, places: dict[str, str], problems: list[str]
-) -> Any:
-    return cls(**_build(cls, tree, prefix, place, places, problems))
-
-
-def _place_of(given: Any, fallback: str) -> str:
-    while isinstance(given, dict) and given:
-        given = next(iter(given.values()))
-    return given.place if isinstance(given, _Leaf) else fallback
+def _build_section(cls: Any, tree: dict[str, Any], prefix: str, places: dict[str, str], problems: list[str]) -> Any:
+    return cls(**_build(cls, tree, prefix, places, problems))
 
 
 def _coerce(value: Any, kind: Any, rules: Any) -> Any:

@@ -106,4 +106,5 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # not splitlines: it also splits at U+2028 within a row
+        return [json.loads(line) for line in file]

@@ -24,13 +24,18 @@ def resolve(recipe: Recipe) -> None:
             (*recipe.data.train, recipe.data.heldout) if stage.name == "data" else (recipe.base, recipe.chat_template)
         )
         if not stage.after:
-            watched["files"] = {name: _stamp(Path(name)) for name in names if name and Path(name).is_file()}
+            watched["files"] = {str(file): _stamp(file) for name in names if name for file in _files(Path(name))}
         _write_if_changed(Run(recipe.name).path("keys", f"{stage.name}.json"), json.dumps(watched, indent=2) + "\n")
 
 
 def keep_overrides(name: str, overrides: list[str]) -> None:
     """Make `SET=` stick to the run, so that `make serve` serves what `make train SET=...` trained."""
     _write_if_changed(Run(name).path("overrides"), "".join(f"{override}\n" for override in overrides))
+
+
+def _files(named: Path) -> list[Path]:
+    """The file that is named, or those in the folder; none for a model's id."""
+    return sorted(file for file in (named.iterdir() if named.is_dir() else [named]) if file.is_file())
 
 
 def _stamp(path: Path) -> list[int]:

@@ -125,8 +125,8 @@ class Run:
 
 
 def _is(path: Path, mark: dict[str, str | int], thorough: bool) -> bool:
-    """Whether the file is the marked one; a model's id, which is no file, stands for itself."""
-    if "/" not in str(path) and not path.exists():
+    """Whether the file is the marked one; a model's id (`name`, `owner/name@revision/file`) stands for itself."""
+    if not path.exists() and (path.suffix == "" if len(path.parts) == 1 else "@" in path.parts[1]):
         return True
     if not path.is_file() or path.stat().st_size != mark["bytes"]:
         return False

@@ -68,6 +68,15 @@ class Gguf:
 
 
 @dataclass(frozen=True)
+class Prove:
+    merged_divergence: float = knob(1e-4, "Mean KL divergence of the merged weights, nats; rounding gives 1e-9", 0)
+    full_divergence: float = knob(5e-3, "The same of the unquantized GGUF; rounding to 16 bits gives 1e-5", 0)
+    full_agreement: float = knob(0.97, "Share of equal most likely tokens; near ties may flip by rounding", 0, 1)
+    quantized_divergence: float = knob(0.5, "The same of a quantization; honest ones stay below 0.3", 0)
+    quantized_agreement: float = knob(0.6, "Agreement of a quantization; another model's is below 0.5", 0, 1)
+
+
+@dataclass(frozen=True)
 class Serve:
     type: str | None = knob(None, "Which of `gguf.types` is served; the first if not given")
     port: int = knob(8000, "Port on 127.0.0.1; `PORT=` in the environment overrides it", 1, 65535)
@@ -89,6 +98,7 @@ class Recipe:
     train: Train = Train()
     merge: Merge = Merge()
     gguf: Gguf = Gguf()
+    prove: Prove = Prove()
     serve: Serve = Serve()
 
     def problems(self) -> list[tuple[str, str]]:

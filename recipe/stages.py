@@ -23,6 +23,20 @@ STAGES = (
     Stage("reference", "train.reference", "Let the trained model answer the probes", ("data", "base", "train"), ()),
     Stage("merge", "convert.merge", "Add the adapter to the full-precision base", ("base", "train"), ("merge",)),
     Stage("gguf", "convert.gguf", "Convert to GGUF and quantize", ("merge",), ("gguf",)),
+    Stage(
+        "parity",
+        "convert.prove",
+        "Compare merged weights and GGUF files with the trained model",
+        ("base", "reference", "merge", "gguf"),
+        ("prove", "gguf"),
+    ),
+    Stage(
+        "prove",
+        "serve.prove",
+        "Prove that what is served is the model that was trained",
+        ("reference", "gguf", "parity"),
+        ("serve",),
+    ),
     Stage("serve", "serve.api", "Serve an OpenAI-compatible API", ("gguf",), ("serve",)),
 )
 

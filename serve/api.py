@@ -52,6 +52,7 @@ def api(recipe: Recipe) -> None:
     with ExitStack() as ending:
         with run.lock():  # until the model is loaded, so that no other make replaces it in between
             path, known = served_file(recipe, run)
+            refuse_disproved(run)
             refuse_long_context(recipe.serve.context, path)
             settings = settings_of(recipe, path, port)
             supervisor = ending.enter_context(Supervisor(settings, make_key(), run.path("serve.log"), known))
@@ -94,6 +95,19 @@ def served_file(recipe: Recipe, run: Run) -> tuple[Path, dict[str, str | int]]:
     if str(path) not in verified:
         raise UserError(f"{run.receipt_path('gguf')} knows no {path}: run 'make gguf RECIPE={recipe.name}' first")
     return path, verified[str(path)]
+
+
+def refuse_disproved(run: Run) -> None:
+    """What `make prove` found not to be the trained model is not served, unless FORCE=1 says so."""
+    proof = run.find_receipt("prove")
+    made = run.receipt("gguf").outputs
+    if proof is None or proof.metrics["passed"] or not made.items() <= proof.inputs.items():
+        return
+    problem = next(problem for row in proof.metrics["comparisons"] for problem in row["problems"])
+    if os.environ.get("FORCE") == "1":
+        log.warning("WARNING: serving what is NOT the model that was trained (FORCE=1): %s", problem)
+        return
+    raise UserError(f"{run.folder} failed its proof ({problem}): mend it, or serve it all the same with FORCE=1")
 
 
 def refuse_long_context(context: int, path: Path) -> None:

@@ -39,6 +39,13 @@ def port_problem(port: int) -> str:
     return ""
 
 
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
 def ask(
     port: int, path: str, key: str = "", body: dict[str, Any] | None = None, timeout: float = 10
 ) -> tuple[int, Any]:

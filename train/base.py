@@ -159,9 +159,10 @@ def _from_folder(source: Path, folder: Path) -> Fingerprints:
         if file.suffix == ".safetensors":
             safetensors_header(file)
         _link(file.resolve(), folder / file.name)
-    for file in {file for pattern in SETTINGS for file in source.glob(pattern)} - set(weights):
+    settings = sorted({file for pattern in SETTINGS for file in source.glob(pattern)} - set(weights))
+    for file in settings:
         shutil.copy(file, folder / file.name)
-    return {str(file): fingerprint(file) for file in weights}
+    return {str(file): fingerprint(file) for file in weights + settings}
 
 
 def _from_hub(name: str, folder: Path) -> Fingerprints:

@@ -65,6 +65,9 @@ def read(path: Path, check: Callable[[Any], dict[str, Any]], problems: list[str]
     except IsADirectoryError:
         problems.append(f"{path}: is a folder: name the JSONL file(s) in it")
         return []
+    except OSError as error:
+        problems.append(f"{path}: cannot be read ({error.strerror}): correct the path or the file's permissions")
+        return []
     rows, problems_before = [], len(problems)
     for number, line in enumerate(lines, 1):
         place = f"{path}:{number}"
