@@ -109,9 +109,10 @@ lint: | .venv/.complete ## Check style and types
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m mypy
 
-format: | .venv/.complete ## Put the code in its one format
+format: | .venv/.complete ## Put the code in its one format, and the README's generated parts in step
 	@$(PYTHON) -m ruff check --fix-only --select I
 	@$(PYTHON) -m ruff format
+	@$(PYTHON) -m recipe.readme
 
 # torch has a CPU and a CUDA build with different hashes; llama-cpp-python is compiled: recipe/environment.py has both.
 lock: ## Write requirements.lock from pyproject.toml, with uv
