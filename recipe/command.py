@@ -31,6 +31,8 @@ USAGE = """usage: python -m {module} RECIPE [key=value ...]
 RECIPE is a shipped recipe's name or the path of a YAML file; key=value overrides one of its keys.
 """
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
 log = logging.getLogger("truetune")
 
 
@@ -102,6 +104,7 @@ def recipe_of_arguments(module: str, does: str) -> Recipe:
 def boundary() -> Iterator[None]:
     """Print a UserError as `error:` lines and exit 1; a bug keeps its traceback. SIGTERM unwinds like Ctrl-C."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the libraries' bars; the stages show their own
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -120,15 +123,15 @@ def boundary() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            f"error: the disk is full ({error.filename or os.getcwd()}): free some space and run again", file=sys.stderr
-        )
-        sys.exit(1)
     except MemoryError:
         print("error: out of memory: lower train.max_tokens or choose a smaller base, then run again", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        # safetensors tells a full disk by an exception of its own, with the system's words in it.
+        if getattr(error, "errno", None) not in FULL and not any(os.strerror(code) in str(error) for code in FULL):
+            raise
+        place = getattr(error, "filename", None) or os.getcwd()
+        print(f"error: the disk is full ({place}): free some space and run again", file=sys.stderr)
         sys.exit(1)
 
 
