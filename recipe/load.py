@@ -33,9 +33,10 @@ def load(recipe: str, overrides: list[str] | None = None) -> Recipe:
         _apply_override(tree, override, problems)
     places: dict[str, str] = {}
     values = _build(Recipe, tree, "", places, problems)
-    if not problems:
-        loaded = _locate(Recipe(name=path.stem, **values), path.parent)
-        problems = [f"{places.get(key, path)}: {key}: {problem}" for key, problem in loaded.problems()]
+    loaded = _locate(Recipe(name=path.stem, **values), path.parent)  # a key with a problem has its default here
+    for key, problem in loaded.problems():
+        if not any(f" {told}:" in known for known in problems for told in (key, key.partition(".")[0])):
+            problems.append(f"{places.get(key, path)}: {key}: {problem}")
     if problems:
         raise UserError(*problems)
     return loaded

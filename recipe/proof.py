@@ -9,6 +9,8 @@ from typing import Any
 from recipe.files import write_whole
 from recipe.reference import Probe, Reference
 
+LARGEST_LOSS = 100.0  # nats a token; more, of a model that is lost anyway, would be no number of JSON
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -67,6 +69,8 @@ def compare_logits(
     """
     import numpy as np
 
+    if not _usable(comparison, reference, found):
+        return
     divergences, agreements, squared, norm = [], [], 0.0, 0.0
     first = None
     for probe in reference.probes:
@@ -102,6 +106,23 @@ def compare_logits(
         )
 
 
+def _usable(comparison: Comparison, reference: Reference, found: dict[str, Any]) -> bool:
+    """Whether there are finite logits of every token that the model was trained with; what is wrong is a problem."""
+    import numpy as np
+
+    for probe in reference.probes:
+        tokens = found[probe.name].shape[-1]
+        if tokens < reference.logits.shape[-1]:
+            comparison.problems.append(f"vocabulary: {tokens} tokens, trained with {reference.logits.shape[-1]}")
+            return False
+        if not np.isfinite(found[probe.name]).all():
+            comparison.problems.append(
+                f"logits: probe '{probe.name}' has some that are no finite numbers: a weight is damaged or too large"
+            )
+            return False
+    return True
+
+
 def divergence(wanted: Any, found: Any) -> Any:
     """Kullback-Leibler divergence of each row's softmax, in nats."""
     import numpy as np
@@ -120,4 +141,5 @@ def perplexity(losses: list[float], tokens: list[int]) -> tuple[float, float]:
     mean = total / count
     spread = sum((loss - mean * size) ** 2 for loss, size in zip(losses, tokens, strict=True))
     error = math.sqrt(spread * len(losses) / max(len(losses) - 1, 1)) / count
-    return math.exp(mean), math.exp(mean) * error
+    value = math.exp(min(mean, LARGEST_LOSS))
+    return value, value * error
