@@ -103,8 +103,8 @@ def recipe_of_arguments(module: str, does: str) -> Recipe:
 @contextmanager
 def boundary() -> Iterator[None]:
     """Print a UserError as `error:` lines and exit 1; a bug keeps its traceback. SIGTERM unwinds like Ctrl-C."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the libraries' bars; the stages show their own
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(bars, "1")  # the libraries' bars; the stages show their own
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
