@@ -116,6 +116,8 @@ def question(row: Any) -> dict[str, Any]:
     answer = row.get("answer", "")
     if not isinstance(answer, str):
         raise ValueError("'answer' must be text")
+    if any(map(_has_broken_surrogate, [answer, *facts])):
+        raise ValueError("'facts' or 'answer' has a broken surrogate pair (a cut emoji): mend it")
     return {"messages": messages, "answer": answer, "facts": facts}
 
 
@@ -164,10 +166,14 @@ def _messages(row: Any) -> list[dict[str, str]]:
             raise ValueError(f"messages[{index}]: 'content' must be text, it is {type(content).__name__}")
         if not content.strip() and role != "system":
             raise ValueError(f"messages[{index}]: 'content' of role {role!r} is empty")
-        if any("\ud800" <= character <= "\udfff" for character in content):
+        if _has_broken_surrogate(content):
             raise ValueError(f"messages[{index}]: 'content' has a broken surrogate pair (a cut emoji): mend it")
         checked.append({"role": role, "content": content})
     return checked
+
+
+def _has_broken_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _duplicates(rows: list[Row]) -> int:
