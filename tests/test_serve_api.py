@@ -261,3 +261,38 @@ def test_two_starts_at_once_agree_on_one_key(tmp_path: Path):
     ]
     assert len({maker.communicate(timeout=30)[0] for maker in makers}) == 1
     assert os.listdir(tmp_path / ".secrets") == ["api-key"]
+
+
+def write_proof(folder: Path, problems: list[str]) -> None:
+    """The receipt of `make prove` for the run's very files."""
+    made = json.loads((folder / "runs" / NAME / "gguf.json").read_text())
+    comparisons = [{"name": "Q8_0", "measures": {}, "problems": problems}]
+    metrics = {"passed": not problems, "comparisons": comparisons}
+    proof = made | {"stage": "prove", "inputs": made["outputs"], "outputs": {}, "metrics": metrics}
+    (folder / "runs" / NAME / "prove.json").write_text(json.dumps(proof))
+
+
+def test_what_failed_its_proof_is_not_served(folder: Path):
+    write_proof(folder, ["token ids: probe 'plain', position 3"])
+    said = refused(folder)
+    assert "failed its proof (token ids: probe 'plain', position 3)" in said
+    assert "FORCE=1" in said
+
+
+def test_force_serves_it_all_the_same_and_says_so(folder: Path, start, monkeypatch: pytest.MonkeyPatch):
+    write_proof(folder, ["token ids: probe 'plain', position 3"])
+    monkeypatch.setenv("FORCE", "1")
+    server = start()
+    server.wait_for("Ctrl-C stops")
+    assert answers(server)
+
+
+def test_a_proof_of_other_files_does_not_count(folder: Path, start):
+    write_proof(folder, ["token ids: probe 'plain', position 3"])
+    path = folder / "runs" / NAME / "prove.json"
+    proof = json.loads(path.read_text())
+    proof["inputs"] = {name: mark | {"sha256": "0" * 64} for name, mark in proof["inputs"].items()}
+    path.write_text(json.dumps(proof))
+    server = start()
+    server.wait_for("Ctrl-C stops")
+    assert answers(server)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def _from_gguf(source: Path, folder: Path, name: str) -> Fingerprints:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    except (ValueError, KeyError, IndexError, OSError, NotImplementedError) as error:
+    except (ValueError, KeyError, IndexError, OSError, NotImplementedError, struct.error) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{source} is not a whole GGUF model that transformers reads ({reason}): fetch it again"
@@ -155,6 +156,11 @@ def _from_folder(source: Path, folder: Path) -> Fingerprints:
     weights = sorted({file for pattern in WEIGHTS for file in source.glob(pattern)})
     if not (source / "config.json").is_file() or not any(file.suffix == ".safetensors" for file in weights):
         raise UserError(f"{source} holds no model: it needs config.json and *.safetensors (adapters are no base)")
+    index = source / "model.safetensors.index.json"
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index in weights else ()
+    for name in sorted(set(named)):
+        if not (source / name).is_file():
+            raise UserError(f"{source / name} is missing, which {index.name} names: fetch it again")
     for file in weights:
         if file.suffix == ".safetensors":
             safetensors_header(file)
@@ -167,7 +173,8 @@ def _from_folder(source: Path, folder: Path) -> Fingerprints:
 
 def _from_hub(name: str, folder: Path) -> Fingerprints:
     """Download a Hub model's safetensors and settings, nothing else."""
-    os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # a download of gigabytes shows its progress
+    for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.pop(bars, None)  # a download of gigabytes shows its progress
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -33,7 +33,11 @@ def prepare_tokenizer(folder: Path, template_file: str | None) -> str:
     """
     from transformers import AutoTokenizer, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the base has no tokenizer that transformers reads ({reason}): use another base") from None
     if template_file:
         try:
             tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
@@ -75,7 +79,7 @@ def render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool = False)
 
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-    except (TemplateError, TypeError, KeyError) as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
             f"the chat template refuses a conversation of {roles} ({error}): mend the data or the template"

@@ -1,0 +1,292 @@
+"""The chat template: the labels are the assistant's words and the end of its turn, nothing else, in every template."""
+
+import json
+import shutil
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipe import UserError
+from train.template import IGNORED, Example, end_of_turn, examples, prepare_tokenizer, render
+
+END = "<|im_end|>"
+LONG = 10_000
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Qwen3's: the thoughts of past answers are not shown again.
+FORGETFUL = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}",
+)
+# As Zephyr's: roles in plain text, and the end of text ends the turn.
+ZEPHYR = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}Bot: {{ m.content }}<|endoftext|>\n"
+    "{% else %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}Bot:{% endif %}"
+)
+
+
+def talk(*turns: str, system: str | None = None) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return opening + [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)]
+
+
+def spoken(tokenizer: Any, example: Example) -> list[str]:
+    """The text of each run of supervised tokens."""
+    pairs = zip(example.input_ids, example.labels, strict=True)
+    runs = groupby(pairs, key=lambda pair: pair[1] != IGNORED)
+    return [tokenizer.decode([label for _, label in run]) for supervised, run in runs if supervised]
+
+
+def answers(messages: list[dict[str, str]], end: str = END) -> list[str]:
+    return [message["content"] + end for message in messages if message["role"] == "assistant"]
+
+
+TALKS = {
+    "one turn": talk("Hello", "Hi there."),
+    "several turns": talk("One", "1", "Two", "2", "Three", "3"),
+    "system prompt": talk("Hello", "Hi.", system="Be short."),
+    "empty system prompt": talk("Hello", "Hi.", system=""),
+    "Unicode": talk("Grüße, 世界", "Καλημέρα κόσμε, שלום, नमस्ते, é́"),
+    "emoji": talk("😀", "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽"),
+    "code": talk("Loop?", "```python\nfor i in range(3):\n\tprint(i)\n```\n"),
+    "spaces at the ends": talk("  Hello  ", "Hi.  \n\n"),
+    "special tokens in the question": talk("What is <|im_end|>?\n<|im_start|>assistant\nMe!<|im_end|>\n", "A token."),
+    "special tokens in the answer": talk("Which token ends a turn?", "It is <|im_end|> here."),
+    "a turn inside the answer": talk("Show ChatML", "<|im_start|>user\nHi<|im_end|>\nlike this"),
+    "the same words on both sides": talk("echo", "echo", "echo", "echo", system="echo"),
+    "numbers": talk("1234567890", "3.14159 and 2^64 = 18446744073709551616"),
+    "a single character": talk("?", "!"),
+}
+
+
+@pytest.mark.parametrize("name", TALKS)
+def test_the_labels_are_the_answers_and_their_ends(name: str, tokenizer: Any) -> None:
+    messages = TALKS[name]
+    [row] = examples(tokenizer, messages, LONG)
+    assert spoken(tokenizer, row) == answers(messages)
+
+
+@pytest.mark.parametrize("name", TALKS)
+def test_the_ids_are_those_of_the_rendered_conversation(name: str, tokenizer: Any) -> None:
+    [row] = examples(tokenizer, TALKS[name], LONG)
+    text = tokenizer.apply_chat_template(TALKS[name], tokenize=False)
+    assert row.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", TALKS)
+def test_a_label_is_its_token_or_ignored(name: str, tokenizer: Any) -> None:
+    [row] = examples(tokenizer, TALKS[name], LONG)
+    assert all(label in (IGNORED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
+
+
+@pytest.mark.parametrize("name", TALKS)
+def test_what_a_server_would_render_opens_the_first_answer(name: str, tokenizer: Any) -> None:
+    messages = TALKS[name]
+    first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    prompt = tokenizer.apply_chat_template(messages[:first], add_generation_prompt=True, return_dict=True)["input_ids"]
+    [row] = examples(tokenizer, messages, LONG)
+    assert row.input_ids[: len(prompt)] == prompt
+    assert set(row.labels[: len(prompt)]) == {IGNORED} and row.labels[len(prompt)] != IGNORED
+
+
+def test_a_token_that_is_half_the_template_s_is_not_learned(tokenizer: Any) -> None:
+    [row] = examples(tokenizer, talk("Hello", "  Hi."), LONG)  # the newline of the template takes the first space
+    assert spoken(tokenizer, row) == [" Hi." + END]
+
+
+def test_what_the_template_writes_after_the_turn_is_not_learned(tokenizer: Any) -> None:
+    [row] = examples(tokenizer, talk("Hello", "Hi."), LONG)
+    assert tokenizer.decode(row.input_ids[-1:]) == "\n"
+    assert row.labels[-2:] == [tokenizer.eos_token_id, IGNORED]
+
+
+def test_another_end_of_turn_is_learned_too(tokenizer: Any) -> None:
+    tokenizer.chat_template, tokenizer.eos_token = ZEPHYR, "<|endoftext|>"
+    messages = talk("One", "1", "Two", "2")
+    [row] = examples(tokenizer, messages, LONG)
+    assert [text.strip() for text in spoken(tokenizer, row)] == answers(messages, "<|endoftext|>")
+
+
+def test_a_template_that_forgets_thoughts_gives_a_row_a_turn(tokenizer: Any) -> None:
+    tokenizer.chat_template = FORGETFUL
+    messages = talk("One", "<think>uno</think>1", "Two", "<think>dos</think>2", "Three", "3")
+    rows = examples(tokenizer, messages, LONG)
+    assert [spoken(tokenizer, row) for row in rows] == [[answer] for answer in answers(messages)]
+    assert "uno" not in tokenizer.decode(rows[1].input_ids), "as a server renders the past"
+
+
+def test_a_template_that_forgets_nothing_here_gives_one_row(tokenizer: Any) -> None:
+    tokenizer.chat_template = FORGETFUL
+    messages = talk("One", "1", "Two", "2")
+    [row] = examples(tokenizer, messages, LONG)
+    assert spoken(tokenizer, row) == answers(messages)
+
+
+def test_a_template_that_opens_turns_in_two_ways_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>bot\n{% endif %}")
+    with pytest.raises(UserError, match=r"opens the assistant's turn with .*bot.* but writes a past turn as .*mend"):
+        examples(tokenizer, talk("Hello", "Hi."), LONG)
+
+
+def test_a_long_conversation_is_cut(tokenizer: Any) -> None:
+    messages = talk("Count", " ".join(str(number) for number in range(99)))
+    [whole], [cut] = examples(tokenizer, messages, LONG), examples(tokenizer, messages, 64)
+    assert (cut.input_ids, cut.labels) == (whole.input_ids[:64], whole.labels[:64])
+    assert len(whole.input_ids) > 64
+
+
+def test_a_conversation_whose_answer_is_cut_off_is_left_out(tokenizer: Any) -> None:
+    assert examples(tokenizer, talk("word " * 99, "Hi."), 64) == []
+
+
+def test_of_a_row_a_turn_only_those_with_an_answer_are_kept(tokenizer: Any) -> None:
+    tokenizer.chat_template = FORGETFUL
+    rows = examples(tokenizer, talk("One", "<think>a</think>1", "word " * 99, "<think>b</think>2"), 64)
+    assert [spoken(tokenizer, row) for row in rows] == [["<think>a</think>1" + END]]
+
+
+ENDS = {"ChatML": (CHATML, END), "Zephyr": (ZEPHYR, "<|endoftext|>"), "forgetful": (FORGETFUL, END)}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_end_of_turn_is_what_the_template_writes(name: str, tokenizer: Any) -> None:
+    tokenizer.chat_template, end = ENDS[name]
+    assert end_of_turn(tokenizer) == end
+
+
+def test_a_template_without_an_end_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = ZEPHYR.replace("<|endoftext|>", "")
+    with pytest.raises(UserError) as raised:
+        end_of_turn(tokenizer)
+    assert str(raised.value) == (
+        "the chat template ends the assistant's turn with ' pong\\n', which has no special token: the model would "
+        "never learn to stop, let the template write the tokenizer's eos token there"
+    )
+
+
+REFUSING = {
+    "raises": ("{{ raise_exception('only one turn') }}", "only one turn"),
+    "syntax": ("{% for m in messages %}", "Unexpected end of template"),
+    "undefined": ("{{ messages[0].name.first }}", "has no attribute 'name'"),
+    "type": ("{{ messages + 1 }}", "can only concatenate list"),
+    "division": ("{{ 1 // 0 }}", "division"),
+    "range": ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+    "sandbox, classes": ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    "sandbox, globals": ("{{ raise_exception.__globals__.keys() }}", "unsafe"),
+    "sandbox, subclasses": ("{% for c in ''.__class__.__base__.__subclasses__() %}{{ c }}{% endfor %}", "unsafe"),
+    "sandbox, change": ("{{ messages.append(1) }}", "unsafe"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSING)
+def test_a_template_that_fails_or_breaks_out_is_refused(name: str, tokenizer: Any) -> None:
+    tokenizer.chat_template, reason = REFUSING[name]
+    with pytest.raises(UserError) as raised:
+        render(tokenizer, talk("Hello", "Hi."))
+    [said] = str(raised.value).splitlines()
+    assert said.startswith("the chat template refuses a conversation of user, assistant (")
+    assert reason in said
+    assert said.endswith("): mend the data or the template")
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, base_folder: Path) -> Path:
+    """A base folder without its weights."""
+    ignored = shutil.ignore_patterns("*.safetensors")
+    return shutil.copytree(base_folder, tmp_path / "model", ignore=ignored)
+
+
+def prepared(folder: Path, template: str | None = None) -> Any:
+    """The tokenizer as later stages read it."""
+    from transformers import AutoTokenizer
+
+    file = folder.parent / "chat.jinja"
+    if template:
+        file.write_text(template, encoding="utf-8")
+    prepare_tokenizer(folder, str(file) if template else None)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_eos_becomes_the_end_of_the_turn_everywhere(model_folder: Path) -> None:
+    tokenizer = prepared(model_folder, ZEPHYR)
+    config = json.loads((model_folder / "config.json").read_text())
+    generation = json.loads((model_folder / "generation_config.json").read_text())
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert (tokenizer.eos_token_id, config["eos_token_id"], generation["eos_token_id"][0]) == (end, end, end)
+
+
+def test_what_stopped_the_base_still_stops_it(model_folder: Path) -> None:
+    before = json.loads((model_folder / "config.json").read_text())["eos_token_id"]
+    prepared(model_folder, ZEPHYR)
+    assert before in json.loads((model_folder / "generation_config.json").read_text())["eos_token_id"]
+
+
+@pytest.mark.parametrize("template", [CHATML, ZEPHYR])
+def test_pad_is_another_token_than_eos(template: str, model_folder: Path) -> None:
+    size = json.loads((model_folder / "config.json").read_text())["vocab_size"]
+    tokenizer = prepared(model_folder, template)
+    config = json.loads((model_folder / "config.json").read_text())
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert config["pad_token_id"] == tokenizer.pad_token_id
+    assert len(tokenizer) == size, "no embedding has to be added"
+
+
+@pytest.mark.parametrize(
+    "tags", [("{% generation %}", "{% endgeneration %}"), ("{%- generation -%}", "{%-endgeneration-%}")]
+)
+def test_generation_tags_are_taken_out(tags: tuple[str, str], model_folder: Path) -> None:
+    tagged = CHATML.replace("{{ m.content }}", "{}{{{{ m.content }}}}{}".format(*tags))
+    tokenizer = prepared(model_folder, tagged)
+    assert tokenizer.chat_template == CHATML
+
+
+def test_the_given_template_is_saved_with_the_tokenizer(model_folder: Path) -> None:
+    prepared(model_folder, FORGETFUL)
+    assert (model_folder / "chat_template.jinja").read_text() == FORGETFUL
+
+
+def test_preparing_twice_changes_nothing(model_folder: Path) -> None:
+    prepared(model_folder, ZEPHYR)
+    before = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    prepared(model_folder)
+    assert {path.name: path.read_bytes() for path in model_folder.iterdir()} == before
+
+
+def test_no_template_at_all_is_told(model_folder: Path) -> None:
+    (model_folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError) as raised:
+        prepare_tokenizer(model_folder, None)
+    assert str(raised.value) == "the base has no chat template: name a Jinja file in the recipe's key 'chat_template'"
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_template_that_cannot_be_read_is_told(content: bytes | None, model_folder: Path) -> None:
+    file = model_folder / "mine.jinja"
+    if content:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"^chat_template: .*mine\.jinja cannot be read \(.*\): give a Jinja file$"):
+        prepare_tokenizer(model_folder, str(file))
+
+
+def test_a_folder_without_tokenizer_is_told(model_folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model_folder / name).unlink()
+    with pytest.raises(UserError) as raised:
+        prepare_tokenizer(model_folder, None)
+    [said] = str(raised.value).splitlines()
+    assert said.startswith("the base has no tokenizer that transformers reads (")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": "1.0"}'])
+def test_a_damaged_tokenizer_is_told(content: str, model_folder: Path) -> None:
+    (model_folder / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError) as raised:
+        prepare_tokenizer(model_folder, None)
+    [said] = str(raised.value).splitlines()
+    assert said.startswith("the base has no tokenizer that transformers reads (")
