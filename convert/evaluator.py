@@ -1,6 +1,7 @@
-"""A GGUF in llama.cpp, asked for logits: one pass a sequence, through the bindings' low-level functions."""
+"""A GGUF in llama.cpp, asked for logits: several sequences a pass, through the bindings' low-level functions."""
 
 import os
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -8,13 +9,20 @@ from typing import Any, Self
 
 from recipe import UserError
 
-CONTEXT_TOKENS = 2048
+Asked = tuple[list[int], list[int]]  # tokens, and the positions in them whose next-token logits are wanted
+# Each pass makes the threads wait for one another hundreds of times; a larger one attends to more foreign tokens.
+PASS_TOKENS = 512
+PASS_SEQUENCES = 16
 
 
 class Evaluator:
-    """A loaded model. Cache in float32 and no flash attention: only the weights' types may make a difference."""
+    """A loaded model. Cache in float32 and no flash attention: only the weights' types may make a difference.
 
-    def __init__(self, path: Path, longest_tokens: int = CONTEXT_TOKENS) -> None:
+    Raises:
+        UserError: llama.cpp cannot load the file, or has no memory for sequences of `longest_tokens`.
+    """
+
+    def __init__(self, path: Path, longest_tokens: int) -> None:
         import llama_cpp
 
         from convert.llamacpp import be_quiet
@@ -27,8 +35,11 @@ class Evaluator:
         self.ending.callback(llama_cpp.llama_model_free, self.model)
         self.vocabulary = llama_cpp.llama_model_get_vocab(self.model)
         self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
+        self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self.vocabulary))
+        self.pass_tokens = max(longest_tokens, PASS_TOKENS)
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = longest_tokens
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = self.pass_tokens
+        parameters.n_seq_max, parameters.kv_unified = PASS_SEQUENCES, True
         parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
         parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         parameters.n_threads = parameters.n_threads_batch = _cores()
@@ -37,9 +48,8 @@ class Evaluator:
             self.ending.close()
             raise UserError(f"llama.cpp has no memory for {longest_tokens} tokens of {path}: free some")
         self.ending.callback(llama_cpp.llama_free, self.context)
-        self.batch = llama_cpp.llama_batch_init(longest_tokens, 0, 1)
+        self.batch = llama_cpp.llama_batch_init(self.pass_tokens, 0, 1)
         self.ending.callback(llama_cpp.llama_batch_free, self.batch)
-        self.longest_tokens = longest_tokens
 
     def __enter__(self) -> Self:
         return self
@@ -49,43 +59,57 @@ class Evaluator:
     ) -> None:
         self.ending.close()
 
-    def tokens(self, text: str) -> list[int]:
-        """llama.cpp's tokens of a rendered prompt, special tokens read as such, none added."""
+    def tokens(self, prompt: str) -> list[int]:
+        """llama.cpp's tokens of a rendered prompt as its server makes them, with what the file says to add."""
         import llama_cpp
 
-        data = text.encode()
+        bos = llama_cpp.llama_vocab_bos(self.vocabulary)
+        if self.adds_bos and bos != llama_cpp.LLAMA_TOKEN_NULL:  # the server takes the template's BOS for the same one
+            prompt = prompt.removeprefix(llama_cpp.llama_vocab_get_text(self.vocabulary, bos).decode())
+        data = prompt.encode()
         room = len(data) + 8
         ids = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self.vocabulary, data, len(data), ids, room, False, True)
+        count = llama_cpp.llama_tokenize(self.vocabulary, data, len(data), ids, room, True, True)
         return list(ids[: max(count, 0)])
 
-    def logits(self, ids: list[int], positions: list[int]) -> Any:
-        """(positions, vocabulary) float32 logits of the next token after each of those positions.
+    def logits(self, asked: Iterable[Asked]) -> Iterator[Any]:
+        """For each sequence in turn (positions, vocabulary) float32 logits of the token after each position.
 
         Raises:
-            UserError: more tokens than the evaluator was made for, or llama.cpp fails.
+            UserError: a token that the model does not have, or llama.cpp fails.
         """
+        group: list[Asked] = []
+        for sequence in asked:
+            if sum(len(ids) for ids, _ in [*group, sequence]) > self.pass_tokens or len(group) == PASS_SEQUENCES:
+                yield from self._decode(group)
+                group = []
+            group.append(sequence)
+        yield from self._decode(group)
+
+    def _decode(self, group: list[Asked]) -> Iterator[Any]:
+        """One pass over sequences that do not see one another."""
         import llama_cpp
         import numpy as np
 
-        if len(ids) > self.longest_tokens:
-            raise UserError(f"{len(ids)} tokens are more than the {self.longest_tokens} of the proof: shorten the data")
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
-        wanted = set(positions)
-        self.batch.n_tokens = len(ids)
-        for index, token in enumerate(ids):
-            self.batch.token[index] = token
-            self.batch.pos[index] = index
-            self.batch.n_seq_id[index] = 1
-            self.batch.seq_id[index][0] = 0
-            self.batch.logits[index] = index in wanted
+        index, rows = 0, []
+        for number, (ids, positions) in enumerate(group):
+            wanted = set(positions)
+            rows.append([index + position for position in positions])
+            for position, token in enumerate(ids):
+                self.batch.token[index] = token
+                self.batch.pos[index] = position
+                self.batch.n_seq_id[index] = 1
+                self.batch.seq_id[index][0] = number
+                self.batch.logits[index] = position in wanted
+                index += 1
+        self.batch.n_tokens = index
         if status := llama_cpp.llama_decode(self.context, self.batch):
-            raise UserError(f"llama.cpp cannot evaluate {len(ids)} tokens (status {status}): report the model as a bug")
-        rows = [
-            np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, position), (self.vocabulary_size,))
-            for position in positions
-        ]
-        return np.array(rows, dtype=np.float32)  # a copy: llama.cpp reuses its buffer
+            raise UserError(f"llama.cpp cannot evaluate {index} tokens (status {status}): report the model as a bug")
+        width = (self.vocabulary_size,)
+        for found in rows:
+            pointers = [llama_cpp.llama_get_logits_ith(self.context, row) for row in found]
+            yield np.array([np.ctypeslib.as_array(pointer, width) for pointer in pointers], dtype=np.float32)
 
 
 def _cores() -> int:

@@ -11,12 +11,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from convert.pretokenizer import pre_tokenizer
 from recipe import UserError
 
 log = logging.getLogger("truetune")
 SECONDS_BETWEEN_LINES = 5.0
 FALLBACK = re.compile(r"warning: *(\S+) *- ncols .*?required for type *(\w+)\).*?falling back to *(\w+)")
 FALLBACK_COUNT = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback")
+UNRECOGNIZED = "BPE pre-tokenizer was not recognized"
 PROGRESS = re.compile(r"^\[ *(\d+)/ *(\d+)\]")
 
 
@@ -35,8 +37,9 @@ def convert(model: Path, output: Path, kind: str) -> None:
     Raises:
         UserError: the converter refuses the model; its last words and its log are named.
     """
-    script = converter()
-    arguments = [sys.executable, str(script), str(model), "--outtype", kind.lower(), "--outfile", str(output)]
+    pre, unknown = _declared_pre_tokenizer(model)
+    wrapped = [sys.executable, str(Path(__file__).with_name("converter.py")), str(converter()), pre]
+    arguments = [*wrapped, str(model), "--outtype", kind.lower(), "--outfile", str(output)]
     # The script finds its own gguf package beside it; a PYTHONPATH of ours would give it our packages.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     logged = output.with_suffix(".log")
@@ -50,8 +53,20 @@ def convert(model: Path, output: Path, kind: str) -> None:
             raise
     if status != 0:
         words = [line for line in logged.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        if unknown and words and UNRECOGNIZED in words[-1]:
+            raise unknown
         raise UserError(f"llama.cpp cannot convert {model} ({words[-1] if words else f'exit {status}'}): see {logged}")
     logged.unlink()
+
+
+def _declared_pre_tokenizer(model: Path) -> tuple[str, UserError | None]:
+    """llama.cpp's name of it, or why there is none, which matters only where the converter knows none either."""
+    if not (model / "tokenizer.json").is_file():
+        return "", None
+    try:
+        return pre_tokenizer(model), None
+    except UserError as error:
+        return "", error
 
 
 @dataclass

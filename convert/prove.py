@@ -4,116 +4,194 @@ Everything that conversion can lose is looked for: the chat template, token ids,
 """
 
 import logging
+import math
+import re
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from convert.evaluator import Evaluator
-from convert.header import read_header
-from recipe import Made, Recipe, Run, command
+from convert.evaluator import Asked, Evaluator
+from convert.header import Header, read_header
+from convert.llamacpp import file_type
+from recipe import Made, Recipe, Run, UserError, command
 from recipe.proof import Bounds, Comparison, compare_logits, compare_tokens, perplexity, write_comparisons
 from recipe.reference import Reference, read_reference
+from recipe.schema import QUANTIZATIONS
 
 log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "numpy")
+GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+# What the libraries raise for files that are damaged or do not belong together.
+UNREADABLE = (UserError, OSError, ValueError, KeyError, IndexError, RuntimeError, AttributeError)
+BITS_OF_BOUND = 4.5
+LEAST_BITS = 0.8  # of what the type has in Llama 3 8B; a tensor that falls back takes more, never less
+Logits = Callable[[Iterable[Asked]], Iterable[Any]]
 
 
 def parity(recipe: Recipe, run: Run) -> Made:
     """Write `parity.jsonl`, one comparison a line; a failed comparison is a result here, `make prove` judges."""
+    from transformers import AutoTokenizer
+
     reference = read_reference(run.path("reference"))
-    knobs = recipe.prove
-    full = Bounds(knobs.full_divergence, knobs.full_agreement)
-    quantized = Bounds(knobs.quantized_divergence, knobs.quantized_agreement)
-    comparisons = [prove_merged(run, reference, Bounds(knobs.merged_divergence, knobs.full_agreement))]
+    tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
+    comparisons = [prove_merged(run, reference, merged_bounds(recipe))]
     for kind in (recipe.gguf.full, *(kind for kind in recipe.gguf.types if kind != recipe.gguf.full)):
         log.info("prove: %s", kind)
         path = run.path("gguf", f"{run.name}-{kind}.gguf")
-        bounds = full if kind in ("F32", "F16", "BF16") else quantized
-        comparisons.append(prove_gguf(kind, path, run, reference, bounds))
+        comparisons.append(prove_gguf(kind, path, tokenizer, reference, gguf_bounds(recipe, kind)))
     write_comparisons(run.path("parity.jsonl"), comparisons)
     metrics = {comparison.name: not comparison.problems for comparison in comparisons}
     return Made(outputs=[run.path("parity.jsonl")], metrics=metrics, packages=PACKAGES)
 
 
+def merged_bounds(recipe: Recipe) -> Bounds:
+    """Those of the type that the merged weights were rounded to."""
+    knobs = recipe.prove
+    rounded = recipe.merge.precision == "bfloat16"
+    return Bounds(knobs.bfloat16_divergence if rounded else knobs.merged_divergence, knobs.full_agreement)
+
+
+def gguf_bounds(recipe: Recipe, kind: str) -> Bounds:
+    """Those of an unquantized type, or of a quantization by its bits."""
+    knobs = recipe.prove
+    if kind in ("F16", "F32"):
+        rounded = merged_bounds(recipe).mean_divergence
+        return Bounds(max(knobs.full_divergence, rounded), knobs.full_agreement)
+    if kind == "BF16":
+        return Bounds(knobs.bfloat16_divergence, knobs.full_agreement)
+    # Measured on SmolLM2-135M: 0.003 for Q8_0, 0.008 Q6_K, 0.05 Q4_K_M, 0.3 Q2_K: about e times more for a bit less.
+    allowed = knobs.quantized_divergence * min(1.0, math.exp(BITS_OF_BOUND - QUANTIZATIONS[kind]))
+    return Bounds(allowed, knobs.quantized_agreement)
+
+
 def prove_merged(run: Run, reference: Reference, bounds: Bounds) -> Comparison:
     """The merged folder in transformers: template, token ids, logits, perplexity, where it stops."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     log.info("prove: merge")
+    start, folder = time.monotonic(), run.path("merged")
     comparison = Comparison("merge")
-    tokenizer = AutoTokenizer.from_pretrained(run.path("merged"))
-    model = AutoModelForCausalLM.from_pretrained(run.path("merged"), dtype=torch.float32).eval()
-
-    def show(token: int) -> str:
-        return repr(tokenizer.decode([token]))
-
-    for probe in reference.probes:
-        prompt = tokenizer.apply_chat_template(probe.messages, tokenize=False, add_generation_prompt=True)
-        if not compare_text(comparison, "chat template", probe.name, prompt, probe.prompt):
-            break
-        if not compare_tokens(comparison, probe, tokenizer(prompt, add_special_tokens=False)["input_ids"], show):
-            break
-    stops = model.generation_config.eos_token_id
-    check_stops(comparison, reference, stops if isinstance(stops, list) else [stops])
-
-    def logits(ids: list[int], positions: list[int]) -> Any:
-        with torch.inference_mode():
-            return model(torch.tensor([ids])).logits[0, positions].float().numpy()
-
-    measure(comparison, reference, logits, bounds, show)
-    return comparison
-
-
-def prove_gguf(kind: str, path: Path, run: Run, reference: Reference, bounds: Bounds) -> Comparison:
-    """A GGUF in llama.cpp: template, token ids, logits, perplexity, where it stops."""
-    from transformers import AutoTokenizer
-
-    start = time.monotonic()
-    comparison = Comparison(kind)
-    header = read_header(path)
-    tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
-
-    def show(token: int) -> str:
-        return repr(tokenizer.decode([token]))
-
-    compare_text(comparison, "chat template", "file", header.chat_template or "", tokenizer.chat_template)
-    check_stops(comparison, reference, [header.eos_token_id])
-    longest = max(*(len(p.sequence) for p in reference.probes), *(len(a.ids) for a in reference.answers), 1)
-    with Evaluator(path, longest) as evaluator:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        show = shown_by(tokenizer)
+        check_template(comparison, tokenizer.chat_template or "")
+        if len(tokenizer) > model.config.get_text_config().vocab_size:
+            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the weights fewer")
         for probe in reference.probes:
-            if not compare_tokens(comparison, probe, evaluator.tokens(probe.prompt), show):
+            prompt = str(tokenizer.apply_chat_template(probe.messages, tokenize=False, add_generation_prompt=True))
+            if not compare_text(comparison, "chat template", probe.name, prompt, probe.prompt):
                 break
-        measure(comparison, reference, evaluator.logits, bounds, show)
-    comparison.measures |= {"bytes": path.stat().st_size, "seconds": round(time.monotonic() - start, 2)}
+            if not compare_tokens(comparison, probe, tokenizer(prompt, add_special_tokens=False)["input_ids"], show):
+                break
+        stops = model.generation_config.eos_token_id
+        check_stops(comparison, reference, stops if isinstance(stops, list) else [stops])
+        measure(comparison, reference, logits_of(model), bounds, show)
+    except (*UNREADABLE, SafetensorError) as error:
+        comparison.problems.append(f"{folder} cannot be used: {reason(error)}")
+    comparison.measures["seconds"] = round(time.monotonic() - start, 2)
     return comparison
 
 
-def measure(comparison: Comparison, reference: Reference, logits: Any, bounds: Bounds, show: Any) -> None:
+def logits_of(model: Any) -> Logits:
+    """The model's logits at the positions asked for; those before the first one are never computed."""
+    import torch
+
+    def logits(asked: Iterable[Asked]) -> Iterator[Any]:
+        for ids, positions in asked:
+            last = len(ids) - positions[0]
+            with torch.inference_mode():
+                found = model(torch.tensor([ids]), logits_to_keep=last).logits[0]
+            yield found[[position - len(ids) for position in positions]].float().numpy()
+
+    return logits
+
+
+def prove_gguf(kind: str, path: Path, tokenizer: Any, reference: Reference, bounds: Bounds) -> Comparison:
+    """A GGUF in llama.cpp: type, template, token ids, logits, perplexity, where it stops."""
+    start = time.monotonic()
+    comparison, show = Comparison(kind), shown_by(tokenizer)
+    try:
+        header = read_header(path)
+        check_type(comparison, kind, header)
+        check_template(comparison, header.chat_template or "")
+        compare_text(comparison, "chat template", "file", header.chat_template or "", tokenizer.chat_template)
+        check_stops(comparison, reference, [header.eos_token_id])
+        longest = max(len(ids) for ids, _ in asked_of(reference))
+        with Evaluator(path, longest) as evaluator:
+            for probe in reference.probes:
+                if not compare_tokens(comparison, probe, evaluator.tokens(probe.prompt), show):
+                    break
+            measure(comparison, reference, evaluator.logits, bounds, show)
+        comparison.measures["bytes"] = path.stat().st_size
+    except UNREADABLE as error:
+        comparison.problems.append(f"{path} cannot be used: {reason(error)}")
+    comparison.measures["seconds"] = round(time.monotonic() - start, 2)
+    return comparison
+
+
+def asked_of(reference: Reference) -> list[Asked]:
+    """The tokens of every probe, then of every validation answer, and the positions whose next token is compared."""
+    probes = [(probe.sequence, range(len(probe.ids) - 1, len(probe.sequence) - 1)) for probe in reference.probes]
+    answers = [(answer.ids, range(answer.first - 1, len(answer.ids) - 1)) for answer in reference.answers]
+    return [(ids, list(positions)) for ids, positions in probes + answers]
+
+
+def measure(comparison: Comparison, reference: Reference, logits: Logits, bounds: Bounds, show: Any) -> None:
     """Logits at the probes' answers, greedy agreement, and perplexity on the validation answers."""
+    found, greedy, losses = {}, 0, []
+    made = iter(logits(asked_of(reference)))
+    for probe in reference.probes:
+        rows = next(made)
+        found[probe.name] = rows[: probe.scored]
+        greedy += rows.argmax(-1).tolist() == probe.continuation
+    compare_logits(comparison, reference, found, bounds, show)
+    if "divergence_mean" not in comparison.measures:
+        return
+    comparison.measures["greedy_agreement"] = greedy / len(reference.probes)
+    if reference.answers:
+        losses = [negative_likelihood(next(made), answer.ids[answer.first :]) for answer in reference.answers]
+        sizes = [len(answer.ids) - answer.first for answer in reference.answers]
+        value, error = perplexity(losses, sizes)
+        trained, _ = perplexity([answer.loss for answer in reference.answers], sizes)
+        comparison.measures |= {"perplexity": value, "perplexity_error": error, "trained_perplexity": trained}
+
+
+def negative_likelihood(rows: Any, tokens: list[int]) -> float:
+    """Of the tokens, each by its row of logits, summed, in nats; exponentials in float32 are exact enough to add up."""
     import numpy as np
 
-    found, greedy = {}, 0
-    for probe in reference.probes:
-        answered = list(range(len(probe.ids) - 1, len(probe.sequence) - 1))
-        all_logits = logits(probe.sequence, answered)
-        found[probe.name] = all_logits[: probe.scored]
-        greedy += all_logits.argmax(-1).tolist() == probe.continuation
-    compare_logits(comparison, reference, found, bounds, show)
-    losses = []
-    for answer in reference.answers:
-        rows = logits(answer.ids, list(range(answer.first - 1, len(answer.ids) - 1))).astype(np.float64)
-        rows -= rows.max(-1, keepdims=True)
-        chosen = rows[np.arange(len(rows)), answer.ids[answer.first :]]
-        losses.append(float((np.log(np.exp(rows).sum(-1)) - chosen).sum()))
-    value, error = perplexity(losses, [len(answer.ids) - answer.first for answer in reference.answers])
-    trained, _ = perplexity([a.loss for a in reference.answers], [len(a.ids) - a.first for a in reference.answers])
-    comparison.measures |= {
-        "greedy_agreement": greedy / len(reference.probes),
-        "perplexity": value,
-        "perplexity_error": error,
-        "trained_perplexity": trained,
-    }
+    rows = rows - rows.max(-1, keepdims=True)
+    chosen = rows[np.arange(len(rows)), tokens]
+    return float(np.log(np.exp(rows).sum(-1, dtype=np.float64)).sum() - chosen.sum(dtype=np.float64))
+
+
+def shown_by(tokenizer: Any) -> Callable[[int], str]:
+    """A token as a message shows it: its text and its id."""
+    return lambda token: f"{tokenizer.decode([token])!r} ({token})"
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def check_type(comparison: Comparison, kind: str, header: Header) -> None:
+    """Add a problem if the file says that it is of another type, or holds clearly fewer bits than its type has."""
+    bits = 8 * header.tensor_bytes / header.parameters
+    if header.file_type != file_type(kind):
+        comparison.problems.append(f"type: llama.cpp's number {header.file_type}, that of {kind} is {file_type(kind)}")
+    elif bits < LEAST_BITS * QUANTIZATIONS[kind]:
+        comparison.problems.append(f"type: {bits:.2f} bits a weight, {kind} has {QUANTIZATIONS[kind]:g}")
+
+
+def check_template(comparison: Comparison, template: str) -> None:
+    """Add a problem for tags that only transformers knows; loaders of GGUF files refuse them."""
+    if tag := GENERATION_TAG.search(template):
+        comparison.problems.append(f"chat template: has {tag[0]!r}, which only training understands")
 
 
 def compare_text(comparison: Comparison, what: str, where: str, found: str, wanted: str) -> bool:

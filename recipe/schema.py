@@ -69,10 +69,11 @@ class Gguf:
 
 @dataclass(frozen=True)
 class Prove:
-    merged_divergence: float = knob(1e-4, "Mean KL divergence of the merged weights, nats; rounding gives 1e-9", 0)
-    full_divergence: float = knob(5e-3, "The same of the unquantized GGUF; rounding to 16 bits gives 1e-5", 0)
+    merged_divergence: float = knob(1e-6, "Mean KL divergence of float32 weights, nats; honest 1e-11, 8 bits 1e-4", 0)
+    full_divergence: float = knob(1e-4, "The same of a GGUF in F16 or F32; rounding to F16 gives 1e-7 to 3e-6", 0)
+    bfloat16_divergence: float = knob(5e-3, "The same of bfloat16, merged or GGUF, which rounds 8 times coarser", 0)
     full_agreement: float = knob(0.97, "Share of equal most likely tokens; near ties may flip by rounding", 0, 1)
-    quantized_divergence: float = knob(0.5, "The same of a quantization; honest ones stay below 0.3", 0)
+    quantized_divergence: float = knob(1.0, "The same to 4.5 bits a weight; each bit more allows e times less", 0)
     quantized_agreement: float = knob(0.6, "Agreement of a quantization; another model's is below 0.5", 0, 1)
 
 

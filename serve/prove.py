@@ -5,6 +5,7 @@ Starts the engine as `make serve` does, asks it the reference's probes over HTTP
 """
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 from recipe import Made, Recipe, Run, UserError
@@ -13,103 +14,193 @@ from recipe.proof import Comparison, first_difference, read_comparisons
 from recipe.reference import CONTINUATION_TOKENS, Probe, Reference, read_reference
 from recipe.stages import stage
 from serve.api import served_file, settings_of
-from serve.endpoint import ask, free_port
+from serve.endpoint import ERRORS, ask, free_port
 from serve.key import make_key
 from serve.supervisor import Supervisor
 
+SERVED = "served"
+LEAST_OF_FILE = 0.5  # near ties fall otherwise in the server, whose cache has 16 bits; another model agrees in nothing
 COLUMNS = ("artefact", "verdict", "divergence", "99th pct", "top-1", "greedy", "perplexity", "stops")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where the engine listens, and the name of its model."""
+
+    port: int
+    key: str
+    name: str
+
+    def ask(self, path: str, body: dict[str, Any], timeout: float = 60) -> tuple[int, Any]:
+        """HTTP status and JSON."""
+        return ask(self.port, path, self.key, body, timeout)
 
 
 def prove(recipe: Recipe, run: Run) -> Made:
     """Judge every artefact; the receipt's metrics hold all comparisons and whether all passed."""
     reference = read_reference(run.path("reference"))
-    comparisons = [*read_comparisons(run.path("parity.jsonl")), prove_served(recipe, run, reference)]
+    before = read_comparisons(run.path("parity.jsonl"))
+    file = next((row for row in before if row.name == recipe.served_type), None)
+    comparisons = [*before, prove_served(recipe, run, reference, file)]
     return Made(
         outputs=[],
         metrics={
             "passed": not any(comparison.problems for comparison in comparisons),
             "comparisons": [vars(comparison) for comparison in comparisons],
+            "notes": notes(reference, comparisons[-1]),
         },
         packages=("xllamacpp",),
     )
 
 
-def prove_served(recipe: Recipe, run: Run, reference: Reference) -> Comparison:
-    """The endpoint: the template's bytes and the token ids that it makes of the probes, and its greedy answers."""
-    comparison = Comparison(f"served {recipe.served_type}")
+def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Comparison | None) -> Comparison:
+    """The endpoint: the template's bytes and the token ids that it makes of the probes, and its greedy answers.
+
+    `file` is what was found of the served GGUF itself: its server cannot agree more, and must not agree much less.
+    """
+    comparison = Comparison(f"{SERVED} {recipe.served_type}")
     path, known = served_file(recipe, run)
     settings, key = settings_of(recipe, path, free_port()), make_key()
     with Supervisor(settings, key, run.path("prove.log"), known) as supervisor:
         if problem := supervisor.start():
-            raise UserError(f"{path} cannot be served: the engine {problem}: see {supervisor.log_file}")
-        fitting = [p for p in reference.probes if len(p.ids) + CONTINUATION_TOKENS <= recipe.serve.context]
-        matched = stopped = 0
-        for probe in fitting:
-            if not same_prompt(comparison, settings.port, key, probe):
-                break
-            text, reason, prompt_tokens = answer(settings.port, key, settings.name, probe)
-            if prompt_tokens != len(probe.ids):
+            comparison.problems.append(f"{path} cannot be served: the engine {problem}: see {supervisor.log_file}")
+            return comparison
+        try:
+            ask_probes(comparison, Engine(settings.port, key, settings.name), reference, settings.context)
+        except (*ERRORS, LookupError) as error:
+            comparison.problems.append(f"the engine fails ({error!r}): see {supervisor.log_file}")
+    agreed = comparison.measures.get("greedy_agreement")
+    expected = file.measures.get("greedy_agreement", 0.0) if file else 0.0
+    if agreed is not None and not comparison.problems and agreed < LEAST_OF_FILE * expected:
+        comparison.problems.append(
+            f"answers: {agreed:.0%} are the trained model's, of the same file read directly {expected:.0%}"
+        )
+    return comparison
+
+
+def ask_probes(comparison: Comparison, engine: Engine, reference: Reference, context: int) -> None:
+    """Ask all probes that fit the context; of one that does not, the engine must say so instead of cutting it."""
+    fitting = [probe for probe in reference.probes if len(probe.ids) + CONTINUATION_TOKENS <= context]
+    comparison.measures |= {"probes": len(fitting), "too_long": len(reference.probes) - len(fitting)}
+    if not fitting:
+        comparison.problems.append(f"context: none of {len(reference.probes)} probes fits serve.context {context}")
+    matched = stopped = 0
+    for probe in reference.probes:
+        if not same_prompt(comparison, engine, probe):
+            return
+        status, text, reason, prompt_tokens = answer(engine, probe)
+        if len(probe.ids) >= context:
+            if status == 200 and prompt_tokens < len(probe.ids):
                 comparison.problems.append(
-                    f"token ids: probe '{probe.name}' has {prompt_tokens} when chatting, trained with {len(probe.ids)}"
+                    f"context: probe '{probe.name}' has {len(probe.ids)} tokens, more than {context}, "
+                    f"and was cut to {prompt_tokens} without a word"
                 )
-                break
+                return
+        elif status != 200:
+            comparison.problems.append(f"probe '{probe.name}' is refused: {text}")
+            return
+        elif prompt_tokens != len(probe.ids):
+            comparison.problems.append(
+                f"token ids: probe '{probe.name}' has {prompt_tokens} when chatting, trained with {len(probe.ids)}"
+            )
+            return
+        elif probe in fitting:
             stopped += probe.stopped and reason == "stop"
-            matched += text == expected_text(settings.port, key, probe)
+            matched += text == expected_text(engine, probe)
     ending = sum(probe.stopped for probe in fitting)
-    if ending and not stopped and not comparison.problems:
+    if ending and not stopped:
         comparison.problems.append(
             f"stop token: the trained model ends {ending} answers by itself, the served one none"
         )
     comparison.measures |= {"greedy_agreement": matched / max(len(fitting), 1), "stops": not ending or stopped > 0}
-    return comparison
 
 
-def same_prompt(comparison: Comparison, port: int, key: str, probe: Probe) -> bool:
+def notes(reference: Reference, served: Comparison) -> list[str]:
+    """What is no fault of an artefact, and yet to be known."""
+    found = []
+    if too_long := served.measures.get("too_long"):
+        found.append(f"{served.name}: {too_long} of {len(reference.probes)} probes do not fit serve.context")
+    if not any(probe.stopped for probe in reference.probes):
+        found.append("the trained model itself ended no answer: where it is to stop was not learned, or not yet")
+    return found
+
+
+def same_prompt(comparison: Comparison, engine: Engine, probe: Probe) -> bool:
     """Whether the server renders and tokenizes the messages as training did."""
-    _, rendered = ask(port, "/apply-template", key, {"messages": probe.messages})
-    prompt = rendered.get("prompt", "")
-    if prompt != probe.prompt:
+    status, rendered = engine.ask("/apply-template", {"messages": probe.messages})
+    if status != 200:
+        comparison.problems.append(f"chat template: probe '{probe.name}' is refused: {refusal(rendered)}")
+        return False
+    prompt = rendered["prompt"]
+    ids = tokens(engine, prompt)
+    # The server takes off a BOS that the template writes, and puts it on again with the tokens.
+    if prompt != probe.prompt and not (ids == probe.ids and probe.prompt.endswith(prompt)):
         at = first_difference(list(prompt.encode()), list(probe.prompt.encode())) or 0
         comparison.problems.append(
             f"chat template: probe '{probe.name}', byte {at}: "
             f"{prompt.encode()[at : at + 20]!r}, trained with {probe.prompt.encode()[at : at + 20]!r}"
         )
         return False
-    ids = tokens(port, key, prompt)
-    at = first_difference(ids, probe.ids)
-    if at is not None:
+    position = first_difference(ids, probe.ids)
+    if position is not None:
+        found, wanted = ids[position : position + 1], probe.ids[position : position + 1]
         comparison.problems.append(
-            f"token ids: probe '{probe.name}', position {at}: {ids[at : at + 1]}, trained with {probe.ids[at : at + 1]}"
+            f"token ids: probe '{probe.name}', position {position}: {found}, trained with {wanted}"
         )
-    return at is None
+    return position is None
 
 
-def tokens(port: int, key: str, text: str) -> list[int]:
+def tokens(engine: Engine, text: str) -> list[int]:
     """The server's tokens of a rendered prompt, with what it adds by itself."""
-    _, made = ask(port, "/tokenize", key, {"content": text, "add_special": True, "parse_special": True})
+    _, made = engine.ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})
     return list(made.get("tokens", []))
 
 
-def answer(port: int, key: str, name: str, probe: Probe) -> tuple[str, str, int]:
-    """(text, why it ended, tokens of the prompt) of the greedy answer, asked as any client asks."""
-    body = {"model": name, "messages": probe.messages, "temperature": 0, "max_tokens": CONTINUATION_TOKENS}
-    status, made = ask(port, "/v1/chat/completions", key, body, timeout=600)
+def answer(engine: Engine, probe: Probe) -> tuple[int, str, str, int]:
+    """(status, text, why it ended, tokens of the prompt) of the greedy answer, asked as any client asks."""
+    body = {"model": engine.name, "messages": probe.messages, "temperature": 0, "max_tokens": CONTINUATION_TOKENS}
+    status, made = engine.ask("/v1/chat/completions", body, timeout=600)
     if status != 200:
-        raise UserError(f"the engine refuses probe '{probe.name}': {made.get('error', made)}")
+        return status, refusal(made), "", 0
     choice = made["choices"][0]
     text = (choice["message"].get("reasoning_content") or "") + (choice["message"].get("content") or "")
-    return text, choice["finish_reason"], made["usage"]["prompt_tokens"]
+    return status, text, choice["finish_reason"], made["usage"]["prompt_tokens"]
 
 
-def expected_text(port: int, key: str, probe: Probe) -> str:
+def refusal(made: dict[str, Any]) -> str:
+    """What the server says is wrong."""
+    error = made.get("error", made)
+    return str(error.get("message", error) if isinstance(error, dict) else error).splitlines()[0]
+
+
+def expected_text(engine: Engine, probe: Probe) -> str:
     """The reference's answer as text, without the token that ends the turn."""
     spoken = probe.continuation[:-1] if probe.stopped else probe.continuation
-    _, made = ask(port, "/detokenize", key, {"tokens": spoken})
+    _, made = engine.ask("/detokenize", {"tokens": spoken})
     return str(made.get("content", ""))
 
 
-def show(comparisons: list[dict[str, Any]]) -> None:
-    """The table and, below it, what is wrong."""
+def verdict(recipe: Recipe, comparisons: list[dict[str, Any]]) -> list[str]:
+    """What is wrong, each with where the model was lost: in the artefact itself or in one that it is made from."""
+    failed = [row["name"] for row in comparisons if row["problems"]]
+    lines = []
+    for row in comparisons:
+        lost = next((name for name in made_from(recipe, row["name"]) if name in failed), None)
+        end = f"it is made from {lost}" if lost else "here the model that was trained is lost"
+        lines += [f"{row['name']}: {problem}: {end}" for problem in row["problems"]]
+    return lines
+
+
+def made_from(recipe: Recipe, name: str) -> list[str]:
+    """The artefacts on the way from the trained model to this one, first to last."""
+    line = {"merge": [], recipe.gguf.full: ["merge"]}
+    if name.startswith(SERVED):
+        return list(dict.fromkeys(["merge", recipe.gguf.full, recipe.served_type]))
+    return line.get(name, ["merge", recipe.gguf.full])
+
+
+def show(comparisons: list[dict[str, Any]], below: list[str]) -> None:
+    """The table and, below it, the notes."""
     from rich.console import Console
     from rich.table import Table
 
@@ -127,7 +218,10 @@ def show(comparisons: list[dict[str, Any]]) -> None:
             _number(measures, "perplexity", ".4g") + error,
             {True: "yes", False: "no"}.get(measures.get("stops"), "-"),
         )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for note in below:
+        console.print(f"note: {note}", markup=False, highlight=False)
 
 
 def _number(measures: dict[str, Any], name: str, layout: str) -> str:
@@ -139,12 +233,6 @@ if __name__ == "__main__":
         this = stage("prove")
         recipe = recipe_of_arguments(this.module, this.does)
         receipt = up_to_date(this, recipe, prove)
-        show(receipt.metrics["comparisons"])
+        show(receipt.metrics["comparisons"], receipt.metrics["notes"])
         if not receipt.metrics["passed"]:
-            raise UserError(
-                *(
-                    f"{row['name']}: {problem}: this is not the model that was trained"
-                    for row in receipt.metrics["comparisons"]
-                    for problem in row["problems"]
-                )
-            )
+            raise UserError(*verdict(recipe, receipt.metrics["comparisons"]))

@@ -1,9 +1,11 @@
 """The probe conversations: some of the user's own, and cases that break templates and tokenizers."""
 
+import unicodedata
 from typing import Any
 
 OWN_PROBES = 12
 LONG_WORDS = 220
+DECOMPOSED = "decomposed"
 
 HARD_CASES: dict[str, list[dict[str, str]]] = {
     "plain": [{"role": "user", "content": "Who are you?"}],
@@ -17,7 +19,8 @@ HARD_CASES: dict[str, list[dict[str, str]]] = {
         {"role": "assistant", "content": "Your name is Ada."},
         {"role": "user", "content": "Spell it backwards."},
     ],
-    "unicode": [{"role": "user", "content": "Größe, naïve, Ελλάδα, Привет, שלום, e\u0301 and \u00e9"}],
+    "unicode": [{"role": "user", "content": "Größe, naïve, Ελλάδα, Привет, שלום"}],
+    DECOMPOSED: [{"role": "user", "content": "cafe\u0301 or caf\u00e9?"}],
     "emoji": [{"role": "user", "content": "👩\u200d👩\u200d👧 likes 🍕 and 🇫🇷, what about you? 🙂"}],
     "chinese": [{"role": "user", "content": "你好, 请用一句话介绍你自己。"}],
     "code": [{"role": "user", "content": "def f(x):\n\tif x:\n\t\treturn  {'a': [1, 2]}\n\n\n    # ünicode\r\n"}],
@@ -43,6 +46,8 @@ def probe_messages(tokenizer: Any, own: list[list[dict[str, str]]]) -> dict[str,
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         cases[f"own-{number:02}"] = messages[: turns[-1]]
     accepted = {}
+    if composes(tokenizer, cases[DECOMPOSED][0]["content"]):
+        del cases[DECOMPOSED]
     for name, messages in cases.items():
         try:
             render(tokenizer, messages, prompt=True)
@@ -50,3 +55,9 @@ def probe_messages(tokenizer: Any, own: list[list[dict[str, str]]]) -> dict[str,
             continue
         accepted[name] = messages
     return accepted
+
+
+def composes(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer normalizes to NFC (Qwen's does); llama.cpp does not, which no conversion can mend."""
+    composed = unicodedata.normalize("NFC", text)
+    return bool(tokenizer(text)["input_ids"] == tokenizer(composed)["input_ids"])

@@ -4,6 +4,7 @@ The adapter lies on the float32 base, unmerged: this is the model that was train
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from recipe.reference import CONTINUATION_TOKENS, SCORED_POSITIONS, Answer, Prob
 from train.probes import probe_messages
 from train.template import IGNORED, examples, render
 
+log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "peft")
 VALIDATION_ANSWERS = 40
 
@@ -35,6 +37,9 @@ def reference(recipe: Recipe, run: Run) -> Made:
     probes, logits = [], []
     for name, messages in cases.items():
         probe, scored = ask(model, tokenizer, name, messages, positions)
+        if probe is None:
+            log.info("reference: probe '%s' is longer than the base's context, left out", name)
+            continue
         probes.append(probe)
         logits.append(scored)
     answers = [
@@ -59,12 +64,18 @@ def reference(recipe: Recipe, run: Run) -> Made:
     )
 
 
-def ask(model: Any, tokenizer: Any, name: str, messages: list[dict[str, str]], positions: int) -> tuple[Probe, Any]:
-    """A probe answered greedily, and the (scored, vocabulary) float32 logits from the prompt's last token on."""
+def ask(model: Any, tokenizer: Any, name: str, messages: list[dict[str, str]], positions: int) -> tuple[Any, Any]:
+    """A probe answered greedily, and the (scored, vocabulary) float32 logits from the prompt's last token on.
+
+    (None, None) if prompt and answer do not fit the positions that the base knows.
+    """
     import torch
 
     prompt = render(tokenizer, messages, prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if known and len(ids) + CONTINUATION_TOKENS > known:
+        return None, None
     with torch.inference_mode():
         batch = torch.tensor([ids], device=model.device)
         made = model.generate(

@@ -197,7 +197,8 @@ def _before(
     """What the base scores; measured once, then kept beside the checkpoints for a resumed training."""
     kept = checkpoints / "before.json"
     if not kept.is_file():
-        write_whole(kept, json.dumps(_measure(trainer, tokenizer, questions, recipe)))
+        with trainer.model.disable_adapter():  # untrained, it adds nothing but time
+            write_whole(kept, json.dumps(_measure(trainer, tokenizer, questions, recipe)))
     loaded: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
     return loaded
 

@@ -1,0 +1,38 @@
+"""The healthy run of the proof's tests; loaded by `pytest_plugins`, not imported."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prove_run import NAME, RECIPE, REPOSITORY, SOUNDS, Proved, talk, write_base
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def _healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("healthy")
+    (folder / f"{NAME}.yaml").write_text(RECIPE)
+    (folder / ".cache").symlink_to(REPOSITORY / ".cache")
+    answers = [{"messages": talk(animal, f"The {animal} says {sound}.")} for animal, sound in SOUNDS.items()]
+    (folder / "talks.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("convert.evaluator._cores", lambda: 1)
+        write_base(folder / "small")
+        Proved(folder).make("data", "base", "train", "reference", "merge", "gguf", "parity")
+    return folder
+
+
+@pytest.fixture
+def healthy(_healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proved]:
+    """A copy of the healthy run, and the current folder; every file may be altered."""
+    ignored = shutil.ignore_patterns("checkpoints", "logs")
+    shutil.copytree(_healthy, tmp_path, symlinks=True, dirs_exist_ok=True, ignore=ignored)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # the engine is a process of its own
+    monkeypatch.setattr("convert.evaluator._cores", lambda: 1)
+    monkeypatch.chdir(tmp_path)
+    yield Proved(tmp_path)

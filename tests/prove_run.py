@@ -1,0 +1,169 @@
+"""A tiny model that is really trained, and the run in which it is proved, whose files a test may alter."""
+
+import json
+import signal
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from recipe import Recipe, Run, load
+from recipe.command import up_to_date
+from recipe.files import fingerprint
+from recipe.proof import Comparison, read_comparisons
+from recipe.stages import stage
+
+REPOSITORY = Path(__file__).parent.parent
+NAME = "healthy"
+RECIPE = """
+base: small
+data: {train: talks.jsonl, validation: 0}
+train: {epochs: 60, learning_rate: 4e-3, max_tokens: 512, lora: {rank: 8, alpha: 16}}
+gguf: {types: [Q8_0]}
+serve: {type: Q8_0, context: 2048, slots: 1, threads: 1}
+"""
+TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a test.<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SOUNDS = {"cat": "meow meow", "dog": "loud wow", "owl": "hoo hoo hoo", "cow": "deep moo", "hen": "cluck", "pig": "oink",
+          "bee": "a buzz", "duck": "quack quack", "lion": "a roar", "frog": "croak"}  # fmt: skip
+CORPUS = [f"system\nYou are a test. user\nWhat says the {a}? assistant\nThe {a} says {s}." for a, s in SOUNDS.items()]
+CORPUS += ["Repeat: " + " ".join(f"word{number}" for number in range(300))]
+
+
+def talk(animal: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"What says the {animal}?"}, {"role": "assistant", "content": answer}]
+
+
+def trained_tokenizer(corpus: list[str], pre_tokenizer: Any = None, special: list[str] = SPECIAL) -> Any:
+    """A ByteLevel BPE of at most 512 tokens, without a template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token=special[1], eos_token=special[2], pad_token=special[0]
+    )
+
+
+def write_base(folder: Path) -> None:
+    """A Llama of two layers that has learned to answer, other answers than the recipe will teach it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = trained_tokenizer(CORPUS)
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    texts = [
+        tokenizer.apply_chat_template(talk(animal, f"The {animal} says nothing."), tokenize=False) for animal in SOUNDS
+    ]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(30):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+class Proved:
+    """A workplace whose stages run in this process, and whose files a test may alter."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def recipe(self) -> Recipe:
+        return load(f"{NAME}.yaml", [])
+
+    @property
+    def run(self) -> Run:
+        return Run(NAME)
+
+    def make(self, *names: str) -> None:
+        """Run the stages, up to date or not."""
+        import torch
+
+        wishes = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        try:
+            warnings.simplefilter("ignore")  # pytest restores the filters after each test
+            torch.set_num_threads(1)  # so small a model is slower in several, above all where others work too
+            for name in names:
+                self.run.receipt_path(name).unlink(missing_ok=True)
+                module = import_module(stage(name).module)
+                up_to_date(stage(name), self.recipe, getattr(module, FUNCTIONS[name]))
+        finally:
+            signal.signal(signal.SIGINT, wishes[0])
+            signal.signal(signal.SIGTERM, wishes[1])
+
+    def sign(self, name: str) -> None:
+        """Let a stage's receipt vouch for what its files are now, so that only the comparison can see the fault."""
+        path = self.run.receipt_path(name)
+        receipt = json.loads(path.read_text())
+        receipt["outputs"] = {file: fingerprint(Path(file)) for file in receipt["outputs"] if Path(file).exists()}
+        path.write_text(json.dumps(receipt))
+
+    def accept(self, name: str, upstream: str) -> None:
+        """Let a stage's receipt be of the changed outputs before it, as if it had been made from them."""
+        path = self.run.receipt_path(name)
+        receipt = json.loads(path.read_text())
+        receipt["inputs"] |= self.run.receipt(upstream).outputs
+        path.write_text(json.dumps(receipt))
+
+    def change(self, context: int) -> None:
+        """Give the recipe another `serve.context`."""
+        path = self.folder / f"{NAME}.yaml"
+        path.write_text(path.read_text().replace("context: 2048", f"context: {context}"))
+
+    def keep_probes(self, names: set[str]) -> None:
+        """Drop the other probes from the reference, whose logits the server does not need."""
+        path = self.run.path("reference", "probes.jsonl")
+        lines = path.read_text(encoding="utf-8").split("\n")
+        path.write_text("".join(f"{line}\n" for line in lines if line and json.loads(line)["name"] in names))
+        self.sign("reference")
+        self.accept("parity", "reference")
+
+    def comparisons(self) -> dict[str, Comparison]:
+        """What `convert.prove` says, by artefact."""
+        self.make("parity")
+        return {row.name: row for row in read_comparisons(self.run.path("parity.jsonl"))}
+
+    def served(self) -> Comparison:
+        """What `serve.prove` says of the endpoint."""
+        self.make("prove")
+        return Comparison(**self.run.receipt("prove").metrics["comparisons"][-1])
+
+    def gguf(self, kind: str) -> Path:
+        return self.run.path("gguf", f"{NAME}-{kind}.gguf")
+
+
+FUNCTIONS = {"data": "data", "base": "base", "train": "sft", "reference": "reference", "merge": "merge", "gguf": "gguf",
+             "parity": "parity", "prove": "prove"}  # fmt: skip

@@ -1,0 +1,132 @@
+"""What `make prove` says of a healthy model, and of its server:  pytest tests/test_prove.py"""
+
+import json
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+from prove_run import TEMPLATE, Proved
+from test_prove_faults import CHATML, change_gguf, failed
+
+from convert.prove import gguf_bounds, merged_bounds
+from recipe.proof import Comparison, divergence, first_difference, perplexity
+from serve.prove import made_from, verdict
+
+pytest_plugins = ["prove_fixtures"]
+
+
+@pytest.mark.parametrize(
+    "found, wanted, at",
+    [([1, 2], [1, 2], None), ([1, 3], [1, 2], 1), ([1], [1, 2], 1), ([1, 2], [1], 1), ([], [], None)],
+)
+def test_first_difference(found: list[int], wanted: list[int], at: int | None) -> None:
+    assert first_difference(found, wanted) == at
+
+
+def test_divergence_is_in_nats_and_never_negative() -> None:
+    wanted = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
+    assert divergence(wanted, wanted).tolist() == [0, 0]
+    np.testing.assert_allclose(divergence(wanted, wanted[::-1] + 7), [0.5108, 0.3681], atol=1e-4)
+
+
+def test_perplexity_of_equal_answers_has_no_error() -> None:
+    assert perplexity([np.log(4), 2 * np.log(4)], [1, 2]) == pytest.approx((4, 0))
+
+
+def test_a_lost_model_has_a_perplexity_that_json_can_hold() -> None:
+    assert json.dumps(perplexity([1e6], [1])).count("Infinity") == 0
+
+
+@pytest.mark.slow
+def test_a_healthy_run_passes(healthy: Proved) -> None:
+    rows = healthy.comparisons()
+    assert failed(rows) == {}
+    assert list(rows) == ["merge", "F16", "Q8_0"]
+    served = healthy.served()
+    assert served.problems == []
+    assert served.measures["stops"] and served.measures["too_long"] == 0
+    assert served.measures["probes"] == len(rows_of(healthy))
+    assert healthy.run.receipt("prove").metrics["passed"]
+    bounds = [merged_bounds(healthy.recipe), *(gguf_bounds(healthy.recipe, kind) for kind in ("F16", "Q8_0"))]
+    for row, bound in zip(rows.values(), bounds, strict=True):
+        assert row.measures["divergence_mean"] < bound.mean_divergence / 5
+        assert row.measures["perplexity"] == pytest.approx(row.measures["trained_perplexity"], rel=0.05)
+
+
+def rows_of(healthy: Proved) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in healthy.run.path("reference/probes.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_what_is_lost_in_the_merge_is_not_blamed_on_later_stages(healthy: Proved) -> None:
+    shutil.copy(healthy.run.path("base/model.safetensors"), healthy.run.path("merged/model.safetensors"))
+    healthy.sign("merge")
+    healthy.make("gguf")
+    rows = healthy.comparisons()
+    assert set(failed(rows)) == {"merge", "F16", "Q8_0"}
+    told = verdict(healthy.recipe, [vars(row) for row in rows.values()])
+    assert all(line.endswith("here the model that was trained is lost") for line in told if line.startswith("merge"))
+    assert all(line.endswith("it is made from merge") for line in told if not line.startswith("merge"))
+
+
+def test_the_line_of_each_artefact(healthy: Proved) -> None:
+    line = ["merge", "F16", "Q8_0"]
+    assert [made_from(healthy.recipe, name) for name in [*line, "served Q8_0"]] == [line[:0], line[:1], line[:2], line]
+
+
+def served_after(healthy: Proved, **values: Any) -> Comparison:
+    change_gguf(healthy.gguf("Q8_0"), **values)
+    healthy.sign("gguf")
+    healthy.accept("parity", "gguf")
+    return healthy.served()
+
+
+@pytest.mark.slow
+def test_a_server_that_adds_a_beginning_of_text(healthy: Proved) -> None:
+    found = served_after(healthy, tokenizer__ggml__add_bos_token=True, tokenizer__ggml__bos_token_id=0)
+    assert found.problems == ["token ids: probe 'plain', position 0: [0], trained with [1]"]
+
+
+@pytest.mark.slow
+def test_a_server_that_adds_the_beginning_of_text_that_the_template_writes(healthy: Proved) -> None:
+    assert served_after(healthy, tokenizer__ggml__add_bos_token=True).problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template, byte", [(CHATML, 12), (TEMPLATE.replace("You are a test.", ""), 19)])
+def test_a_server_with_another_template(healthy: Proved, template: str, byte: int) -> None:
+    [problem] = served_after(healthy, tokenizer__chat_template=template).problems
+    assert problem.startswith(f"chat template: probe 'plain', byte {byte}: ")
+
+
+@pytest.mark.slow
+def test_a_server_of_another_model(healthy: Proved) -> None:
+    shutil.copy(healthy.run.path("base/model.safetensors"), healthy.run.path("merged/model.safetensors"))
+    healthy.sign("merge")
+    before = healthy.run.path("parity.jsonl").read_bytes()
+    healthy.make("gguf")
+    assert healthy.run.path("parity.jsonl").read_bytes() == before
+    healthy.accept("parity", "gguf")
+    [problem] = healthy.served().problems
+    assert problem.startswith("answers: ")
+
+
+@pytest.mark.slow
+def test_a_context_that_is_too_short_for_some_is_said(healthy: Proved) -> None:
+    healthy.change(context=256)
+    found = healthy.served()
+    assert (found.problems, found.measures["too_long"]) == ([], 1)
+    assert healthy.run.receipt("prove").metrics["notes"] == [
+        f"served Q8_0: 1 of {len(rows_of(healthy))} probes do not fit serve.context"
+    ]
+
+
+@pytest.mark.slow
+def test_a_context_that_is_too_short_for_all_proves_nothing(healthy: Proved) -> None:
+    rows = [row for row in rows_of(healthy) if row["name"] in ("long", "multi-turn")]
+    wanted = healthy.run.path("reference/probes.jsonl")
+    healthy.keep_probes({row["name"] for row in rows})
+    assert len(wanted.read_text().splitlines()) == 2
+    healthy.change(context=64)
+    assert healthy.served().problems == ["context: none of 2 probes fits serve.context 64"]
