@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from convert.model import load
 from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fresh_folder, put_in_place
 
@@ -27,16 +28,14 @@ def merge(recipe: Recipe, run: Run) -> Made:
     Raises:
         UserError: the adapter changes nothing, or the merged weights do not give the adapter's logits.
     """
-    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     precision = recipe.merge.precision
-    dtype = getattr(torch, precision)
     tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
     probes = probe_ids(tokenizer, run.path("data"))
 
-    model = AutoModelForCausalLM.from_pretrained(run.path("base"), dtype=dtype)
+    model = load(run.path("base"), precision)
     base_logits = logits(model, probes)
     adapted = PeftModel.from_pretrained(model, run.path("adapter"))
     adapter_logits = logits(adapted, probes)
@@ -45,7 +44,7 @@ def merge(recipe: Recipe, run: Run) -> Made:
     del adapted, model
     copy_settings(run.path("base"), folder)
 
-    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    merged = load(folder, precision)
     difference = compare(logits(merged, probes), adapter_logits)
     effect = compare(base_logits, adapter_logits)
     largest = max(float(tensor.abs().max()) for tensor in merged.state_dict().values())
@@ -81,7 +80,8 @@ def logits(model: Any, probes: list[list[int]]) -> Any:
     import torch
 
     with torch.inference_mode():
-        return torch.cat([model.eval()(torch.tensor([probe])).logits[0].float() for probe in probes])
+        asked = [torch.tensor([probe], device=model.device) for probe in probes]
+        return torch.cat([model(ids).logits[0].float().cpu() for ids in asked])
 
 
 def compare(found: Any, wanted: Any) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any
 from convert.evaluator import Asked, Evaluator
 from convert.header import Header, read_header
 from convert.llamacpp import file_type
+from convert.model import load
 from recipe import Made, Recipe, Run, UserError, command
 from recipe.proof import Bounds, Comparison, compare_logits, compare_tokens, perplexity, write_comparisons
 from recipe.reference import Reference, read_reference
@@ -35,7 +36,7 @@ def parity(recipe: Recipe, run: Run) -> Made:
 
     reference = read_reference(run.path("reference"))
     tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
-    comparisons = [prove_merged(run, reference, merged_bounds(recipe))]
+    comparisons = [prove_merged(recipe, run, reference)]
     for kind in (recipe.gguf.full, *(kind for kind in recipe.gguf.types if kind != recipe.gguf.full)):
         log.info("prove: %s", kind)
         path = run.path("gguf", f"{run.name}-{kind}.gguf")
@@ -65,18 +66,19 @@ def gguf_bounds(recipe: Recipe, kind: str) -> Bounds:
     return Bounds(allowed, knobs.quantized_agreement)
 
 
-def prove_merged(run: Run, reference: Reference, bounds: Bounds) -> Comparison:
+def prove_merged(recipe: Recipe, run: Run, reference: Reference) -> Comparison:
     """The merged folder in transformers: template, token ids, logits, perplexity, where it stops."""
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     log.info("prove: merge")
     start, folder = time.monotonic(), run.path("merged")
     comparison = Comparison("merge")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        # A GPU may hold the rounded weights only; a processor computes in float32, whatever the files have.
+        model = load(folder, recipe.merge.precision if torch.cuda.is_available() else "float32")
         show = shown_by(tokenizer)
         check_template(comparison, tokenizer.chat_template or "")
         if len(tokenizer) > model.config.get_text_config().vocab_size:
@@ -89,7 +91,7 @@ def prove_merged(run: Run, reference: Reference, bounds: Bounds) -> Comparison:
                 break
         stops = model.generation_config.eos_token_id
         check_stops(comparison, reference, stops if isinstance(stops, list) else [stops])
-        measure(comparison, reference, logits_of(model), bounds, show)
+        measure(comparison, reference, logits_of(model), merged_bounds(recipe), show)
     except (*UNREADABLE, SafetensorError) as error:
         comparison.problems.append(f"{folder} cannot be used: {reason(error)}")
     comparison.measures["seconds"] = round(time.monotonic() - start, 2)
@@ -104,7 +106,7 @@ def logits_of(model: Any) -> Logits:
         for ids, positions in asked:
             last = len(ids) - positions[0]
             with torch.inference_mode():
-                found = model(torch.tensor([ids]), logits_to_keep=last).logits[0]
+                found = model(torch.tensor([ids], device=model.device), logits_to_keep=last).logits[0].cpu()
             yield found[[position - len(ids) for position in positions]].float().numpy()
 
     return logits

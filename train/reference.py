@@ -1,6 +1,7 @@
 """Let the trained model answer the probes, for every later stage to reproduce:  python -m train.reference RECIPE
 
-The adapter lies on the float32 base, unmerged: this is the model that was trained, before any step that could lose it.
+The adapter lies on the base, unmerged: this is the model that was trained, before any step that could lose it. All is
+computed in float32; on a GPU, whose memory may not hold that, in the precision of the recipe's merge.
 """
 
 import json
@@ -27,9 +28,11 @@ def reference(recipe: Recipe, run: Run) -> Made:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = AutoModelForCausalLM.from_pretrained(run.path("base"), dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, run.path("adapter")).to(device).eval()
+    on_gpu = torch.cuda.is_available()
+    dtype = getattr(torch, recipe.merge.precision) if on_gpu else torch.float32
+    place = {"device_map": {"": torch.cuda.current_device()}} if on_gpu else {}
+    base = AutoModelForCausalLM.from_pretrained(run.path("base"), dtype=dtype, **place)
+    model = PeftModel.from_pretrained(base, run.path("adapter")).eval()
     conversations = _conversations(run.path("data"))
 
     cases = probe_messages(tokenizer, conversations)
