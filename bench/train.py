@@ -1,8 +1,9 @@
 """One training step against TRL's own, on the same rows:  python -m bench.train [RECIPE]
 
 The peers are `SFTTrainer` with this machine's fast number type and no checkpointing, as its memory and speed guides
-advise, and `SFTTrainer` as it comes. Rounds are interleaved, the first is dropped, the ratio of medians is reported;
-the losses must agree. Needs `make train` first (base and data of the run). The last line is one JSON document.
+advise, and `SFTTrainer` as it comes. Rounds are interleaved, the first step of each is dropped, the ratio of medians is
+reported; the losses must agree, since rows, seed, order and learning rate are the same. Needs `make train` first (base
+and data of the run). The last line is one JSON document.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import Any
 from recipe import Recipe, Run, load
 from recipe.command import boundary
 
-ROUNDS = 4
+ROUNDS, STEPS = 2, 4
 
 
 def main() -> None:
@@ -25,22 +26,37 @@ def main() -> None:
     trainers = {"truetune": truetune(recipe, run), "trl tuned": trl(recipe, run, tuned=True)}
     if recipe.train.precision != "float32":
         trainers["trl as it comes"] = trl(recipe, run, tuned=False)
-    batches = {name: next(iter(trainer.get_train_dataloader())) for name, trainer in trainers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     losses = {}
-    for turn in range(ROUNDS + 1):
+    for _ in range(ROUNDS):
         for name, trainer in trainers.items():
-            trainer.model.zero_grad()
-            start = time.perf_counter()
-            loss = trainer.training_step(trainer.model, dict(batches[name]))
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-            losses[name] = float(loss)
+            times, losses[name] = steps(trainer)
+            seconds[name] += times[1:]
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        print(f"{name:<16} {median:6.2f} s a step, loss {losses[name]:.4f}, {median / medians['truetune']:5.2f} x")
     ratios = {name: round(median / medians["truetune"], 3) for name, median in medians.items()}
-    print(json.dumps({"tokens_a_step": batches["truetune"]["input_ids"].numel(), "ratios": ratios, "losses": losses}))
+    for name, median in medians.items():
+        print(f"{name:<16} {median:6.2f} s a step, {ratios[name]:5.2f} x, losses {losses[name]}")
+    print(json.dumps({"seconds_a_step": medians, "ratios": ratios}))
+
+
+def steps(trainer: Any) -> tuple[list[float], list[float]]:
+    """(seconds, loss) of each of the first steps."""
+    from transformers import TrainerCallback
+
+    times: list[float] = []
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter() - self.start)
+
+    watch = Watch()
+    trainer.add_callback(watch)
+    trainer.train()
+    trainer.remove_callback(watch)
+    return times, [round(row["loss"], 3) for row in trainer.state.log_history if "loss" in row]
 
 
 def truetune(recipe: Recipe, run: Run) -> Any:
@@ -53,6 +69,7 @@ def truetune(recipe: Recipe, run: Run) -> Any:
 
 def trl(recipe: Recipe, run: Run, tuned: bool) -> Any:
     """TRL's trainer with the same rows, packing and adapter."""
+    import torch
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
@@ -67,7 +84,8 @@ def trl(recipe: Recipe, run: Run, tuned: bool) -> Any:
         "packing": True,
         "report_to": "none",
     }
-    common |= {"per_device_train_batch_size": knobs.rows, "seed": recipe.seed, "shuffle_dataset": False}
+    common |= {"per_device_train_batch_size": knobs.rows, "seed": recipe.seed, "use_cpu": not torch.cuda.is_available()}
+    common |= {"learning_rate": knobs.learning_rate, "lr_scheduler_type": knobs.schedule, "warmup_steps": knobs.warmup}
     choices = {"bf16": fast_precision() == "bfloat16", "gradient_checkpointing": False} if tuned else {}
     config = LoraConfig(
         task_type="CAUSAL_LM", r=knobs.lora.rank, lora_alpha=knobs.lora.alpha, target_modules="all-linear"
@@ -90,9 +108,16 @@ def rows(recipe: Recipe, run: Run, tokenizer: Any) -> dict[str, Any]:
 
 
 def prepared(trainer: Any) -> Any:
-    """What `Trainer.train` does before its first step, as far as a step needs it."""
-    trainer.create_optimizer_and_scheduler(num_training_steps=ROUNDS + 1)
-    trainer.model.train()
+    """The trainer for a few steps that leave nothing behind; its weights go on from round to round."""
+    from transformers.trainer import DEFAULT_CALLBACKS, ProgressCallback
+
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback) not in DEFAULT_CALLBACKS:
+            trainer.remove_callback(callback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.args.max_steps, trainer.args.logging_steps = STEPS, 1
+    trainer.args.eval_strategy = trainer.args.save_strategy = "no"
+    trainer.args.load_best_model_at_end = False
     return trainer
 
 
