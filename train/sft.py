@@ -19,6 +19,8 @@ from train.checkpoints import last_complete, open_folder
 from train.space import check_disk
 
 log = logging.getLogger("truetune")
+SHORTEST_ROW_TOKENS = 256
+STEPS_AN_EPOCH = 100
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
@@ -102,7 +104,7 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
         learning_rate=knobs.learning_rate,
         lr_scheduler_type=knobs.schedule,
         warmup_steps=knobs.warmup,
-        max_length=knobs.max_tokens,
+        max_length=row_tokens([len(row["input_ids"]) for part in rows.values() for row in part], knobs.max_tokens),
         packing=True,
         per_device_train_batch_size=knobs.rows,
         per_device_eval_batch_size=knobs.rows,
@@ -145,6 +147,11 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
     steps_an_epoch = math.ceil(len(trainer.train_dataset) / (knobs.rows * knobs.accumulate))
     settings.eval_steps = settings.save_steps = math.ceil(steps_an_epoch / knobs.evaluations)
     return trainer
+
+
+def row_tokens(lengths: list[int], most: int) -> int:
+    """Length of a packed row: short enough that few conversations still make many steps, at most `most` tokens."""
+    return min(most, max(SHORTEST_ROW_TOKENS, *lengths, sum(lengths) // STEPS_AN_EPOCH))
 
 
 def _rows(recipe: Recipe, run: Run, tokenizer: Any) -> dict[str, Any]:
