@@ -1,6 +1,5 @@
 """A GGUF in llama.cpp, asked for logits: several sequences a pass, through the bindings' low-level functions."""
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from recipe import UserError
+from recipe.machine import cores
 
 Asked = tuple[list[int], list[int]]  # tokens, and the positions in them whose next-token logits are wanted
 # Each pass makes the threads wait for one another hundreds of times; a larger one attends to more foreign tokens.
@@ -42,7 +42,7 @@ class Evaluator:
         parameters.n_seq_max, parameters.kv_unified = PASS_SEQUENCES, True
         parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
         parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        parameters.n_threads = parameters.n_threads_batch = _cores()
+        parameters.n_threads = parameters.n_threads_batch = cores()
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)
         if not self.context:
             self.ending.close()
@@ -110,7 +110,3 @@ class Evaluator:
         for found in rows:
             pointers = [llama_cpp.llama_get_logits_ith(self.context, row) for row in found]
             yield np.array([np.ctypeslib.as_array(pointer, width) for pointer in pointers], dtype=np.float32)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from convert.pretokenizer import pre_tokenizer
 from recipe import UserError
+from recipe.machine import cores
 
 log = logging.getLogger("truetune")
 SECONDS_BETWEEN_LINES = 5.0
@@ -102,7 +103,7 @@ def quantize(source: Path, output: Path, kind: str) -> Quantization:
     llama_cpp.llama_log_set(callback, None)
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type(kind)
-    parameters.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parameters.nthread = cores()
     try:
         status = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
     finally:

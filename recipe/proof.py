@@ -14,7 +14,7 @@ LARGEST_LOSS = 100.0  # nats a token; more, of a model that is lost anyway, woul
 
 @dataclass(frozen=True)
 class Bounds:
-    """Limits of one kind of artefact; a limit that is None is reported and not judged."""
+    """Limits of one kind of artefact."""
 
     mean_divergence: float
     top1_agreement: float

@@ -15,12 +15,13 @@ from pathlib import Path
 from recipe.command import boundary, peak_rss_bytes, recipe_of_arguments, versions
 from recipe.error import UserError
 from recipe.load import as_dict
+from recipe.machine import cores
 from recipe.run import Receipt, Run
 from recipe.schema import Recipe
 from recipe.stages import stage
 from serve.context import trained_context
 from serve.endpoint import is_healthy, port_of_environment, port_problem, url_of
-from serve.engine import Settings, cores
+from serve.engine import Settings
 from serve.key import KEY_FILE, make_key
 from serve.supervisor import Supervisor
 

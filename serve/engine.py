@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipe.machine import cores
 from serve.endpoint import HOST, url_of
 from serve.key import read_key
 
@@ -73,11 +74,6 @@ def parameters(settings: Settings) -> Any:
     params.sampling.temp = settings.temperature
     params.verbosity = 2  # errors and warnings: nothing that grows with every request
     return params
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_parent() -> None:

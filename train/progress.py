@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class TrainingProgress(TrainerCallback):  # type: ignore[misc]
-    """Shows each step; `tokens_seen` is what the trainer counted, prompts included."""
+    """Shows each step; tokens are those of whole rows, prompts included."""
 
     def __init__(self) -> None:
         self.console = Console(file=sys.stderr)
