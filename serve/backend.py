@@ -1,0 +1,39 @@
+"""What stands behind a chat window: an endpoint of OpenAI's API, and the processes of ours that it takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Service:
+    """One process under the supervisor.
+
+    `argv` stands in the process list, so secrets go into `environment` or into files that only the owner reads.
+    `is_ready` is cheap and asked often; `problem` is asked once it is: what is wrong with an answer, or nothing.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    log_file: Path
+    is_ready: Callable[[], bool]
+    problem: Callable[[], str] = lambda: ""
+    environment: dict[str, str] = field(default_factory=dict)
+    ready_seconds: int = 600
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where any client of OpenAI's API finds the model; `url` ends with `/v1`."""
+
+    url: str
+    model: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An engine as `make serve` uses it; Ollama has no service, since its server is not ours."""
+
+    endpoint: Endpoint
+    services: tuple[Service, ...] = ()
