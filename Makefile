@@ -122,12 +122,14 @@ format: | .venv/.complete ## Put the code in its one format, and the README's ge
 	@$(PYTHON) -m recipe.readme
 
 # torch has a CPU and a CUDA build with different hashes; llama-cpp-python is compiled: recipe/environment.py has both.
-lock: ## Write requirements.lock from pyproject.toml, with uv
-	@$(UV) pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes --quiet \
-		--no-emit-package torch --no-emit-package llama-cpp-python \
-		--custom-compile-command 'make lock' --output-file requirements.lock
-	@sed -i.old -E "s/ ; python_full_version < '3.13' and \(sys_platform == 'darwin' or sys_platform == 'linux'\)//" \
-		requirements.lock && rm requirements.lock.old
+LOCK = $(UV) pip compile --universal --python-version 3.11 --generate-hashes --quiet \
+	--no-emit-package torch --no-emit-package llama-cpp-python --custom-compile-command 'make lock'
+ONLY_OURS := s/ ; python_full_version < '3.13' and \(sys_platform == 'darwin' or sys_platform == 'linux'\)//
+lock: ## Write requirements.lock and serve/*.txt from pyproject.toml, with uv
+	@$(LOCK) pyproject.toml --group dev --output-file requirements.lock
+	@$(LOCK) --group pyproject.toml:openwebui --output-file serve/openwebui.txt
+	@for file in requirements.lock serve/openwebui.txt; do \
+		sed -i.old -E "$(ONLY_OURS)" $$file && rm $$file.old; done
 
 clean: ## Remove everything that this recipe's run made
 	rm -rf -- "runs/$(or $(NAME),$(error error: no recipe name))"

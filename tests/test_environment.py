@@ -68,24 +68,34 @@ def test_a_named_compiler_that_is_not_there_is_not_found(monkeypatch: pytest.Mon
     assert environment.find_compiler() is None
 
 
-def test_a_failed_step_shows_the_end_of_its_output(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(environment, "LOG", tmp_path / "setup.log")
-    environment.LOG.write_text("")
-    failing = [sys.executable, "-c", "print('what went wrong'); raise SystemExit(1)"]
-    with pytest.raises(environment.SetupError, match=r"a step: see .*setup\.log\n  what went wrong"):
-        environment.run("a step", failing)
-    assert not environment.run("a step", failing, may_fail=True)
+@pytest.fixture
+def place(tmp_path: Path) -> environment.Environment:
+    """An environment of which there is only an empty log."""
+    (tmp_path / "setup.log").touch()
+    return environment.Environment(tmp_path / ".venv", tmp_path / "setup.log")
 
 
-def test_progress_counts_compiled_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(environment, "LOG", tmp_path / "setup.log")
-    environment.LOG.write_text(
-        "before\n  [12/180] Building CXX object ggml.cpp.o\n  [45/180] Building C object\n  more\n"
-    )
-    assert environment.progress(7, 120.0) == ": 25 %, 45 of 180 files, 6 min left"
-    environment.LOG.write_text("Collecting pandas==3\n  Downloading pandas-3.whl (9 MB)\n")
-    assert environment.progress(0, 5.0) == ": Downloading pandas-3.whl"
-    assert environment.progress(environment.LOG.stat().st_size, 5.0) == ""
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("what went wrong", r"a step: see .*setup\.log\n  what went wrong"),
+        ("[Errno 28] No space left on device", "a step: the disk is full: free some space and run again"),
+        ("Could not find a version (from versions: none)", "a step: no package index answers: connect to the network"),
+    ],
+)
+def test_a_failed_step_says_why(place: environment.Environment, output: str, told: str) -> None:
+    failing = [sys.executable, "-c", f"print({output!r}); raise SystemExit(1)"]
+    with pytest.raises(environment.SetupError, match=told):
+        environment.run(place, "a step", failing)
+    assert not environment.run(place, "a step", failing, may_fail=True)
+
+
+def test_progress_counts_compiled_files_and_packages(place: environment.Environment) -> None:
+    place.log.write_text("before\n  [12/180] Building CXX object ggml.cpp.o\n  [45/180] Building C object\n  more\n")
+    assert environment.progress(place, 7, 120.0) == ": 25 %, 45 of 180 files, 6 min left"
+    place.log.write_text("Collecting numpy==2\nCollecting pandas==3\n  Downloading pandas-3.whl (9 MB)\n")
+    assert environment.progress(place, 0, 4.0) == ": 2 packages, 0.5 a second: Downloading pandas-3.whl"
+    assert environment.progress(place, place.log.stat().st_size, 5.0) == ""
 
 
 def test_an_unknown_device_is_refused(checkout: Path) -> None:
