@@ -22,7 +22,17 @@ class Bounds:
 
 @dataclass
 class Comparison:
-    """One artefact against the reference. `problems` is empty when it is the model that was trained."""
+    """One artefact against the reference. `problems` is empty when it is the model that was trained.
+
+    `measures` of a GGUF, as far as they could be taken:
+
+    - of the file: `bytes`, `bits_per_weight`, `tensors`, `fallbacks` (tensors by `WANTED -> WRITTEN`), `imatrix`
+      (whether an importance matrix weighed its rounding);
+    - of what it says, nats where no unit is named: `divergence_mean`, `divergence_median`, `divergence_p99`,
+      `divergence_mean_without_imatrix`, `top1_agreement`, `greedy_agreement`, `perplexity`, `perplexity_error`,
+      `trained_perplexity`, `stops`, `facts_accuracy` (share of the key facts), `facts_of` (held-out questions);
+    - of this machine: `prompt_tokens_per_second`, `decode_tokens_per_second`, `peak_rss_bytes`, `seconds`.
+    """
 
     name: str
     measures: dict[str, Any] = field(default_factory=dict)
