@@ -79,7 +79,7 @@ $(RUN)/reference.json: $(RUN)/keys/reference.json $(RUN)/data.json $(RUN)/base.j
 # merge waits for the reference because one run folder has one writer, with -j too.
 $(RUN)/merge.json: $(RUN)/keys/merge.json $(RUN)/base.json $(RUN)/train.json | $(RUN)/reference.json
 	@$(PYTHON) -m convert.merge $(FILE)
-$(RUN)/gguf.json: $(RUN)/keys/gguf.json $(RUN)/merge.json
+$(RUN)/gguf.json: $(RUN)/keys/gguf.json $(RUN)/data.json $(RUN)/merge.json
 	@$(PYTHON) -m convert.gguf $(FILE)
 
 $(RUN)/parity.json: $(RUN)/keys/parity.json $(RUN)/base.json $(RUN)/reference.json $(RUN)/merge.json $(RUN)/gguf.json

@@ -18,11 +18,16 @@ PASS_SEQUENCES = 16
 class Evaluator:
     """A loaded model. Cache in float32 and no flash attention: only the weights' types may make a difference.
 
+    `watch` is called for each node of the computation (`ggml_backend_sched_eval_callback`), `threads` is how many
+    compute, `cache_tokens` how many are kept for `decode`; passes are of PASS_TOKENS or one sequence.
+
     Raises:
         UserError: llama.cpp cannot load the file, or has no memory for sequences of `longest_tokens`.
     """
 
-    def __init__(self, path: Path, longest_tokens: int) -> None:
+    def __init__(
+        self, path: Path, longest_tokens: int, watch: Any = None, threads: int = 0, cache_tokens: int = 0
+    ) -> None:
         import llama_cpp
 
         from convert.llamacpp import be_quiet
@@ -37,17 +42,22 @@ class Evaluator:
         self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
         self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self.vocabulary))
         self.pass_tokens = max(longest_tokens, PASS_TOKENS)
+        self.cache_tokens = max(cache_tokens, self.pass_tokens)
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = self.pass_tokens
+        parameters.n_batch = parameters.n_ubatch = self.pass_tokens
+        parameters.n_ctx = self.cache_tokens
         parameters.n_seq_max, parameters.kv_unified = PASS_SEQUENCES, True
         parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
         parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        parameters.n_threads = parameters.n_threads_batch = cores()
+        parameters.n_threads = parameters.n_threads_batch = threads or cores()
+        if watch:
+            parameters.cb_eval = watch
         self.context = llama_cpp.llama_init_from_model(self.model, parameters)
         if not self.context:
             self.ending.close()
             raise UserError(f"llama.cpp has no memory for {longest_tokens} tokens of {path}: free some")
         self.ending.callback(llama_cpp.llama_free, self.context)
+        self.memory = llama_cpp.llama_get_memory(self.context)
         self.batch = llama_cpp.llama_batch_init(self.pass_tokens, 0, 1)
         self.ending.callback(llama_cpp.llama_batch_free, self.batch)
 
@@ -78,35 +88,62 @@ class Evaluator:
         Raises:
             UserError: a token that the model does not have, or llama.cpp fails.
         """
+        import numpy as np
+
+        for group in self.groups(asked):
+            self.evaluate(group)
+            first = 0
+            for ids, positions in group:
+                found = [self.row(first + position) for position in positions]
+                yield np.array(found, dtype=np.float32).reshape(-1, self.vocabulary_size)
+                first += len(ids)
+
+    def groups(self, asked: Iterable[Asked]) -> Iterator[list[Asked]]:
+        """The sequences, as many together as fit one pass."""
         group: list[Asked] = []
         for sequence in asked:
             if sum(len(ids) for ids, _ in [*group, sequence]) > self.pass_tokens or len(group) == PASS_SEQUENCES:
-                yield from self._decode(group)
+                yield group
                 group = []
             group.append(sequence)
-        yield from self._decode(group)
+        if group:
+            yield group
 
-    def _decode(self, group: list[Asked]) -> Iterator[Any]:
-        """One pass over sequences that do not see one another."""
+    def evaluate(self, group: list[Asked]) -> None:
+        """One pass over sequences that do not see one another, nor anything before."""
+        self.forget()
+        wanted = [set(positions) for _, positions in group]
+        self.decode(
+            (token, position, number, position in wanted[number])
+            for number, (ids, _) in enumerate(group)
+            for position, token in enumerate(ids)
+        )
+
+    def decode(self, tokens: Iterable[tuple[int, int, int, bool]]) -> None:
+        """One pass over (token, its position, its sequence, whether its logits are wanted); the cache keeps them."""
+        import llama_cpp
+
+        count = 0
+        for token, position, sequence, wanted in tokens:
+            self.batch.token[count] = token
+            self.batch.pos[count] = position
+            self.batch.n_seq_id[count] = 1
+            self.batch.seq_id[count][0] = sequence
+            self.batch.logits[count] = wanted
+            count += 1
+        self.batch.n_tokens = count
+        if status := llama_cpp.llama_decode(self.context, self.batch):
+            raise UserError(f"llama.cpp cannot evaluate {count} tokens (status {status}): report the model as a bug")
+
+    def row(self, index: int) -> Any:
+        """(vocabulary,) float32 logits after the last pass's token of that index; valid until the next pass."""
         import llama_cpp
         import numpy as np
 
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
-        index, rows = 0, []
-        for number, (ids, positions) in enumerate(group):
-            wanted = set(positions)
-            rows.append([index + position for position in positions])
-            for position, token in enumerate(ids):
-                self.batch.token[index] = token
-                self.batch.pos[index] = position
-                self.batch.n_seq_id[index] = 1
-                self.batch.seq_id[index][0] = number
-                self.batch.logits[index] = position in wanted
-                index += 1
-        self.batch.n_tokens = index
-        if status := llama_cpp.llama_decode(self.context, self.batch):
-            raise UserError(f"llama.cpp cannot evaluate {index} tokens (status {status}): report the model as a bug")
-        width = (self.vocabulary_size,)
-        for found in rows:
-            pointers = [llama_cpp.llama_get_logits_ith(self.context, row) for row in found]
-            yield np.array([np.ctypeslib.as_array(pointer, width) for pointer in pointers], dtype=np.float32)
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, index), (self.vocabulary_size,))
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        import llama_cpp
+
+        llama_cpp.llama_memory_clear(self.memory, True)

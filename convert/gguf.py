@@ -1,7 +1,8 @@
 """Convert to GGUF and quantize:  python -m convert.gguf RECIPE
 
-llama.cpp's own converter writes the unquantized file, its own quantizer each of the recipe's types. A type that was
-asked for is the type that is written, or the command fails; tensors whose shape forces another type are counted.
+llama.cpp's own converter writes the unquantized file, its own quantizer each of the recipe's types, weighed by how much
+each weight matters on the training text. A type that was asked for is the type that is written, or the command fails;
+tensors whose shape forces another type are counted.
 """
 
 import logging
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from convert.header import Header, read_header
+from convert.imatrix import IMATRIX, Matrix, imatrix, training_tokens, write_imatrix
 from convert.llamacpp import convert, file_type, quantize
 from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fresh_folder, put_in_place
+from recipe.schema import WITHOUT_IMATRIX
 
 log = logging.getLogger("truetune")
 F16_LARGEST = 65504.0
@@ -31,19 +34,32 @@ def gguf(recipe: Recipe, run: Run) -> Made:
     log.info("gguf: %s", recipe.gguf.full)
     convert(run.path("merged"), full, recipe.gguf.full)
     metrics = {recipe.gguf.full: report(full, recipe.gguf.full, {}, start)}
+    matrix = weigh(recipe, run, full, folder)
     for kind in dict.fromkeys(recipe.gguf.types):
         if kind == recipe.gguf.full:
             continue
         log.info("gguf: %s", kind)
         start = time.monotonic()
         quantized = folder / f"{run.name}-{kind}.gguf"
-        fallbacks = dict(quantize(full, quantized, kind).fallbacks)
+        fallbacks = dict(quantize(full, quantized, kind, None if kind in WITHOUT_IMATRIX else matrix).fallbacks)
         metrics[kind] = report(quantized, kind, fallbacks, start)
         tell_fallbacks(kind, metrics[kind])
     put_in_place(folder, run.path("gguf"))
     return Made(
         outputs=[run.path("gguf")], metrics=metrics, packages=("llama-cpp-python", "gguf", "torch", "transformers")
     )
+
+
+def weigh(recipe: Recipe, run: Run, full: Path, folder: Path) -> Matrix | None:
+    """The importance matrix on the training text, also written as a file; None if no type profits from one."""
+    knobs = recipe.gguf
+    if not knobs.imatrix_tokens or WITHOUT_IMATRIX.issuperset(knobs.types):
+        return None
+    log.info("gguf: importance matrix")
+    longest = recipe.train.max_tokens
+    matrix = imatrix(full, training_tokens(run.path("merged"), run.path("data"), knobs.imatrix_tokens, longest))
+    write_imatrix(folder / IMATRIX, matrix)
+    return matrix
 
 
 def report(path: Path, kind: str, fallbacks: dict[str, int], start: float) -> dict[str, Any]:
@@ -62,6 +78,7 @@ def report(path: Path, kind: str, fallbacks: dict[str, int], start: float) -> di
         "tensor_types": header.tensor_types,
         "fallback_tensors": sum(fallbacks.values()),
         "fallbacks": fallbacks,
+        "imatrix": header.imatrix,
         "seconds": round(time.monotonic() - start, 2),
     }
 

@@ -11,7 +11,10 @@ from recipe import UserError
 
 @dataclass(frozen=True)
 class Header:
-    """`file_type` is llama.cpp's number of the quantization, `tensor_types` counts tensors by type."""
+    """`file_type` is llama.cpp's number of the quantization, `tensor_types` counts tensors by type.
+
+    `imatrix` tells whether an importance matrix weighed the rounding.
+    """
 
     file_type: int
     tensors: int
@@ -20,6 +23,7 @@ class Header:
     tensor_bytes: int
     eos_token_id: int | None
     chat_template: str | None
+    imatrix: bool
 
 
 class _Parameters(ctypes.Structure):
@@ -59,6 +63,7 @@ def read_header(path: Path) -> Header:
             tensor_bytes=tensor_bytes,
             eos_token_id=_value(ggml, context, "tokenizer.ggml.eos_token_id", ggml.gguf_get_val_u32, None),
             chat_template=_text(_value(ggml, context, "tokenizer.chat_template", ggml.gguf_get_val_str, None)),
+            imatrix=ggml.gguf_find_key(context, b"quantize.imatrix.entries_count") >= 0,
         )
     finally:
         ggml.gguf_free(context)

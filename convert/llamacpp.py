@@ -10,10 +10,13 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from convert.imatrix import DATASET, IMATRIX, Matrix, chunks
 from convert.pretokenizer import pre_tokenizer
 from recipe import UserError
 from recipe.machine import cores
+from recipe.schema import NEEDS_IMATRIX
 
 log = logging.getLogger("truetune")
 SECONDS_BETWEEN_LINES = 5.0
@@ -79,13 +82,16 @@ class Quantization:
     words: list[str] = field(default_factory=list)
 
 
-def quantize(source: Path, output: Path, kind: str) -> Quantization:
-    """Quantize an unquantized GGUF to one of llama.cpp's types.
+def quantize(source: Path, output: Path, kind: str, matrix: Matrix | None = None) -> Quantization:
+    """Quantize an unquantized GGUF to one of llama.cpp's types, its rounding weighed by an importance matrix, if any.
 
     Raises:
-        UserError: the quantizer failed; with its last words.
+        UserError: the quantizer failed, with its last words, or the type needs a matrix and there is none.
     """
     import llama_cpp
+
+    if matrix is None and kind in NEEDS_IMATRIX:
+        raise UserError(f"{kind} needs an importance matrix: set gguf.imatrix_tokens, say to 4096")
 
     said = Quantization()
     pending, last_line = [""], [time.monotonic()]
@@ -104,9 +110,11 @@ def quantize(source: Path, output: Path, kind: str) -> Quantization:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type(kind)
     parameters.nthread = cores()
+    kept = _weigh(parameters, matrix) if matrix else ()  # the arrays that the parameters point to
     try:
         status = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
     finally:
+        del kept
         _hear(said, pending[0])
         be_quiet()
     if status != 0:
@@ -115,6 +123,30 @@ def quantize(source: Path, output: Path, kind: str) -> Quantization:
     if said.counted != said.fallbacks.total():
         raise RuntimeError(f"llama.cpp counts {said.counted} fallbacks, its log names {said.fallbacks.total()}")
     return said
+
+
+def _weigh(parameters: Any, matrix: Matrix) -> tuple[Any, ...]:
+    """Hand the matrix to the quantizer, and the keys by which llama.cpp's own tool records it in the file."""
+    import ctypes
+
+    import llama_cpp.llama_cpp as bindings
+
+    means = {name: importance.means for name, importance in matrix.items()}
+    data = (bindings.llama_model_imatrix_data * (len(means) + 1))()  # ends with one without a name
+    for entry, (name, values) in zip(data, means.items(), strict=False):
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    record = {"file": IMATRIX, "dataset": DATASET, "entries_count": len(means), "chunks_count": chunks(matrix)}
+    keys = (bindings.llama_model_kv_override * (len(record) + 1))()  # ends with one without a key
+    for override, (name, value) in zip(keys, record.items(), strict=False):
+        override.key = f"quantize.imatrix.{name}".encode()
+        if isinstance(value, str):
+            override.tag, override.value.val_str = bindings.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+        else:
+            override.tag, override.value.val_i64 = bindings.LLAMA_KV_OVERRIDE_TYPE_INT, value
+    parameters.imatrix = ctypes.cast(data, ctypes.POINTER(bindings.llama_model_imatrix_data))
+    parameters.kv_overrides = ctypes.cast(keys, ctypes.POINTER(bindings.llama_model_kv_override))
+    return data, keys, means
 
 
 def file_type(kind: str) -> int:

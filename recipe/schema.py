@@ -4,12 +4,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# The types that llama.cpp's quantizer writes, with their bits a weight (Llama-3.1-8B, llama.cpp tools/quantize/README).
+# Every type that llama.cpp's quantizer writes, with its bits a weight: Llama-3.1-8B's where llama.cpp publishes them
+# (tools/quantize/README), else the type's own.
 QUANTIZATIONS = {
-    "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.56, "Q5_K_M": 5.7, "Q5_K_S": 5.57, "Q5_1": 6.0,
-    "Q5_0": 5.5, "Q4_K_M": 4.89, "Q4_K_S": 4.67, "Q4_1": 5.0, "Q4_0": 4.5, "Q3_K_L": 4.3, "Q3_K_M": 4.0,
-    "Q3_K_S": 3.64, "Q2_K": 3.16, "IQ4_XS": 4.46, "IQ4_NL": 4.68, "TQ1_0": 1.69, "TQ2_0": 2.06,
+    "F32": 32.0, "F16": 16.0, "BF16": 16.0, "Q8_0": 8.5, "Q6_K": 6.56, "Q5_1": 6.0, "Q5_K_M": 5.7, "Q5_K_S": 5.57,
+    "Q5_0": 5.5, "Q4_1": 5.0, "Q4_K_M": 4.89, "IQ4_NL": 4.68, "Q4_K_S": 4.67, "Q4_0": 4.5, "IQ4_XS": 4.46,
+    "Q3_K_L": 4.3, "MXFP4_MOE": 4.25, "Q3_K_M": 4.0, "IQ3_M": 3.76, "IQ3_S": 3.66, "Q3_K_S": 3.64, "IQ3_XS": 3.5,
+    "IQ3_XXS": 3.25, "Q2_K": 3.16, "Q2_K_S": 2.97, "IQ2_M": 2.93, "IQ2_S": 2.74, "IQ2_XS": 2.59, "IQ2_XXS": 2.38,
+    "Q2_0": 2.25, "IQ1_M": 2.15, "TQ2_0": 2.06, "IQ1_S": 2.0, "TQ1_0": 1.69, "Q1_0": 1.125,
 }  # fmt: skip
+# An importance matrix weighs the rounding of every type but these, and llama.cpp writes the second ones with one only.
+WITHOUT_IMATRIX = frozenset(("F32", "F16", "BF16", "Q8_0", "MXFP4_MOE", "TQ2_0", "TQ1_0", "Q2_0", "Q1_0"))
+NEEDS_IMATRIX = frozenset(("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"))
 
 
 def knob(
@@ -65,6 +71,11 @@ class Merge:
 class Gguf:
     types: tuple[str, ...] = knob(("Q8_0",), "Quantizations to write, by llama.cpp's names", choices=QUANTIZATIONS)
     full: Literal["F16", "BF16", "F32"] = knob("F16", "Type of the unquantized GGUF that they are made from")
+    imatrix_tokens: int = knob(4096, "Training tokens that the importance matrix is computed from; 0 makes none", 0)
+    recommended_divergence: float = knob(
+        0.1, "Most mean KL divergence of the type that is served, nats; a limit of taste", 0
+    )
+    recommended_loss: float = knob(0.02, "Most key facts that it may lose, as a share, beyond the standard error", 0, 1)
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,9 @@ class Recipe:
             found.append(("data.train", "missing: name a JSONL file of conversations"))
         if not self.gguf.types:
             found.append(("gguf.types", f"empty: name at least one of {', '.join(QUANTIZATIONS)}"))
+        if not self.gguf.imatrix_tokens and (needing := NEEDS_IMATRIX.intersection(self.gguf.types)):
+            types = ", ".join(sorted(needing))
+            found.append(("gguf.types", f"{types} needs an importance matrix: set gguf.imatrix_tokens, say to 4096"))
         if self.serve.type is not None and self.serve.type not in (*self.gguf.types, self.gguf.full):
             found.append(
                 ("serve.type", f"{self.serve.type!r} is not made: add it to gguf.types ({', '.join(self.gguf.types)})")

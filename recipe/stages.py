@@ -22,7 +22,7 @@ STAGES = (
     ),
     Stage("reference", "train.reference", "Let the trained model answer the probes", ("data", "base", "train"), ()),
     Stage("merge", "convert.merge", "Add the adapter to the full-precision base", ("base", "train"), ("merge",)),
-    Stage("gguf", "convert.gguf", "Convert to GGUF and quantize", ("merge",), ("gguf",)),
+    Stage("gguf", "convert.gguf", "Convert to GGUF and quantize", ("data", "merge"), ("gguf",)),
     Stage(
         "parity",
         "convert.prove",
