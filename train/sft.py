@@ -186,7 +186,8 @@ def _rows(recipe: Recipe, run: Run, tokenizer: Any) -> dict[str, Any]:
 
 def _measure(trainer: Any, tokenizer: Any, questions: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
     """Validation loss, key-fact accuracy and the answers that it was counted in."""
-    from train.score import answers, key_fact_accuracy
+    from recipe.score import key_fact_accuracy
+    from train.score import answers
 
     loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
     with trainer.autocast_smart_context_manager():
