@@ -82,7 +82,7 @@ $(RUN)/merge.json: $(RUN)/keys/merge.json $(RUN)/base.json $(RUN)/train.json | $
 $(RUN)/gguf.json: $(RUN)/keys/gguf.json $(RUN)/data.json $(RUN)/merge.json
 	@$(PYTHON) -m convert.gguf $(FILE)
 
-$(RUN)/parity.json: $(RUN)/keys/parity.json $(RUN)/base.json $(RUN)/reference.json $(RUN)/merge.json $(RUN)/gguf.json
+$(RUN)/parity.json: $(RUN)/keys/parity.json $(RUN)/data.json $(RUN)/base.json $(RUN)/reference.json $(RUN)/merge.json $(RUN)/gguf.json
 	@$(PYTHON) -m convert.prove $(FILE)
 
 prove: $(RUN)/parity.json ## Prove that what is served is the model that was trained
@@ -95,7 +95,7 @@ verify: | .venv/.complete ## Recompute every hash from the receipts, from the da
 ready: resolve
 	@$(PYTHON) -m serve.ready $(FILE)
 
-serve: ready $(RUN)/gguf.json ## Serve an OpenAI-compatible API of the trained model on 127.0.0.1
+serve: ready $(RUN)/parity.json ## Serve an OpenAI-compatible API of the trained model on 127.0.0.1
 	@$(PYTHON) -m serve.api $(FILE)
 
 chat: | .venv/.complete ## Talk with the served model in the terminal

@@ -147,3 +147,15 @@ class Evaluator:
         import llama_cpp
 
         llama_cpp.llama_memory_clear(self.memory, True)
+
+    def cache_bytes(self) -> int:
+        """What the cache holds of the first sequence."""
+        import llama_cpp
+
+        return int(llama_cpp.llama_state_seq_get_size(self.context, 0))
+
+    def ends(self, token: int) -> bool:
+        """Whether the token ends an answer."""
+        import llama_cpp
+
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocabulary, token))

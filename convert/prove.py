@@ -3,47 +3,128 @@
 Everything that conversion can lose is looked for: the chat template, token ids, the stop token, the weights.
 """
 
+import json
 import logging
 import math
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.evaluator import Asked, Evaluator
-from convert.header import Header, read_header
-from convert.llamacpp import file_type
+from convert.compare import UNREADABLE, Logits, check_stops, check_template, compare_text, measure, reason, shown_by
+from convert.evaluator import Asked
+from convert.llamacpp import quantize
+from convert.measure import Found, Task, measured
 from convert.model import load
 from recipe import Made, Recipe, Run, UserError, command
-from recipe.proof import Bounds, Comparison, compare_logits, compare_tokens, perplexity, write_comparisons
+from recipe.files import fresh_folder, remove, write_whole
+from recipe.machine import cores, free_bytes
+from recipe.proof import Bounds, Comparison, compare_tokens, write_comparisons
+from recipe.recommend import loss, recommend
 from recipe.reference import Reference, read_reference
-from recipe.schema import QUANTIZATIONS
+from recipe.schema import NEEDS_IMATRIX, QUANTIZATIONS
+from recipe.score import facts_in
 
 log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "numpy")
-GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-# What the libraries raise for files that are damaged or do not belong together.
-UNREADABLE = (UserError, OSError, ValueError, KeyError, IndexError, RuntimeError, AttributeError)
 BITS_OF_BOUND = 4.5
-LEAST_BITS = 0.8  # of what the type has in Llama 3 8B; a tensor that falls back takes more, never less
-Logits = Callable[[Iterable[Asked]], Iterable[Any]]
+LEAST_SAYING_BITS = 2.5  # from here down the most likely token proves nothing
 
 
 def parity(recipe: Recipe, run: Run) -> Made:
-    """Write `parity.jsonl`, one comparison a line; a failed comparison is a result here, `make prove` judges."""
+    """Write `parity.jsonl`, a comparison a line, and `parity-answers.jsonl`, a held-out question a line.
+
+    A failed comparison is a result here; `make prove` judges. The receipt's metrics recommend a type.
+    """
     from transformers import AutoTokenizer
 
     reference = read_reference(run.path("reference"))
     tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
-    comparisons = [prove_merged(recipe, run, reference)]
-    for kind in (recipe.gguf.full, *(kind for kind in recipe.gguf.types if kind != recipe.gguf.full)):
+    questions = questions_of(run, tokenizer)
+    comparisons, answers = [prove_merged(recipe, run, reference)], {}
+    for kind in dict.fromkeys((recipe.gguf.full, *recipe.gguf.types)):
         log.info("prove: %s", kind)
-        path = run.path("gguf", f"{run.name}-{kind}.gguf")
-        comparisons.append(prove_gguf(kind, path, tokenizer, reference, gguf_bounds(recipe, kind)))
+        task = Task(
+            kind=kind,
+            path=str(run.path("gguf", f"{run.name}-{kind}.gguf")),
+            tokenizer=str(run.path("base")),
+            template=tokenizer.chat_template,
+            reference=str(run.path("reference")),
+            bounds=(gguf_bounds(recipe, kind).mean_divergence, gguf_bounds(recipe, kind).top1_agreement),
+            questions=questions,
+            answer_tokens=recipe.train.answer_tokens,
+            threads=cores(),
+        )
+        found = measured(task)
+        found.comparison.measures["fallbacks"] = run.receipt("gguf").metrics[kind]["fallbacks"]
+        found.comparison.measures |= without_imatrix(run, recipe.gguf.full, task, found)
+        comparisons.append(found.comparison)
+        if found.answers:
+            answers[kind] = found.answers
+    lose_facts(comparisons, answers, questions, recipe.gguf.full)
     write_comparisons(run.path("parity.jsonl"), comparisons)
-    metrics = {comparison.name: not comparison.problems for comparison in comparisons}
-    return Made(outputs=[run.path("parity.jsonl")], metrics=metrics, packages=PACKAGES)
+    write_answers(run.path("parity-answers.jsonl"), questions, answers)
+    return Made(
+        outputs=[run.path("parity.jsonl"), run.path("parity-answers.jsonl")],
+        metrics={"passed": {row.name: not row.problems for row in comparisons}}
+        | recommend(recipe, comparisons, free_bytes()),
+        packages=PACKAGES,
+    )
+
+
+def questions_of(run: Run, tokenizer: Any) -> list[dict[str, Any]]:
+    """The held-out questions: `question`, `prompt` as the template renders it, `facts`."""
+    with run.path("data", "heldout.jsonl").open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [
+        {
+            "question": row["messages"][-1]["content"],
+            "prompt": tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True),
+            "facts": row["facts"],
+        }
+        for row in rows
+    ]
+
+
+def without_imatrix(run: Run, full: str, task: Task, found: Found) -> dict[str, float]:
+    """The mean divergence of the same type rounded without the importance matrix, if it was rounded with one."""
+    if not found.comparison.measures.get("imatrix") or found.comparison.problems or task.kind in NEEDS_IMATRIX:
+        return {}
+    log.info("prove: %s without its importance matrix", task.kind)
+    folder = fresh_folder(run.path(".parity.tmp"))
+    try:
+        plain = folder / f"{task.kind}.gguf"
+        quantize(run.path("gguf", f"{run.name}-{full}.gguf"), plain, task.kind)
+        other = measured(replace(task, path=str(plain), only_divergence=True)).comparison.measures
+    finally:
+        remove(folder)
+    return {"divergence_mean_without_imatrix": other["divergence_mean"]} if "divergence_mean" in other else {}
+
+
+def lose_facts(
+    comparisons: list[Comparison], answers: dict[str, list[str]], questions: list[dict[str, Any]], full: str
+) -> None:
+    """Add the share of key facts that each type lost against the unquantized file, and its standard error."""
+
+    def hits(kind: str) -> list[bool]:
+        pairs = zip(answers[kind], questions, strict=True)
+        return [hit for answer, question in pairs for hit in facts_in(answer, question)]
+
+    for row in comparisons:
+        if row.name in answers and full in answers:
+            row.measures["facts_loss"], row.measures["facts_loss_error"] = loss(hits(full), hits(row.name))
+
+
+def write_answers(path: Path, questions: list[dict[str, Any]], answers: dict[str, list[str]]) -> None:
+    """A line a question: what each type answers, and whether that has every key fact."""
+    lines = []
+    for number, question in enumerate(questions):
+        given = {kind: found[number] for kind, found in answers.items()}
+        correct = {kind: all(facts_in(answer, question)) for kind, answer in given.items()}
+        row = {"question": question["question"], "facts": question["facts"], "answers": given, "correct": correct}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_whole(path, "".join(lines))
 
 
 def merged_bounds(recipe: Recipe) -> Bounds:
@@ -62,8 +143,10 @@ def gguf_bounds(recipe: Recipe, kind: str) -> Bounds:
     if kind == "BF16":
         return Bounds(knobs.bfloat16_divergence, knobs.full_agreement)
     # Measured on SmolLM2-135M: 0.003 for Q8_0, 0.008 Q6_K, 0.05 Q4_K_M, 0.3 Q2_K: about e times more for a bit less.
-    allowed = knobs.quantized_divergence * min(1.0, math.exp(BITS_OF_BOUND - QUANTIZATIONS[kind]))
-    return Bounds(allowed, knobs.quantized_agreement)
+    less = BITS_OF_BOUND - QUANTIZATIONS[kind]
+    # At two bits a small model may say anything at all, with no fault but the type.
+    share = min(1.0, max(0.0, 1 - less / (BITS_OF_BOUND - LEAST_SAYING_BITS)))
+    return Bounds(knobs.quantized_divergence * math.exp(less), knobs.quantized_agreement * share)
 
 
 def prove_merged(recipe: Recipe, run: Run, reference: Reference) -> Comparison:
@@ -110,111 +193,6 @@ def logits_of(model: Any) -> Logits:
             yield found[[position - len(ids) for position in positions]].float().numpy()
 
     return logits
-
-
-def prove_gguf(kind: str, path: Path, tokenizer: Any, reference: Reference, bounds: Bounds) -> Comparison:
-    """A GGUF in llama.cpp: type, template, token ids, logits, perplexity, where it stops."""
-    start = time.monotonic()
-    comparison, show = Comparison(kind), shown_by(tokenizer)
-    try:
-        header = read_header(path)
-        check_type(comparison, kind, header)
-        check_template(comparison, header.chat_template or "")
-        compare_text(comparison, "chat template", "file", header.chat_template or "", tokenizer.chat_template)
-        check_stops(comparison, reference, [header.eos_token_id])
-        longest = max(len(ids) for ids, _ in asked_of(reference))
-        with Evaluator(path, longest) as evaluator:
-            for probe in reference.probes:
-                if not compare_tokens(comparison, probe, evaluator.tokens(probe.prompt), show):
-                    break
-            measure(comparison, reference, evaluator.logits, bounds, show)
-        comparison.measures["bytes"] = path.stat().st_size
-    except UNREADABLE as error:
-        comparison.problems.append(f"{path} cannot be used: {reason(error)}")
-    comparison.measures["seconds"] = round(time.monotonic() - start, 2)
-    return comparison
-
-
-def asked_of(reference: Reference) -> list[Asked]:
-    """The tokens of every probe, then of every validation answer, and the positions whose next token is compared."""
-    probes = [(probe.sequence, range(len(probe.ids) - 1, len(probe.sequence) - 1)) for probe in reference.probes]
-    answers = [(answer.ids, range(answer.first - 1, len(answer.ids) - 1)) for answer in reference.answers]
-    return [(ids, list(positions)) for ids, positions in probes + answers]
-
-
-def measure(comparison: Comparison, reference: Reference, logits: Logits, bounds: Bounds, show: Any) -> None:
-    """Logits at the probes' answers, greedy agreement, and perplexity on the validation answers."""
-    found, greedy, losses = {}, 0, []
-    made = iter(logits(asked_of(reference)))
-    for probe in reference.probes:
-        rows = next(made)
-        found[probe.name] = rows[: probe.scored]
-        greedy += rows.argmax(-1).tolist() == probe.continuation
-    compare_logits(comparison, reference, found, bounds, show)
-    if "divergence_mean" not in comparison.measures:
-        return
-    comparison.measures["greedy_agreement"] = greedy / len(reference.probes)
-    if reference.answers:
-        losses = [negative_likelihood(next(made), answer.ids[answer.first :]) for answer in reference.answers]
-        sizes = [len(answer.ids) - answer.first for answer in reference.answers]
-        value, error = perplexity(losses, sizes)
-        trained, _ = perplexity([answer.loss for answer in reference.answers], sizes)
-        comparison.measures |= {"perplexity": value, "perplexity_error": error, "trained_perplexity": trained}
-
-
-def negative_likelihood(rows: Any, tokens: list[int]) -> float:
-    """Of the tokens, each by its row of logits, summed, in nats; exponentials in float32 are exact enough to add up."""
-    import numpy as np
-
-    rows = rows - rows.max(-1, keepdims=True)
-    chosen = rows[np.arange(len(rows)), tokens]
-    return float(np.log(np.exp(rows).sum(-1, dtype=np.float64)).sum() - chosen.sum(dtype=np.float64))
-
-
-def shown_by(tokenizer: Any) -> Callable[[int], str]:
-    """A token as a message shows it: its text and its id."""
-    return lambda token: f"{tokenizer.decode([token])!r} ({token})"
-
-
-def reason(error: Exception) -> str:
-    """The first line of what a library says."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-
-
-def check_type(comparison: Comparison, kind: str, header: Header) -> None:
-    """Add a problem if the file says that it is of another type, or holds clearly fewer bits than its type has."""
-    bits = 8 * header.tensor_bytes / header.parameters
-    if header.file_type != file_type(kind):
-        comparison.problems.append(f"type: llama.cpp's number {header.file_type}, that of {kind} is {file_type(kind)}")
-    elif bits < LEAST_BITS * QUANTIZATIONS[kind]:
-        comparison.problems.append(f"type: {bits:.2f} bits a weight, {kind} has {QUANTIZATIONS[kind]:g}")
-
-
-def check_template(comparison: Comparison, template: str) -> None:
-    """Add a problem for tags that only transformers knows; loaders of GGUF files refuse them."""
-    if tag := GENERATION_TAG.search(template):
-        comparison.problems.append(f"chat template: has {tag[0]!r}, which only training understands")
-
-
-def compare_text(comparison: Comparison, what: str, where: str, found: str, wanted: str) -> bool:
-    """Whether two texts are the same bytes; the first difference becomes a problem."""
-    if found == wanted:
-        return True
-    at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
-    comparison.problems.append(
-        f"{what}: {where}, character {at}: {found[at : at + 20]!r}, trained with {wanted[at : at + 20]!r}"
-    )
-    return False
-
-
-def check_stops(comparison: Comparison, reference: Reference, stops: list[Any]) -> None:
-    """Add a problem if a token that ended an answer of the reference would not end it here."""
-    ends = {probe.continuation[-1] for probe in reference.probes if probe.stopped}
-    if lost := sorted(ends - set(stops)):
-        comparison.problems.append(
-            f"stop token: the trained model ends its turn with {lost}, this one stops at {stops}"
-        )
-    comparison.measures["stops"] = not lost
 
 
 if __name__ == "__main__":

@@ -25,17 +25,17 @@ def put_in_place(temporary: Path, final: Path) -> None:
     """Rename a finished file or folder to its final name, replacing what stood there."""
     _sync_tree(temporary)
     old = final.with_name(f".{final.name}.old")
-    _remove(old)
+    remove(old)
     if final.is_dir():
         final.rename(old)
     temporary.rename(final)
-    _remove(old)
+    remove(old)
     _sync_folder(final.parent)
 
 
 def fresh_folder(path: Path) -> Path:
     """An empty folder at `path`, whatever an interrupted run left there."""
-    _remove(path)
+    remove(path)
     path.mkdir(parents=True)
     return path
 
@@ -52,7 +52,8 @@ def files_below(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file or a folder, whether it is there or not."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -90,7 +90,7 @@ class Prove:
 
 @dataclass(frozen=True)
 class Serve:
-    type: str | None = knob(None, "Which of `gguf.types` is served; the first if not given")
+    type: str | None = knob(None, "Which of `gguf.types` is served; the recommended one if not given")
     engine: Literal["llamacpp", "ollama", "vllm"] = knob("llamacpp", "What answers; `ENGINE=` overrides it")
     ui: Literal["openwebui", "builtin", "none"] = knob("openwebui", "The chat window; `UI=` overrides it")
     ui_port: int = knob(3000, "Port of the chat window on 127.0.0.1; `UI_PORT=` overrides it", 1, 65535)
@@ -131,8 +131,3 @@ class Recipe:
                 ("serve.type", f"{self.serve.type!r} is not made: add it to gguf.types ({', '.join(self.gguf.types)})")
             )
         return found
-
-    @property
-    def served_type(self) -> str:
-        """The quantization that `make serve` loads."""
-        return self.serve.type or self.gguf.types[0]

@@ -27,7 +27,7 @@ STAGES = (
         "parity",
         "convert.prove",
         "Compare merged weights and GGUF files with the trained model",
-        ("base", "reference", "merge", "gguf"),
+        ("data", "base", "reference", "merge", "gguf"),
         ("prove", "gguf"),
     ),
     Stage(
@@ -37,7 +37,7 @@ STAGES = (
         ("reference", "gguf", "parity"),
         ("serve",),
     ),
-    Stage("serve", "serve.api", "Serve an OpenAI-compatible API", ("gguf",), ("serve",)),
+    Stage("serve", "serve.api", "Serve an OpenAI-compatible API", ("gguf", "parity"), ("serve",)),
 )
 
 

@@ -1,0 +1,213 @@
+"""Everything that one GGUF is asked, in a process of its own:  python -m convert.measure TASK
+
+Started by `convert.prove` only. A crash of native code, as a damaged file may cause, ends this process alone, and its
+peak memory is the file's.
+"""
+
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from convert.compare import UNREADABLE, asked_of, check_stops, check_template, compare_text, measure, reason, shown_by
+from convert.evaluator import PASS_SEQUENCES, Evaluator
+from convert.header import Header, read_header
+from convert.llamacpp import file_type
+from recipe.command import peak_rss_bytes
+from recipe.files import write_whole
+from recipe.machine import resident_bytes
+from recipe.proof import Bounds, Comparison, compare_tokens
+from recipe.reference import Reference, read_reference
+from recipe.schema import QUANTIZATIONS
+from recipe.score import key_fact_accuracy
+
+log = logging.getLogger("truetune")
+LEAST_BITS = 0.8  # of what the type has in Llama 3 8B; a tensor that falls back takes more, never less
+PROMPT_TOKENS, DECODED_TOKENS, REPEATS = 256, 16, 3
+CACHE_TOKENS = 2048  # room for PASS_SEQUENCES questions of usual length at once
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to ask of which file; `questions` are prompts with key facts, `threads` 0 takes every core.
+
+    `only_divergence` asks the probes alone.
+    """
+
+    kind: str
+    path: str
+    tokenizer: str
+    template: str
+    reference: str
+    bounds: tuple[float, float]
+    questions: list[dict[str, Any]] = field(default_factory=list)
+    answer_tokens: int = 0
+    threads: int = 0
+    only_divergence: bool = False
+
+
+@dataclass
+class Found:
+    """The comparison, and the answers to the questions, or none if the file cannot be used."""
+
+    comparison: Comparison
+    answers: list[str] = field(default_factory=list)
+
+
+def measured(task: Task) -> Found:
+    """What a process of its own finds; its death is a problem of the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder, "task.json"), Path(folder, "found.json")
+        given.write_text(json.dumps(asdict(task)), encoding="utf-8")
+        words, status = _run([sys.executable, "-m", "convert.measure", str(given), str(made)])
+        if made.is_file():
+            row = json.loads(made.read_text(encoding="utf-8"))
+            return Found(Comparison(**row["comparison"]), row["answers"])
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    says = next((f" ({word})" for word in words if "ASSERT" in word or "rror" in word), "")
+    return Found(Comparison(task.kind, {}, [f"{task.path} cannot be used: what reads it ended with {how}{says}"]))
+
+
+def _run(command: list[str]) -> tuple[list[str], int]:
+    """(what it wrote to standard error but for its progress, which is shown; its exit status)."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    words = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True, errors="replace") as process:
+        assert process.stderr
+        try:
+            for line in process.stderr:
+                if line.startswith("prove:"):
+                    log.info("%s", line.rstrip())
+                else:
+                    words.append(line.strip())
+        except BaseException:
+            process.kill()
+            raise
+    return words, process.returncode
+
+
+def ask_file(task: Task) -> Found:
+    """Type, template, token ids, speed, memory, logits, perplexity, key facts, and where it stops."""
+    from tokenizers import Tokenizer
+
+    start, path, found = time.monotonic(), Path(task.path), Found(Comparison(task.kind))
+    comparison, reference = found.comparison, read_reference(Path(task.reference))
+    tokenizer = Tokenizer.from_file(str(Path(task.tokenizer, "tokenizer.json")))
+    show = shown_by(tokenizer)
+    try:
+        header = read_header(path)
+        check_type(comparison, task.kind, header)
+        check_template(comparison, header.chat_template or "")
+        compare_text(comparison, "chat template", "file", header.chat_template or "", task.template)
+        check_stops(comparison, reference, [header.eos_token_id])
+        comparison.measures |= {
+            "bytes": path.stat().st_size,
+            "bits_per_weight": round(8 * header.tensor_bytes / header.parameters, 3),
+            "tensors": header.tensors,
+            "imatrix": header.imatrix,
+        }
+        longest = max(len(ids) for ids, _ in asked_of(reference))
+        before = resident_bytes()
+        with Evaluator(path, longest, threads=task.threads, cache_tokens=CACHE_TOKENS) as evaluator:
+            if task.only_divergence:
+                measure(comparison, replace(reference, answers=[]), evaluator.logits, Bounds(*task.bounds), show)
+                return found
+            comparison.measures |= speeds(evaluator, reference)
+            comparison.measures["peak_rss_bytes"] = peak_rss_bytes() - before
+            for probe in reference.probes:
+                if not compare_tokens(comparison, probe, evaluator.tokens(probe.prompt), show):
+                    break
+            measure(comparison, reference, evaluator.logits, Bounds(*task.bounds), show)
+            if task.questions:
+                prompts = [evaluator.tokens(question["prompt"]) for question in task.questions]
+                made = greedy_answers(evaluator, prompts, task.answer_tokens, f"prove: {task.kind}")
+                found.answers = [tokenizer.decode(ids).strip() for ids in made]
+                score = key_fact_accuracy(found.answers, task.questions)
+                comparison.measures |= {"facts_accuracy": round(score, 4), "facts_of": len(task.questions)}
+    except UNREADABLE as error:
+        comparison.problems.append(f"{path} cannot be used: {reason(error)}")
+    comparison.measures["seconds"] = round(time.monotonic() - start, 2)
+    return found
+
+
+def speeds(evaluator: Evaluator, reference: Reference) -> dict[str, float]:
+    """Tokens a second of one conversation, medians of a few repeats, and the bytes that a server's cache takes."""
+    longest = max((ids for ids, _ in asked_of(reference)), key=len)
+    ids = (longest * (1 + PROMPT_TOKENS // len(longest)))[: min(PROMPT_TOKENS, evaluator.pass_tokens - DECODED_TOKENS)]
+    prompt, decode = [], []
+    for repeat in range(REPEATS + 1):  # the first one reads the file from the disk
+        evaluator.forget()
+        start = time.perf_counter()
+        evaluator.decode((token, at, 0, at == len(ids) - 1) for at, token in enumerate(ids))
+        middle = time.perf_counter()
+        for at in range(DECODED_TOKENS):
+            evaluator.decode([(ids[at], len(ids) + at, 0, True)])
+        if repeat:
+            prompt.append(len(ids) / (middle - start))
+            decode.append(DECODED_TOKENS / (time.perf_counter() - middle))
+    return {
+        "prompt_tokens_per_second": round(statistics.median(prompt), 1),
+        "decode_tokens_per_second": round(statistics.median(decode), 1),
+        "cache_bytes_per_token": evaluator.cache_bytes() // (len(ids) + DECODED_TOKENS) // 2,  # served in 16 bits
+    }
+
+
+def greedy_answers(evaluator: Evaluator, prompts: list[list[int]], most: int, says: str) -> list[list[int]]:
+    """The tokens of each answer, up to the end of its turn or `most`; several are decoded together."""
+    made: list[list[int]] = [[] for _ in prompts]
+    waiting = [number for number, ids in enumerate(prompts) if len(ids) + most <= evaluator.cache_tokens]
+    start = last_line = time.monotonic()
+    while waiting:
+        group: list[int] = []
+        room = evaluator.cache_tokens
+        while waiting and len(group) < PASS_SEQUENCES and len(prompts[waiting[0]]) + most <= room:
+            room -= len(prompts[waiting[0]]) + most
+            group.append(waiting.pop(0))
+        for number, answer in zip(group, _answer([prompts[number] for number in group], evaluator, most), strict=True):
+            made[number] = answer
+        if waiting and time.monotonic() - last_line > 5:
+            last_line = time.monotonic()
+            done = len(prompts) - len(waiting)
+            left = (last_line - start) / done * len(waiting)
+            log.info("%s: question %d of %d  %.0f s left", says, done, len(prompts), left)
+    return made
+
+
+def _answer(prompts: list[list[int]], evaluator: Evaluator, most: int) -> list[list[int]]:
+    """The answers to prompts that fit the cache together."""
+    evaluator.forget()
+    made: list[list[int]] = [[] for _ in prompts]
+    tokens = [(token, at, n, at == len(ids) - 1) for n, ids in enumerate(prompts) for at, token in enumerate(ids)]
+    for first in range(0, len(tokens), evaluator.pass_tokens):
+        piece = tokens[first : first + evaluator.pass_tokens]
+        evaluator.decode(piece)
+        for index, (_, _, number, last) in enumerate(piece):
+            if last:
+                made[number].append(int(evaluator.row(index).argmax()))
+    while going := [n for n, ids in enumerate(made) if len(ids) < most and not evaluator.ends(ids[-1])]:
+        evaluator.decode((made[n][-1], len(prompts[n]) + len(made[n]) - 1, n, True) for n in going)
+        for index, number in enumerate(going):
+            made[number].append(int(evaluator.row(index).argmax()))
+    return made
+
+
+def check_type(comparison: Comparison, kind: str, header: Header) -> None:
+    """Add a problem if the file says that it is of another type, or holds clearly fewer bits than its type has."""
+    bits = 8 * header.tensor_bytes / header.parameters
+    if header.file_type != file_type(kind):
+        comparison.problems.append(f"type: llama.cpp's number {header.file_type}, that of {kind} is {file_type(kind)}")
+    elif bits < LEAST_BITS * QUANTIZATIONS[kind]:
+        comparison.problems.append(f"type: {bits:.2f} bits a weight, {kind} has {QUANTIZATIONS[kind]:g}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    given, made = map(Path, sys.argv[1:])
+    write_whole(made, json.dumps(asdict(ask_file(Task(**json.loads(given.read_text(encoding="utf-8")))))))
