@@ -21,7 +21,8 @@ from serve.supervisor import Supervisor
 
 SERVED = "served"
 LEAST_OF_FILE = 0.5  # near ties fall otherwise in the server, whose cache has 16 bits; another model agrees in nothing
-COLUMNS = ("artefact", "verdict", "divergence", "99th pct", "top-1", "greedy", "perplexity", "stops")
+COLUMNS = ("artefact", "verdict", "MB", "bits", "divergence", "99th pct", "top-1", "facts", "greedy", "perplexity",
+           "prompt t/s", "decode t/s", "RSS MB")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def prove(recipe: Recipe, run: Run) -> Made:
         metrics={
             "passed": not any(comparison.problems for comparison in comparisons),
             "comparisons": [vars(comparison) for comparison in comparisons],
-            "notes": notes(reference, comparisons[-1]),
+            "notes": [*notes(reference, comparisons[-1]), *advice(run.receipt("parity").metrics)],
+            "recommended": run.receipt("parity").metrics["recommended"],
         },
         packages=("xllamacpp",),
     )
@@ -127,6 +129,12 @@ def notes(reference: Reference, served: Comparison) -> list[str]:
     return found
 
 
+def advice(parity: dict[str, Any]) -> list[str]:
+    """The recommended type, the rule, and what the rule says of each type."""
+    lines = [f"{kind}: {why}" for kind, why in parity["reasons"].items()]
+    return [f"recommended is {parity['recommended']}: {parity['rule']}", *lines]
+
+
 def same_prompt(comparison: Comparison, engine: Engine, probe: Probe) -> bool:
     """Whether the server renders and tokenizes the messages as training did."""
     status, rendered = engine.ask("/apply-template", {"messages": probe.messages})
@@ -201,24 +209,29 @@ def made_from(recipe: Recipe, name: str) -> list[str]:
     return line.get(name, ["merge", recipe.gguf.full])
 
 
-def show(comparisons: list[dict[str, Any]], below: list[str]) -> None:
-    """The table and, below it, the notes."""
+def show(comparisons: list[dict[str, Any]], below: list[str], recommended: str | None) -> None:
+    """The table and, below it, the notes; a star marks the recommended type."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*COLUMNS)
+    table = Table(*COLUMNS, padding=(0, 0))
     for row in comparisons:
         measures = row["measures"]
         error = f" ± {measures['perplexity_error']:.2g}" if "perplexity_error" in measures else ""
         table.add_row(
-            row["name"],
+            row["name"] + (" *" if row["name"] == recommended else ""),
             "[red]FAILED[/red]" if row["problems"] else "[green]same[/green]",
+            _number(measures, "bytes", ".0f", 1e6),
+            _number(measures, "bits_per_weight", ".2f"),
             _number(measures, "divergence_mean", ".2g"),
             _number(measures, "divergence_p99", ".2g"),
             _number(measures, "top1_agreement", ".0%"),
+            _number(measures, "facts_accuracy", ".0%"),
             _number(measures, "greedy_agreement", ".0%"),
             _number(measures, "perplexity", ".4g") + error,
-            {True: "yes", False: "no"}.get(measures.get("stops"), "-"),
+            _number(measures, "prompt_tokens_per_second", ".0f"),
+            _number(measures, "decode_tokens_per_second", ".0f"),
+            _number(measures, "peak_rss_bytes", ".0f", 1e6),
         )
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
@@ -226,8 +239,8 @@ def show(comparisons: list[dict[str, Any]], below: list[str]) -> None:
         console.print(f"note: {note}", markup=False, highlight=False)
 
 
-def _number(measures: dict[str, Any], name: str, layout: str) -> str:
-    return format(measures[name], layout) if name in measures else "-"
+def _number(measures: dict[str, Any], name: str, layout: str, unit: float = 1) -> str:
+    return format(measures[name] / unit, layout) if name in measures else "-"
 
 
 if __name__ == "__main__":
@@ -235,6 +248,6 @@ if __name__ == "__main__":
         this = stage("prove")
         recipe = recipe_of_arguments(this.module, this.does)
         receipt = up_to_date(this, recipe, prove)
-        show(receipt.metrics["comparisons"], receipt.metrics["notes"])
+        show(receipt.metrics["comparisons"], receipt.metrics["notes"], receipt.metrics["recommended"])
         if not receipt.metrics["passed"]:
             raise UserError(*verdict(recipe, receipt.metrics["comparisons"]))

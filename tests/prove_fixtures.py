@@ -21,7 +21,7 @@ def _healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answers = [{"messages": talk(animal, f"The {animal} says {sound}.")} for animal, sound in SOUNDS.items()]
     (folder / "talks.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("convert.evaluator.cores", lambda: 1)
+        patch.setattr("convert.prove.cores", lambda: 1)
         write_base(folder / "small")
         Proved(folder).make("data", "base", "train", "reference", "merge", "gguf", "parity")
     return folder
@@ -33,6 +33,6 @@ def healthy(_healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ignored = shutil.ignore_patterns("checkpoints", "logs")
     shutil.copytree(_healthy, tmp_path, symlinks=True, dirs_exist_ok=True, ignore=ignored)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # the engine is a process of its own
-    monkeypatch.setattr("convert.evaluator.cores", lambda: 1)
+    monkeypatch.setattr("convert.prove.cores", lambda: 1)
     monkeypatch.chdir(tmp_path)
     yield Proved(tmp_path)

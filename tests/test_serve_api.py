@@ -196,7 +196,7 @@ def test_a_missing_receipt_names_the_command(folder: Path):
 
 
 def test_a_type_that_was_not_made_is_refused(folder: Path):
-    error = refused(folder, "gguf.types=[Q4_0]")
+    error = refused(folder, "gguf.types=[Q4_0]", "serve.type=Q4_0")
     assert f"knows no runs/{NAME}/gguf/{NAME}-Q4_0.gguf: run 'make gguf RECIPE={NAME}' first" in error
 
 
