@@ -148,6 +148,12 @@ class Evaluator:
 
         llama_cpp.llama_memory_clear(self.memory, True)
 
+    def copy(self, sequence: int, other: int) -> None:
+        """Let another sequence begin as this one does; they share the cache."""
+        import llama_cpp
+
+        llama_cpp.llama_memory_seq_cp(self.memory, sequence, other, -1, -1)
+
     def cache_bytes(self) -> int:
         """What the cache holds of the first sequence."""
         import llama_cpp

@@ -20,7 +20,6 @@ from convert.compare import UNREADABLE, asked_of, check_stops, check_template, c
 from convert.evaluator import PASS_SEQUENCES, Evaluator
 from convert.header import Header, read_header
 from convert.llamacpp import file_type
-from recipe.command import peak_rss_bytes
 from recipe.files import write_whole
 from recipe.machine import resident_bytes
 from recipe.proof import Bounds, Comparison, compare_tokens
@@ -30,7 +29,7 @@ from recipe.score import key_fact_accuracy
 
 log = logging.getLogger("truetune")
 LEAST_BITS = 0.8  # of what the type has in Llama 3 8B; a tensor that falls back takes more, never less
-PROMPT_TOKENS, DECODED_TOKENS, REPEATS = 256, 16, 3
+PROMPT_TOKENS, DECODED_TOKENS, REPEATS = 128, 16, 3
 CACHE_TOKENS = 2048  # room for PASS_SEQUENCES questions of usual length at once
 
 
@@ -114,13 +113,13 @@ def ask_file(task: Task) -> Found:
             "imatrix": header.imatrix,
         }
         longest = max(len(ids) for ids, _ in asked_of(reference))
-        before = resident_bytes()
+        before, _ = resident_bytes()
         with Evaluator(path, longest, threads=task.threads, cache_tokens=CACHE_TOKENS) as evaluator:
             if task.only_divergence:
                 measure(comparison, replace(reference, answers=[]), evaluator.logits, Bounds(*task.bounds), show)
                 return found
             comparison.measures |= speeds(evaluator, reference)
-            comparison.measures["peak_rss_bytes"] = peak_rss_bytes() - before
+            comparison.measures["peak_rss_bytes"] = resident_bytes()[1] - before
             for probe in reference.probes:
                 if not compare_tokens(comparison, probe, evaluator.tokens(probe.prompt), show):
                     break
@@ -181,10 +180,22 @@ def greedy_answers(evaluator: Evaluator, prompts: list[list[int]], most: int, sa
 
 
 def _answer(prompts: list[list[int]], evaluator: Evaluator, most: int) -> list[list[int]]:
-    """The answers to prompts that fit the cache together."""
+    """The answers to prompts that fit the cache together; how they all begin is computed once."""
     evaluator.forget()
     made: list[list[int]] = [[] for _ in prompts]
-    tokens = [(token, at, n, at == len(ids) - 1) for n, ids in enumerate(prompts) for at, token in enumerate(ids)]
+    shortest = min(map(len, prompts)) - 1
+    columns = enumerate(zip(*prompts, strict=False))
+    common = next((at for at, tokens in columns if at == shortest or len(set(tokens)) > 1), shortest)
+    tokens = [(token, at, 0, False) for at, token in enumerate(prompts[0][:common])]
+    for first in range(0, common, evaluator.pass_tokens):
+        evaluator.decode(tokens[first : first + evaluator.pass_tokens])
+    for number in range(1, len(prompts)):
+        evaluator.copy(0, number)
+    tokens = [
+        (ids[at], at, number, at == len(ids) - 1)
+        for number, ids in enumerate(prompts)
+        for at in range(common, len(ids))
+    ]
     for first in range(0, len(tokens), evaluator.pass_tokens):
         piece = tokens[first : first + evaluator.pass_tokens]
         evaluator.decode(piece)

@@ -11,12 +11,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resident_bytes() -> int:
-    """Memory that this process holds now; where the system does not say, the most that it ever held."""
+def resident_bytes() -> tuple[int, int]:
+    """Memory that this process holds now, and the most that it held; where the system does not say, twice the most."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        # Not getrusage: Linux counts there what the parent held when it started this process.
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return most, most
+    kilobytes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS:", "VmHWM:"))}
+    return 1024 * int(kilobytes["VmRSS"]), 1024 * int(kilobytes["VmHWM"])
 
 
 def free_bytes() -> int:

@@ -40,7 +40,7 @@ CORPUS = [
 
 def test_gguf_has_these_files_each_made_once(converted: Any) -> None:
     assert converted.recipe.gguf.types == ("Q8_0", "F16", "Q4_K_M", "Q8_0")
-    assert converted.files("gguf") == {"line-F16.gguf", "line-Q8_0.gguf", "line-Q4_K_M.gguf"}
+    assert converted.files("gguf") == {"line-F16.gguf", "line-Q8_0.gguf", "line-Q4_K_M.gguf", "imatrix.gguf"}
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_K_M"])
@@ -81,7 +81,7 @@ def test_the_bits_a_weight_are_the_type_s(converted: Any) -> None:
 
 
 def test_the_gguf_carries_the_template_and_the_end_of_turn(converted: Any, tokenizer: Any) -> None:
-    for path in converted.run.path("gguf").iterdir():
+    for path in converted.run.path("gguf").glob("line-*.gguf"):
         header = read_header(path)
         assert header.chat_template == converted.run.path("base", "chat_template.jinja").read_text()
         assert header.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
