@@ -30,8 +30,10 @@ class Comparison:
       (whether an importance matrix weighed its rounding);
     - of what it says, nats where no unit is named: `divergence_mean`, `divergence_median`, `divergence_p99`,
       `divergence_mean_without_imatrix`, `top1_agreement`, `greedy_agreement`, `perplexity`, `perplexity_error`,
-      `trained_perplexity`, `stops`, `facts_accuracy` (share of the key facts), `facts_of` (held-out questions);
-    - of this machine: `prompt_tokens_per_second`, `decode_tokens_per_second`, `peak_rss_bytes`, `seconds`.
+      `trained_perplexity`, `stops`, `facts_accuracy` (share of the key facts), `facts_of` (held-out questions),
+      `facts_loss` (share that the unquantized file has and this one has not), `facts_loss_error` (its standard error);
+    - of this machine: `prompt_tokens_per_second`, `decode_tokens_per_second`, `peak_rss_bytes` (of loading and asking
+      it), `cache_bytes_per_token` (of a server's cache), `seconds`.
     """
 
     name: str

@@ -138,6 +138,12 @@ class Proved:
         receipt["inputs"] |= self.run.receipt(upstream).outputs
         path.write_text(json.dumps(receipt))
 
+    def question(self, text: str, fact: str) -> None:
+        """Hold a question out, as `data.heldout` would have."""
+        row = {"messages": [{"role": "user", "content": text}], "facts": [fact]}
+        self.run.path("data", "heldout.jsonl").write_text(json.dumps(row) + "\n")
+        self.sign("data")
+
     def change(self, context: int) -> None:
         """Give the recipe another `serve.context`."""
         path = self.folder / f"{NAME}.yaml"

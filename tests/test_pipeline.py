@@ -184,7 +184,7 @@ def test_a_changed_quantization_reruns_gguf_only(again: Path) -> None:
     make(again, "gguf")
     after = state(again)
     assert {name for name in after if after[name] != before[name]} == {"gguf.json"}
-    assert set(state(again, "gguf")) == {"gguf/mine-F16.gguf", "gguf/mine-Q6_K.gguf"}
+    assert set(state(again, "gguf")) == {"gguf/mine-F16.gguf", "gguf/mine-Q6_K.gguf", "gguf/imatrix.gguf"}
 
 
 def test_bad_data_stops_make_with_one_line(again: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 from prove_run import TEMPLATE, Proved
 from test_prove_faults import CHATML, change_gguf, failed
 
+from convert.evaluator import Evaluator
+from convert.measure import greedy_answers
 from convert.prove import gguf_bounds, merged_bounds
 from recipe.proof import Comparison, divergence, first_difference, perplexity
+from recipe.reference import CONTINUATION_TOKENS, read_reference
 from serve.prove import made_from, verdict
 
 pytest_plugins = ["prove_fixtures"]
@@ -52,6 +56,57 @@ def test_a_healthy_run_passes(healthy: Proved) -> None:
     for row, bound in zip(rows.values(), bounds, strict=True):
         assert row.measures["divergence_mean"] < bound.mean_divergence / 5
         assert row.measures["perplexity"] == pytest.approx(row.measures["trained_perplexity"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_questions_are_answered_as_the_trained_model_answers(healthy: Proved) -> None:
+    """Together, with what they all begin with computed once, as torch answered each alone."""
+    reference = read_reference(healthy.run.path("reference"))
+    with Evaluator(healthy.gguf("F16"), 512, threads=1, cache_tokens=2048) as evaluator:
+        prompts = [probe.ids for probe in reference.probes]
+        found = greedy_answers(evaluator, prompts, CONTINUATION_TOKENS, "")
+    same = [answer == probe.continuation for answer, probe in zip(found, reference.probes, strict=True)]
+    assert sum(same) >= 0.9 * len(same)  # rounding to F16 may turn a near tie
+
+
+@pytest.mark.slow
+def test_what_a_type_costs_is_measured(healthy: Proved) -> None:
+    healthy.question("What says the cat?", "meow")
+    rows = healthy.comparisons()
+    for kind in ("F16", "Q8_0"):
+        measures = rows[kind].measures
+        assert measures["bytes"] == healthy.gguf(kind).stat().st_size
+        assert measures["facts_of"] == 1 and measures["facts_accuracy"] in (0, 1)
+        assert measures["prompt_tokens_per_second"] > measures["decode_tokens_per_second"] > 0
+        # Two layers with a key and a value head of 32 numbers each, 16 bits a number.
+        assert measures["cache_bytes_per_token"] == pytest.approx(cache_bytes(healthy), rel=0.1)
+        assert 0 < measures["peak_rss_bytes"] < 1e9
+    [row] = [json.loads(line) for line in healthy.run.path("parity-answers.jsonl").read_text().splitlines()]
+    assert row["question"] == "What says the cat?" and set(row["answers"]) == set(row["correct"]) == {"F16", "Q8_0"}
+    assert healthy.run.receipt("parity").metrics["recommended"] == "Q8_0"
+
+
+def cache_bytes(healthy: Proved) -> int:
+    """A token's keys and values in 16 bits."""
+    config = json.loads(healthy.run.path("merged/config.json").read_text())
+    width = config["hidden_size"] // config["num_attention_heads"] * config["num_key_value_heads"]
+    return int(2 * 2 * width * config["num_hidden_layers"])
+
+
+@pytest.mark.slow
+def test_a_crash_of_what_reads_a_file_is_a_problem_of_that_file(
+    healthy: Proved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashing = tmp_path / "python"
+    crashing.write_text("#!/bin/sh\necho 'ggml.c:7: GGML_ASSERT(false) failed' >&2\nkill -ABRT $$\n")
+    crashing.chmod(0o755)
+    monkeypatch.setattr("convert.measure.sys.executable", str(crashing))
+    told = failed(healthy.comparisons())
+    assert told["Q8_0"] == (
+        "runs/healthy/gguf/healthy-Q8_0.gguf cannot be used: what reads it ended with signal 6 "
+        "(ggml.c:7: GGML_ASSERT(false) failed)"
+    )
+    assert "merge" not in told
 
 
 def rows_of(healthy: Proved) -> list[dict[str, Any]]:
