@@ -1,6 +1,7 @@
 """Which of the types that were made is the one to serve, by a rule that is stated and measured."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from recipe.error import UserError
@@ -58,15 +59,17 @@ def loss(wanted: list[bool], found: list[bool]) -> tuple[float, float]:
     return round(mean, 4), round(math.sqrt(spread / count), 4)
 
 
-def served_type(recipe: Recipe, run: Run) -> str:
-    """The type that is served: `serve.type`, else the recommended one.
+def chosen(recipe: Recipe, run: Run) -> Recipe:
+    """The recipe with `serve.type` filled in by the recommendation, where it names none and the types were compared.
 
     Raises:
-        UserError: nothing was compared yet, or nothing that was made can be served.
+        UserError: nothing that was made can be served.
     """
-    if recipe.serve.type:
-        return recipe.serve.type
-    recommended = run.receipt("parity").metrics["recommended"]
-    if recommended is None:
-        raise UserError(f"no GGUF of {run.folder} can be used, see 'make prove RECIPE={run.name}': mend it")
-    return str(recommended)
+    parity = run.find_receipt("parity")
+    if recipe.serve.type or parity is None:
+        return recipe
+    kind = parity.metrics["recommended"]
+    if kind is None:
+        raise UserError(f"no GGUF of {run.folder} can be used: see 'make prove RECIPE={run.name}'")
+    made = kind in (recipe.gguf.full, *recipe.gguf.types)  # else the comparison is of types asked for before
+    return replace(recipe, serve=replace(recipe.serve, type=kind)) if made else recipe

@@ -131,3 +131,8 @@ class Recipe:
                 ("serve.type", f"{self.serve.type!r} is not made: add it to gguf.types ({', '.join(self.gguf.types)})")
             )
         return found
+
+    @property
+    def served_type(self) -> str:
+        """The quantization that `make serve` loads; `recommend.chosen` fills it in where the recipe names none."""
+        return self.serve.type or self.gguf.types[0]

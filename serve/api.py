@@ -17,7 +17,7 @@ from recipe.error import UserError
 from recipe.load import as_dict
 from recipe.machine import cores
 from recipe.proof import read_comparisons
-from recipe.recommend import served_type
+from recipe.recommend import chosen
 from recipe.run import Receipt, Run
 from recipe.schema import Recipe
 from recipe.stages import stage
@@ -49,19 +49,20 @@ log = logging.getLogger("truetune")
 def api(recipe: Recipe) -> None:
     """Check, start, prove, tell, watch; the engine never outlives this function."""
     run = Run(recipe.name)
-    kind = served_type(recipe, run)
+    run.receipt("gguf")
+    recipe = chosen(recipe, run)
     port = port_of_environment(recipe.serve.port)
     refuse_taken_port(run, port)
     with ExitStack() as ending:
         with run.lock():  # until the model is loaded, so that no other make replaces it in between
-            path, known = served_file(run, kind)
-            refuse_disproved(recipe, run, kind)
+            path, known = served_file(recipe, run)
+            refuse_disproved(recipe, run)
             refuse_long_context(recipe.serve.context, path)
             settings = settings_of(recipe, path, port)
             supervisor = ending.enter_context(Supervisor(settings, make_key(), run.path("serve.log"), known))
-            run.write_receipt(start(recipe, kind, supervisor))
+            run.write_receipt(start(recipe, supervisor))
         with suppress(KeyboardInterrupt):
-            text = ENDPOINT.format(name=recipe.name, type=kind, url=url_of(port), key=KEY_FILE)
+            text = ENDPOINT.format(name=recipe.name, type=recipe.served_type, url=url_of(port), key=KEY_FILE)
             sys.stdout.write(text)
             sys.stdout.flush()
             supervisor.watch()
@@ -91,18 +92,18 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def served_file(run: Run, kind: str) -> tuple[Path, dict[str, str | int]]:
-    """The GGUF of a type and its fingerprint, proved to be what 'gguf' wrote."""
-    path = run.path("gguf", f"{run.name}-{kind}.gguf")
+def served_file(recipe: Recipe, run: Run) -> tuple[Path, dict[str, str | int]]:
+    """The GGUF that the recipe serves and its fingerprint, proved to be what 'gguf' wrote."""
+    path = run.path("gguf", f"{recipe.name}-{recipe.served_type}.gguf")
     verified = run.verified("gguf", only=str(path))
     if str(path) not in verified:
-        raise UserError(f"{run.receipt_path('gguf')} knows no {path}: run 'make gguf RECIPE={run.name}' first")
+        raise UserError(f"{run.receipt_path('gguf')} knows no {path}: run 'make gguf RECIPE={recipe.name}' first")
     return path, verified[str(path)]
 
 
-def refuse_disproved(recipe: Recipe, run: Run, kind: str) -> None:
+def refuse_disproved(recipe: Recipe, run: Run) -> None:
     """What was found not to be the trained model is not served, unless FORCE=1 says so."""
-    line = ("merge", recipe.gguf.full, kind)  # another quantization's fault is not the served one's
+    line = ("merge", recipe.gguf.full, recipe.served_type)  # another quantization's fault is not the served one's
     rows = read_comparisons(run.path("parity.jsonl")) if run.path("parity.jsonl").is_file() else []
     problems = [f"{row.name}: {problem}" for row in rows if row.name in line for problem in row.problems]
     proof, made = run.find_receipt("prove"), run.receipt("gguf").outputs
@@ -137,7 +138,7 @@ def settings_of(recipe: Recipe, path: Path, port: int) -> Settings:
     )
 
 
-def start(recipe: Recipe, kind: str, supervisor: Supervisor) -> Receipt:
+def start(recipe: Recipe, supervisor: Supervisor) -> Receipt:
     """Start the engine, which proves itself, and say so in the stage's receipt."""
     settings = supervisor.settings
     log.info("serve: %s", stage("serve").does)
@@ -154,7 +155,7 @@ def start(recipe: Recipe, kind: str, supervisor: Supervisor) -> Receipt:
         metrics={
             "url": f"{url_of(settings.port)}/v1",
             "model": settings.name,
-            "type": kind,
+            "type": recipe.served_type,
             "pid": os.getpid(),
             "port": settings.port,
             "context": settings.context,

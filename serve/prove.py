@@ -11,7 +11,7 @@ from typing import Any
 from recipe import Made, Recipe, Run, UserError
 from recipe.command import boundary, recipe_of_arguments, up_to_date
 from recipe.proof import Comparison, first_difference, read_comparisons
-from recipe.recommend import served_type
+from recipe.recommend import chosen
 from recipe.reference import CONTINUATION_TOKENS, Probe, Reference, read_reference
 from recipe.stages import stage
 from serve.api import served_file, settings_of
@@ -42,9 +42,9 @@ def prove(recipe: Recipe, run: Run) -> Made:
     """Judge every artefact; the receipt's metrics hold all comparisons and whether all passed."""
     reference = read_reference(run.path("reference"))
     before = read_comparisons(run.path("parity.jsonl"))
-    kind = served_type(recipe, run)
-    file = next((row for row in before if row.name == kind), None)
-    comparisons = [*before, prove_served(recipe, run, kind, reference, file)]
+    recipe = chosen(recipe, run)
+    file = next((row for row in before if row.name == recipe.served_type), None)
+    comparisons = [*before, prove_served(recipe, run, reference, file)]
     return Made(
         outputs=[],
         metrics={
@@ -57,13 +57,13 @@ def prove(recipe: Recipe, run: Run) -> Made:
     )
 
 
-def prove_served(recipe: Recipe, run: Run, kind: str, reference: Reference, file: Comparison | None) -> Comparison:
+def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Comparison | None) -> Comparison:
     """The endpoint: the template's bytes and the token ids that it makes of the probes, and its greedy answers.
 
     `file` is what was found of the served GGUF itself: its server cannot agree more, and must not agree much less.
     """
-    comparison = Comparison(f"{SERVED} {kind}")
-    path, known = served_file(run, kind)
+    comparison = Comparison(f"{SERVED} {recipe.served_type}")
+    path, known = served_file(recipe, run)
     settings, key = settings_of(recipe, path, free_port()), make_key()
     with Supervisor(settings, key, run.path("prove.log"), known) as supervisor:
         if problem := supervisor.start():

@@ -75,16 +75,15 @@ def write_gguf(path: Path) -> None:
 
 
 def write_run(folder: Path, content: bytes) -> Path:
-    """A recipe and a run in `folder` whose `gguf` receipt matches `content`, its type recommended; the GGUF's path."""
+    """A recipe and a run in `folder` whose `gguf` receipt matches `content`; the path of that GGUF."""
     recipe = {"data": {"train": "none.jsonl"}, "serve": {"context": CONTEXT, "slots": SLOTS, "threads": 1}}
     (folder / f"{NAME}.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     path = folder / "runs" / NAME / "gguf" / f"{NAME}-Q8_0.gguf"
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     name = str(path.relative_to(folder))
-    run, when = Run(NAME, folder / "runs"), "2026-01-01T00:00:00+00:00"
-    run.write_receipt(Receipt("gguf", {}, {}, {name: fingerprint(path)}, {}, {}, when, 0.0, 0))
-    run.write_receipt(Receipt("parity", {}, {}, {}, {}, {"recommended": "Q8_0"}, when, 0.0, 0))
+    receipt = Receipt("gguf", {}, {}, {name: fingerprint(path)}, {}, {}, "2026-01-01T00:00:00+00:00", 0.0, 0)
+    Run(NAME, folder / "runs").write_receipt(receipt)
     return path
 
 

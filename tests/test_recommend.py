@@ -8,7 +8,7 @@ import pytest
 
 from recipe import Recipe, Run, UserError
 from recipe.proof import Comparison
-from recipe.recommend import loss, recommend, served_type
+from recipe.recommend import chosen, loss, recommend
 from recipe.run import Receipt
 from recipe.schema import Data, Gguf, Serve
 
@@ -83,13 +83,16 @@ def test_a_loss_is_counted_fact_by_fact() -> None:
 
 def test_the_served_type_is_the_recipe_s_or_the_recommended_one(tmp_path: Path) -> None:
     run = Run("mine", tmp_path)
-    asked = replace(RECIPE, serve=Serve(type="Q2_K"))
-    assert served_type(asked, run) == "Q2_K"
-    with pytest.raises(UserError, match=r"parity\.json is missing: run 'make parity RECIPE=mine' first"):
-        served_type(RECIPE, run)
-    for recommended in ("Q4_K_M", None):
-        run.write_receipt(Receipt("parity", {}, {}, {}, {}, {"recommended": recommended}, "", 0.0, 0))
-        if recommended:
-            assert served_type(RECIPE, run) == "Q4_K_M"
-    with pytest.raises(UserError, match="can be used"):
-        served_type(RECIPE, run)
+    assert chosen(RECIPE, run).served_type == "Q8_0", "nothing was compared yet: the first"
+    run.write_receipt(parity("Q4_K_M"))
+    assert chosen(RECIPE, run).served_type == "Q4_K_M"
+    assert chosen(replace(RECIPE, serve=Serve(type="Q2_K")), run).served_type == "Q2_K"
+    run.write_receipt(parity("Q6_K"))
+    assert chosen(RECIPE, run).served_type == "Q8_0", "compared before the recipe named other types"
+    run.write_receipt(parity(None))
+    with pytest.raises(UserError, match=r"can be used: see 'make prove RECIPE=mine'"):
+        chosen(RECIPE, run)
+
+
+def parity(recommended: str | None) -> Receipt:
+    return Receipt("parity", {}, {}, {}, {}, {"recommended": recommended}, "", 0.0, 0)

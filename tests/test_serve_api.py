@@ -14,6 +14,7 @@ from gguf_fixture import CONTEXT, NAME, SLOTS, TRAINED, Server, environment, fre
 
 from recipe.error import UserError
 from recipe.files import fingerprint
+from recipe.proof import Comparison, write_comparisons
 from serve.endpoint import ask
 from serve.key import make_key, read_key
 
@@ -196,7 +197,7 @@ def test_a_missing_receipt_names_the_command(folder: Path):
 
 
 def test_a_type_that_was_not_made_is_refused(folder: Path):
-    error = refused(folder, "gguf.types=[Q4_0]", "serve.type=Q4_0")
+    error = refused(folder, "gguf.types=[Q4_0]")
     assert f"knows no runs/{NAME}/gguf/{NAME}-Q4_0.gguf: run 'make gguf RECIPE={NAME}' first" in error
 
 
@@ -297,3 +298,12 @@ def test_a_proof_of_other_files_does_not_count(folder: Path, start):
     server = start()
     server.wait_for("Ctrl-C stops")
     assert answers(server)
+
+
+def test_a_file_that_failed_its_comparison_is_not_served(folder: Path):
+    rows = [
+        Comparison("Q2_K", problems=["type: 7"]),
+        Comparison("Q8_0", problems=["logits: mean divergence 2, allowed 0.02"]),
+    ]
+    write_comparisons(folder / "runs" / NAME / "parity.jsonl", rows)
+    assert "failed its proof (Q8_0: logits: mean divergence 2, allowed 0.02)" in refused(folder)
