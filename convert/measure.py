@@ -28,7 +28,7 @@ from recipe.schema import QUANTIZATIONS
 from recipe.score import key_fact_accuracy
 
 log = logging.getLogger("truetune")
-LEAST_BITS = 0.8  # of what the type has in Llama 3 8B; a tensor that falls back takes more, never less
+LEAST_BITS = 0.75  # of what the type has in Llama 3 8B; a fallback takes more, a larger model a little less
 PROMPT_TOKENS, DECODED_TOKENS, REPEATS = 128, 16, 3
 CACHE_TOKENS = 2048  # room for PASS_SEQUENCES questions of usual length at once
 
