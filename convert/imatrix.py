@@ -96,6 +96,7 @@ def write_imatrix(path: Path, matrix: Matrix) -> None:
     import gguf
     import numpy as np
 
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells the byte order of every file
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [DATASET])
