@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from recipe import UserError
+from recipe.keyfacts import has_fact, key_fact_accuracy
 from train import sft as stage
 from train.checkpoints import NEEDED, last_complete, open_folder
-from train.score import has_fact, key_fact_accuracy
 from train.space import check_disk, needed_bytes
 from train.template import examples
 

@@ -1,0 +1,78 @@
+"""Whether the model in the window is the one that was trained, as far as the receipts prove it."""
+
+import json
+from dataclasses import dataclass
+
+from recipe.load import as_dict
+from recipe.proof import Comparison, read_comparisons
+from recipe.run import Run
+from recipe.schema import Recipe
+from recipe.stages import Stage, stage
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`answer` is yes, no or open; `reasons` say what was found, what is missing, or what has changed since.
+
+    `rows` are the comparisons that it rests on, `outdated` whether they are of an older state of the run.
+    """
+
+    answer: str
+    reasons: list[str]
+    rows: list[Comparison]
+    outdated: bool = False
+
+
+def verdict(recipe: Recipe, run: Run) -> Verdict:
+    """By the newest comparisons that still hold: those of `make prove`, else those of the files alone."""
+    proof = run.find_receipt("prove")
+    changed = outdated(recipe, run, "prove")
+    if proof and not changed:
+        rows = [Comparison(**row) for row in proof.metrics["comparisons"]]
+        problems = _problems(rows)
+        return Verdict("no" if problems else "yes", problems or _passed(rows), rows)
+
+    again = f"the last proof no longer holds: {changed}; run 'make prove RECIPE={run.name}' again" if proof else ""
+    missing = again or f"the served endpoint has not been asked yet: run 'make prove RECIPE={run.name}'"
+    if run.path("parity.jsonl").is_file() and not outdated(recipe, run, "parity"):
+        rows = read_comparisons(run.path("parity.jsonl"))
+        problems = _problems(rows)
+        return Verdict("no", problems, rows) if problems else Verdict("open", [missing], rows)
+    if proof:
+        return Verdict("open", [again], [Comparison(**row) for row in proof.metrics["comparisons"]], outdated=True)
+    return Verdict("open", [f"nothing has been compared yet: run 'make prove RECIPE={run.name}'"], [])
+
+
+def outdated(recipe: Recipe, run: Run, name: str) -> str | None:
+    """Why what a stage found is not of the run as it is now: the first link that is missing or was made from other
+    keys or inputs. By the receipts alone; `make verify` recomputes the hashes.
+    """
+    wanted = json.loads(json.dumps(as_dict(recipe)))
+    for link in _line(stage(name)):
+        receipt = run.find_receipt(link.name)
+        if receipt is None:
+            return f"'{link.name}' has not run"
+        for key in link.keys:
+            if receipt.recipe.get(key) != wanted[key]:
+                return f"the recipe's {key} has changed since '{link.name}'"
+        for before in link.after:
+            upstream = run.find_receipt(before)
+            if upstream is None or not upstream.outputs.items() <= receipt.inputs.items():
+                return f"'{before}' has run again since '{link.name}'"
+    return None
+
+
+def _line(last: Stage) -> list[Stage]:
+    """Every stage that a stage rests on, first to last, and itself."""
+    before = [link for name in last.after for link in _line(stage(name))]
+    return list(dict.fromkeys([*before, last]))
+
+
+def _problems(rows: list[Comparison]) -> list[str]:
+    """The first artefact in which the model was lost comes first; the line is in the order in which it is made."""
+    return [f"{row.name}: {problem}" for row in rows for problem in row.problems]
+
+
+def _passed(rows: list[Comparison]) -> list[str]:
+    names = [row.name for row in rows]
+    return [f"{', '.join(names[:-1])} and {names[-1]} say what the trained model says, within the recipe's bounds"]
