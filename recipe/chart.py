@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 WIDTH, HEIGHT = 360, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 346, 14, 214
+LEFT, RIGHT, TOP, BOTTOM = 52, 346, 32, 218
 LETTER, LINE = 6.2, 12.0  # of a label, wide and high; a wide font's, so that labels keep their distance
+TICKS = 5  # about so many
+ROOM = 0.05  # of the range, beyond the values
 MOST_POINTS = 300  # of a line: more than the paper resolves
 
 
@@ -60,10 +62,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart and what it says in words, for those who cannot see it."""
+    """A chart, what it shows (`caption`) and, for those who cannot see it, what it says (`description`)."""
 
     name: str
     title: str
+    caption: str
     description: str
     x: Axis
     y: Axis
@@ -115,15 +118,17 @@ def logarithmic(label: str, values: Iterable[float], show: Callable[[float], str
 
 
 def _linear(label: str, values: list[float], start: float, end: float, show: Callable[[float], str]) -> Axis:
+    """From the least value to the greatest, a little further where that is not zero, with round numbers as ticks."""
     low, high = min(values), max(values)
     if high - low < 1e-9 * max(abs(high), 1e-9):  # one value has no range of its own
         low, high = low - max(abs(low) / 10, 1e-9), high + max(abs(high) / 10, 1e-9)
-    rough = (high - low) / 4
+    rough = (high - low) / TICKS
     step = 10 ** math.floor(math.log10(rough))
     step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= rough * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [round(index * step, 12) for index in range(first, last + 1)]
-    return Axis(label, ticks[0], ticks[-1], start, end, ticks, show)
+    room = ROOM * (high - low)
+    low, high = low - room if low else low, high + room if high else high
+    ticks = [round(index * step, 12) for index in range(math.ceil(low / step - 1e-9), math.floor(high / step) + 1)]
+    return Axis(label, low, high, start, end, ticks, show)
 
 
 def thinned(pairs: list[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:

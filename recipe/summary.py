@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -106,15 +107,21 @@ def _below(files: Fingerprints, ending: str, wanted: bool = True) -> Fingerprint
 
 
 def answers(run: Run) -> list[tuple[str, list[Answer]]]:
-    """(question, answers of the base, the trained model and each GGUF), those first in which they differ most."""
+    """(question, answers of the base, the trained model and each GGUF): those first in which the models find other
+    facts than one another, and of these one for each fact before a second one.
+    """
     if not run.path("answers.jsonl").is_file():
         return []
     later = {row["question"]: row["answers"] for row in _rows(run.path("parity-answers.jsonl"))}
-    found = []
+    ranked, asked = [], Counter[str]()
     for row in _rows(run.path("answers.jsonl")):
         said = {"base": row["before"], "trained": row["after"]} | later.get(row["question"], {})
-        found.append((row["question"], [_answer(model, text, row["facts"]) for model, text in said.items()]))
-    return sorted(found, key=lambda pair: -len({len(answer.missing) for answer in pair[1]}))[:MOST_QUESTIONS]
+        given = [_answer(model, text, row["facts"]) for model, text in said.items()]
+        same = len({tuple(answer.missing) for answer in given}) == 1
+        ranked.append((same, asked[str(row["facts"])], row["question"], given))
+        asked[str(row["facts"])] += 1
+    ranked.sort(key=lambda row: row[:2])
+    return [(question, given) for _, _, question, given in ranked[:MOST_QUESTIONS]]
 
 
 def _answer(model: str, text: str, facts: list[str]) -> Answer:

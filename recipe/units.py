@@ -39,7 +39,9 @@ def share(part: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits; below a thousandth with a power of ten."""
+    """Whole numbers whole, others to three significant digits; below a thousandth with a power of ten."""
+    if isinstance(value, int):
+        return f"{value:,}"
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if abs(value) >= 1000:
@@ -49,3 +51,8 @@ def number(value: float) -> str:
     if int(power) < -3:
         return f"{digits}{SPACE}{TIMES}{SPACE}10{str(int(power)).translate(SUPERSCRIPT)}"
     return f"{float(rounded):.{max(0, 2 - int(power))}f}"
+
+
+def power(value: float) -> str:
+    """A power of ten: 0.001, below that 10 with its exponent."""
+    return f"{value:g}" if 1e-3 <= value < 1e4 else f"10{str(round(math.log10(value))).translate(SUPERSCRIPT)}"

@@ -32,15 +32,15 @@ def verdict(recipe: Recipe, run: Run) -> Verdict:
         problems = _problems(rows)
         return Verdict("no" if problems else "yes", problems or _passed(rows), rows)
 
-    again = f"the last proof no longer holds: {changed}; run 'make prove RECIPE={run.name}' again" if proof else ""
-    missing = again or f"the served endpoint has not been asked yet: run 'make prove RECIPE={run.name}'"
+    again = f"The last proof no longer holds: {changed}; run 'make prove RECIPE={run.name}' again." if proof else ""
+    missing = again or f"The served endpoint has not been asked yet: run 'make prove RECIPE={run.name}'."
     if run.path("parity.jsonl").is_file() and not outdated(recipe, run, "parity"):
         rows = read_comparisons(run.path("parity.jsonl"))
         problems = _problems(rows)
         return Verdict("no", problems, rows) if problems else Verdict("open", [missing], rows)
     if proof:
         return Verdict("open", [again], [Comparison(**row) for row in proof.metrics["comparisons"]], outdated=True)
-    return Verdict("open", [f"nothing has been compared yet: run 'make prove RECIPE={run.name}'"], [])
+    return Verdict("open", [f"Nothing has been compared yet: run 'make prove RECIPE={run.name}'."], [])
 
 
 def outdated(recipe: Recipe, run: Run, name: str) -> str | None:
@@ -74,5 +74,5 @@ def _problems(rows: list[Comparison]) -> list[str]:
 
 
 def _passed(rows: list[Comparison]) -> list[str]:
-    names = [row.name for row in rows]
-    return [f"{', '.join(names[:-1])} and {names[-1]} say what the trained model says, within the recipe's bounds"]
+    names = ", ".join(row.name for row in rows)
+    return [f"Everything made from it says what the trained model says, within the recipe's bounds: {names}."]

@@ -1,0 +1,260 @@
+"""Write a run's page and model card from its receipts:  python -m recipe.report RECIPE
+
+`runs/<recipe>/report.html` is one file without scripts or requests, for a phone, a desk, the dark and paper. Each of
+its sections is a function here or in summary.py, and a block of report.html.jinja; what is not known yet is left out.
+"""
+
+import base64
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from recipe.card import card
+from recipe.chart import HEIGHT, WIDTH, Chart, Curve, Point, horizontal, logarithmic, smoothed, thinned, vertical
+from recipe.command import boundary, log, recipe_of_arguments
+from recipe.files import write_whole
+from recipe.proof import Comparison
+from recipe.run import Receipt, Run
+from recipe.schema import Recipe
+from recipe.summary import answers, costs, lineage, machines, quantizations, recommended, settings
+from recipe.units import duration, number, power, share, size
+from recipe.verdict import verdict
+
+HERE = Path(__file__).parent
+FILTERS = {"size": size, "duration": duration, "share": share, "number": number}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measure in a table: its heading, the group that it stands in, and its cell, None where it was not taken."""
+
+    heading: str
+    cell: Callable[[dict[str, Any]], str | None]
+    group: str = ""
+
+
+def measure(key: str, show: Callable[[Any], str]) -> Callable[[dict[str, Any]], str | None]:
+    """The cell of one measure."""
+    return lambda measures: show(measures[key]) if measures.get(key) is not None else None
+
+
+def _perplexity(measures: dict[str, Any]) -> str | None:
+    if "perplexity" not in measures:
+        return None
+    error = f" ± {number(measures['perplexity_error'])}" if "perplexity_error" in measures else ""
+    return number(measures["perplexity"]) + error
+
+
+def _fallbacks(measures: dict[str, Any]) -> str | None:
+    if "fallbacks" not in measures:
+        return None
+    fell = sum(measures["fallbacks"].values())
+    return f"{fell} of {measures['tensors']}" if fell and "tensors" in measures else str(fell or "none")
+
+
+def _imatrix(measures: dict[str, Any]) -> str | None:
+    without, now = measures.get("divergence_mean_without_imatrix"), measures.get("divergence_mean")
+    if not without or now is None:
+        return {True: "used", False: "no", None: None}[measures.get("imatrix")]
+    return f"KL {now / without - 1:+.0%}".replace("-", "\N{MINUS SIGN}")
+
+
+FIDELITY = (
+    Column("KL mean", measure("divergence_mean", number)),
+    Column("KL 99th pct", measure("divergence_p99", number)),
+    Column("top-1", measure("top1_agreement", share)),
+    Column("same answers", measure("greedy_agreement", share)),
+    Column("perplexity", _perplexity),
+    Column("ends its turn", measure("stops", {True: "yes", False: "no"}.__getitem__)),
+)
+QUANTIZED = (
+    Column("size", measure("bytes", size), "File"),
+    Column("bits a weight", measure("bits_per_weight", "{:.2f}".format), "File"),
+    Column("tensors fallen back", _fallbacks, "File"),
+    Column("KL mean", measure("divergence_mean", number), "Against the trained model"),
+    Column("median", measure("divergence_median", number), "Against the trained model"),
+    Column("99th pct", measure("divergence_p99", number), "Against the trained model"),
+    Column("top-1", measure("top1_agreement", share), "Against the trained model"),
+    Column("imatrix gain", _imatrix, "Against the trained model"),
+    Column("perplexity", _perplexity, "On your data"),
+    Column("key facts", measure("facts_accuracy", share), "On your data"),
+    Column("prompt tokens/s", measure("prompt_tokens_per_second", number), "On this machine"),
+    Column("answer tokens/s", measure("decode_tokens_per_second", number), "On this machine"),
+    Column("peak memory", measure("peak_rss_bytes", size), "On this machine"),
+)
+
+
+def report(recipe: Recipe, run: Run) -> None:
+    """Write `report.html` and `README.md` of a run that has at least trained.
+
+    Raises:
+        UserError: it has not.
+    """
+    run.receipt("train")
+    write_whole(run.path("report.html"), page(recipe, run))
+    write_whole(run.path("README.md"), card(recipe, run))
+    log.info("report: %s", run.path("report.html"))
+
+
+def page(recipe: Recipe, run: Run) -> str:
+    """The page as HTML; whatever comes from a model or from data is escaped by Jinja."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    style = (HERE / "report.css").read_text(encoding="utf-8")
+    jinja = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    jinja.filters |= FILTERS
+    told = verdict(recipe, run)
+    files, choice = quantizations(recipe, run, told), recommended(recipe, run)
+    return jinja.get_template("report.html.jinja").render(
+        recipe=recipe,
+        style=Markup(style),
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        verdict=told,
+        data=run.find_receipt("data"),
+        base=run.find_receipt("base"),
+        train=run.receipt("train"),
+        figures=figures(recipe, run.receipt("train"), files),
+        learned=learned(run.receipt("train")),
+        groups=groups,
+        compared=taken(FIDELITY, told.rows),
+        files=files,
+        measured=taken(QUANTIZED, files),
+        choice=choice,
+        charts=[chart for chart in (size_chart(files, choice), speed_chart(files, choice)) if chart],
+        losses=loss_chart(run.receipt("train")),
+        answers=answers(run),
+        links=lineage(recipe, run),
+        costs=costs(run),
+        machines=machines(run),
+        settings=settings(recipe),
+        paper=(WIDTH, HEIGHT),
+    )
+
+
+def taken(columns: tuple[Column, ...], rows: list[Comparison]) -> list[Column]:
+    """The columns in which some row has something."""
+    return [column for column in columns if any(column.cell(row.measures) is not None for row in rows)]
+
+
+def groups(columns: list[Column]) -> list[tuple[str, int]]:
+    """(name, number of columns) of each group, in their order."""
+    return [(name, len(list(members))) for name, members in groupby(columns, key=lambda column: column.group)]
+
+
+def learned(train: Receipt) -> list[tuple[str, str, str]]:
+    """(measure, of the base, of the trained model) on what was held back from training."""
+    known = (("validation loss", "validation_loss", number), ("key facts in answers", "key_fact_accuracy", share))
+    before, after = (train.metrics.get(when, {}) for when in ("before", "after"))
+    return [
+        (name, show(before[key]), show(after[key]))
+        for name, key, show in known
+        if before.get(key) is not None and after.get(key) is not None
+    ]
+
+
+def figures(recipe: Recipe, train: Receipt, files: list[Comparison]) -> list[tuple[str, str, str]]:
+    """(name, value, note) of the few numbers that tell a run at a glance."""
+    found = [(name, after, f"the base: {before}") for name, before, after in learned(train)]
+    served = next((row.measures for row in files if row.name == recipe.served_type), {})
+    if "bytes" in served:
+        found.append(("served file", size(served["bytes"]), recipe.served_type))
+    if "divergence_mean" in served:
+        found.append(("KL divergence", number(served["divergence_mean"]), "nats a token, of the served file"))
+    if "decode_tokens_per_second" in served:
+        found.append(("answers", number(served["decode_tokens_per_second"]), "tokens a second on this machine"))
+    return found
+
+
+def size_chart(files: list[Comparison], choice: dict[str, Any]) -> Chart | None:
+    """What each quantization saves, and what it costs."""
+    rows = [row for row in files if row.measures.get("divergence_mean", 0) > 0]
+    if len(rows) < 2:
+        return None
+    points = [
+        Point(
+            row.name,
+            row.measures["bytes"],
+            row.measures["divergence_mean"],
+            _kind(row, choice),
+            f"{row.name}: {size(row.measures['bytes'])}, {number(row.measures['divergence_mean'])} nats",
+        )
+        for row in rows
+    ]
+    return Chart(
+        "size",
+        "Size against divergence",
+        "Mean KL divergence from the trained model; lower is truer, left is smaller.",
+        "; ".join(point.text for point in points),
+        horizontal("file size", [0, *(point.x for point in points)], size),
+        logarithmic("KL divergence, nats a token", [point.y for point in points], power),
+        points,
+    )
+
+
+def speed_chart(files: list[Comparison], choice: dict[str, Any]) -> Chart | None:
+    """How fast each quantization answers, and how well it knows the validation answers."""
+    rows = [row for row in files if {"decode_tokens_per_second", "perplexity"} <= row.measures.keys()]
+    if len(rows) < 2:
+        return None
+    points = [
+        Point(
+            row.name,
+            row.measures["perplexity"],
+            row.measures["decode_tokens_per_second"],
+            _kind(row, choice),
+            f"{row.name}: {number(row.measures['decode_tokens_per_second'])} tokens/s, "
+            f"perplexity {number(row.measures['perplexity'])}",
+        )
+        for row in rows
+    ]
+    return Chart(
+        "speed",
+        "Speed against perplexity",
+        "Perplexity of the validation answers; higher is faster, left is better.",
+        "; ".join(point.text for point in points),
+        horizontal("perplexity", [point.x for point in points]),
+        vertical("answer tokens a second", [0, *(point.y for point in points)]),
+        points,
+    )
+
+
+def loss_chart(train: Receipt) -> Chart | None:
+    """Training loss by step, as it was and smoothed, and the validation losses from before the first step on."""
+    losses = [(float(step), loss) for step, loss in train.metrics.get("loss_curve", [])]
+    if len(losses) < 2:
+        return None
+    before = train.metrics.get("before", {}).get("validation_loss")
+    known = ([(0.0, before)] if before is not None else []) + train.metrics.get("validation_curve", [])
+    validation = [(float(step), loss) for step, loss in dict(known).items()]
+    curves = [
+        Curve("training loss", thinned(losses), "faint"),
+        Curve("smoothed", thinned(smoothed(losses)), "plain"),
+        Curve("validation loss", validation, "chosen", dots=True),
+    ]
+    ends = f"Training loss from {number(losses[0][1])} to {number(curves[1].pairs[-1][1])} in {len(losses)} steps"
+    held = ", ".join(f"{number(loss)} at step {step:g}" for step, loss in validation)
+    return Chart(
+        "losses",
+        "Loss by step",
+        "Nats a token of the assistant's words; the validation conversations were never trained on.",
+        f"{ends}; validation loss {held}." if held else f"{ends}.",
+        horizontal("step", [0, *(step for step, _ in losses)]),
+        vertical("loss, nats a token", [0, *(loss for curve in curves for _, loss in curve.pairs)]),
+        curves=[curve for curve in curves if curve.pairs],
+    )
+
+
+def _kind(row: Comparison, choice: dict[str, Any]) -> str:
+    return "failed" if row.problems else "chosen" if row.name == choice.get("recommended") else "plain"
+
+
+if __name__ == "__main__":
+    with boundary():
+        recipe = recipe_of_arguments("recipe.report", "Write a run's page and model card from its receipts")
+        report(recipe, Run(recipe.name))
