@@ -10,7 +10,7 @@ from itertools import pairwise
 
 WIDTH, HEIGHT = 360, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 346, 32, 218
-LETTER, LINE = 6.2, 12.0  # of a label, wide and high; a wide font's, so that labels keep their distance
+LETTER, LINE = 7.4, 12.0  # of a label, wide and high; a wide font's, so that labels keep their distance
 TICKS = 5  # about so many
 ROOM = 0.05  # of the range, beyond the values
 MOST_POINTS = 300  # of a line: more than the paper resolves

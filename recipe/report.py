@@ -44,7 +44,7 @@ def measure(key: str, show: Callable[[Any], str]) -> Callable[[dict[str, Any]], 
 def _perplexity(measures: dict[str, Any]) -> str | None:
     if "perplexity" not in measures:
         return None
-    error = f" ± {number(measures['perplexity_error'])}" if "perplexity_error" in measures else ""
+    error = f" ± {measures['perplexity_error']:.2g}" if "perplexity_error" in measures else ""
     return number(measures["perplexity"]) + error
 
 
@@ -73,7 +73,7 @@ FIDELITY = (
 QUANTIZED = (
     Column("size", measure("bytes", size), "File"),
     Column("bits a weight", measure("bits_per_weight", "{:.2f}".format), "File"),
-    Column("tensors fallen back", _fallbacks, "File"),
+    Column("fallen back", _fallbacks, "File"),
     Column("KL mean", measure("divergence_mean", number), "Against the trained model"),
     Column("median", measure("divergence_median", number), "Against the trained model"),
     Column("99th pct", measure("divergence_p99", number), "Against the trained model"),
@@ -191,7 +191,7 @@ def size_chart(files: list[Comparison], choice: dict[str, Any]) -> Chart | None:
         "Size against divergence",
         "Mean KL divergence from the trained model; lower is truer, left is smaller.",
         "; ".join(point.text for point in points),
-        horizontal("file size", [0, *(point.x for point in points)], size),
+        horizontal("file size", [0, *(point.x for point in points)], lambda count: size(count) if count else "0"),
         logarithmic("KL divergence, nats a token", [point.y for point in points], power),
         points,
     )

@@ -47,9 +47,9 @@ class Link:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said to a held-out question: text in pieces, some of them key facts, and the facts it lacks."""
+    """What these models said to a held-out question: text in pieces, some of them key facts, and what it lacks."""
 
-    model: str
+    models: list[str]
     pieces: list[tuple[str, bool]]
     missing: list[str]
 
@@ -116,7 +116,10 @@ def answers(run: Run) -> list[tuple[str, list[Answer]]]:
     ranked, asked = [], Counter[str]()
     for row in _rows(run.path("answers.jsonl")):
         said = {"base": row["before"], "trained": row["after"]} | later.get(row["question"], {})
-        given = [_answer(model, text, row["facts"]) for model, text in said.items()]
+        speakers: dict[str, list[str]] = {}
+        for model, text in said.items():
+            speakers.setdefault(text, []).append(model)
+        given = [_answer(models, text, row["facts"]) for text, models in speakers.items()]
         same = len({tuple(answer.missing) for answer in given}) == 1
         ranked.append((same, asked[str(row["facts"])], row["question"], given))
         asked[str(row["facts"])] += 1
@@ -124,12 +127,12 @@ def answers(run: Run) -> list[tuple[str, list[Answer]]]:
     return [(question, given) for _, _, question, given in ranked[:MOST_QUESTIONS]]
 
 
-def _answer(model: str, text: str, facts: list[str]) -> Answer:
+def _answer(models: list[str], text: str, facts: list[str]) -> Answer:
     missing = [fact for fact in facts if not has_fact(text, fact)]
     words = {word.strip() for fact in facts for word in fact.split("|")} - {""}
     pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     pieces = re.split(f"({pattern})", text, flags=re.IGNORECASE) if pattern else [text]
-    return Answer(model, [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece], missing)
+    return Answer(models, [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece], missing)
 
 
 def costs(run: Run) -> list[tuple[str, str, Receipt]]:

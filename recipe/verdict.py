@@ -22,6 +22,16 @@ class Verdict:
     rows: list[Comparison]
     outdated: bool = False
 
+    @property
+    def headline(self) -> str:
+        """The answer in a sentence, with the artefact in which the model was lost."""
+        lost = next((row.name for row in self.rows if row.problems), "")
+        return {
+            "yes": "Yes: it is the model that was trained.",
+            "no": f"No: {lost} is not the model that was trained.",
+            "open": "Not proved yet.",
+        }[self.answer]
+
 
 def verdict(recipe: Recipe, run: Run) -> Verdict:
     """By the newest comparisons that still hold: those of `make prove`, else those of the files alone."""
