@@ -84,8 +84,11 @@ class Chart:
         for point, own in zip(self.points, list(taken), strict=True):
             x, y, width = self.x.at(point.x), self.y.at(point.y), LETTER * len(point.label)
             choices = [
-                (x + 9, y + 4, "start", _box(x + 8, y - 6, width, LINE)),
-                (x - 9, y + 4, "end", _box(x - 8 - width, y - 6, width, LINE)),
+                (x + 9, y + 4 + shift, "start", _box(x + 8, y - 6 + shift, width, LINE)) if right else
+                (x - 9, y + 4 + shift, "end", _box(x - 8 - width, y - 6 + shift, width, LINE))
+                for shift in (0, -LINE, LINE, -2 * LINE, 2 * LINE) for right in (True, False)
+            ]  # fmt: skip
+            choices[2:2] = [
                 (x, y - 9, "middle", _box(x - width / 2, y - 20, width, LINE)),
                 (x, y + 18, "middle", _box(x - width / 2, y + 8, width, LINE)),
             ]

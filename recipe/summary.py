@@ -9,11 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recipe.keyfacts import has_fact
 from recipe.load import as_dict
 from recipe.proof import Comparison
 from recipe.run import Fingerprints, Receipt, Run
 from recipe.schema import Recipe
+from recipe.score import has_fact
 from recipe.stages import STAGES
 from recipe.verdict import Verdict, outdated
 

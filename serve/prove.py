@@ -12,6 +12,7 @@ from recipe import Made, Recipe, Run, UserError
 from recipe.command import boundary, recipe_of_arguments, up_to_date
 from recipe.proof import Comparison, first_difference, read_comparisons
 from recipe.reference import CONTINUATION_TOKENS, Probe, Reference, read_reference
+from recipe.report import report
 from recipe.stages import stage
 from serve.api import served_file, settings_of
 from serve.endpoint import ERRORS, ask, free_port
@@ -234,5 +235,6 @@ if __name__ == "__main__":
         recipe = recipe_of_arguments(this.module, this.does)
         receipt = up_to_date(this, recipe, prove)
         show(receipt.metrics["comparisons"], receipt.metrics["notes"])
+        report(recipe, Run(recipe.name))
         if not receipt.metrics["passed"]:
             raise UserError(*verdict(recipe, receipt.metrics["comparisons"]))

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from recipe import UserError
-from recipe.keyfacts import has_fact, key_fact_accuracy
+from recipe.score import has_fact, key_fact_accuracy
 from train import sft as stage
 from train.checkpoints import NEEDED, last_complete, open_folder
 from train.space import check_disk, needed_bytes

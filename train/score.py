@@ -1,4 +1,4 @@
-"""Ask the held-out questions."""
+"""Ask the model in training the held-out questions, many at once."""
 
 from typing import Any
 

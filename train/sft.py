@@ -14,7 +14,6 @@ from typing import Any
 
 from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fresh_folder, put_in_place, write_whole
-from recipe.keyfacts import key_fact_accuracy
 from train.base import parameters
 from train.checkpoints import last_complete, open_folder
 from train.space import check_disk
@@ -187,6 +186,7 @@ def _rows(recipe: Recipe, run: Run, tokenizer: Any) -> dict[str, Any]:
 
 def _measure(trainer: Any, tokenizer: Any, questions: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
     """Validation loss, key-fact accuracy and the answers that it was counted in."""
+    from recipe.score import key_fact_accuracy
     from train.score import answers
 
     loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None

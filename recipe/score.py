@@ -1,4 +1,4 @@
-"""Whether an answer contains the key facts that a held-out question asks for."""
+"""How many key facts the answers to the held-out questions contain."""
 
 from typing import Any
 
@@ -10,7 +10,10 @@ def has_fact(answer: str, fact: str) -> bool:
 
 def key_fact_accuracy(found: list[str], questions: list[dict[str, Any]]) -> float:
     """Share of all key facts that the answers contain."""
-    hits = [
-        has_fact(answer, fact) for answer, question in zip(found, questions, strict=True) for fact in question["facts"]
-    ]
+    hits = [hit for answer, question in zip(found, questions, strict=True) for hit in facts_in(answer, question)]
     return sum(hits) / len(hits) if hits else 0.0
+
+
+def facts_in(answer: str, question: dict[str, Any]) -> list[bool]:
+    """For each key fact of the question whether the answer has it."""
+    return [has_fact(answer, fact) for fact in question["facts"]]
