@@ -78,19 +78,16 @@ class Chart:
         return "M" + "L".join(f"{self.x.at(x):g},{self.y.at(y):g}" for x, y in curve.pairs)
 
     def labels(self) -> list[tuple[Point, float, float, str]]:
-        """(point, x, y, anchor) of each point's label: beside, above or below it, wherever nothing else is."""
+        """(point, x, y, anchor) of each point's label: beside it, or up to two lines off, wherever nothing else is."""
         taken = [_box(self.x.at(p.x) - 5, self.y.at(p.y) - 5, 10, 10) for p in self.points]
         placed = []
         for point, own in zip(self.points, list(taken), strict=True):
             x, y, width = self.x.at(point.x), self.y.at(point.y), LETTER * len(point.label)
+            sides = (("start", x + 9, x + 8), ("end", x - 9, x - 8 - width))
             choices = [
-                (x + 9, y + 4 + shift, "start", _box(x + 8, y - 6 + shift, width, LINE)) if right else
-                (x - 9, y + 4 + shift, "end", _box(x - 8 - width, y - 6 + shift, width, LINE))
-                for shift in (0, -LINE, LINE, -2 * LINE, 2 * LINE) for right in (True, False)
-            ]  # fmt: skip
-            choices[2:2] = [
-                (x, y - 9, "middle", _box(x - width / 2, y - 20, width, LINE)),
-                (x, y + 18, "middle", _box(x - width / 2, y + 8, width, LINE)),
+                (at, y + 4 + shift, anchor, _box(left, y - 6 + shift, width, LINE))
+                for shift in (0, -LINE, LINE, -2 * LINE, 2 * LINE)
+                for anchor, at, left in sides
             ]
             others = [box for box in taken if box is not own]
             free = [c for c in choices if _inside(c[3]) and not any(_overlap(c[3], box) for box in others)]
