@@ -6,7 +6,7 @@ from typing import Any
 
 from recipe.run import Run
 from recipe.schema import Recipe
-from recipe.summary import lineage, quantizations, recommended
+from recipe.summary import lineage, quantizations, recommended, served_type
 from recipe.units import duration, number, share, size
 from recipe.verdict import verdict
 
@@ -29,7 +29,7 @@ def card(recipe: Recipe, run: Run) -> str:
     )
     jinja.filters |= {"size": size, "duration": duration, "share": share, "number": number, "plain": plain}
     told = verdict(recipe, run)
-    files = quantizations(recipe, run, told)
+    files, choice = quantizations(recipe, run, told), recommended(recipe, run)
     body = jinja.get_template("card.md.jinja").render(
         recipe=recipe,
         verdict=told,
@@ -38,8 +38,8 @@ def card(recipe: Recipe, run: Run) -> str:
         train=run.receipt("train"),
         merged=run.find_receipt("merge"),
         files=files,
-        served=next((row for row in files if row.name == recipe.served_type), None),
-        choice=recommended(recipe, run),
+        served=next((row for row in files if row.name == served_type(recipe, choice)), None),
+        choice=choice,
         links=lineage(recipe, run),
     )
     return f"---\n{yaml.safe_dump(metadata(recipe, run), sort_keys=False, allow_unicode=True)}---\n\n{body}"

@@ -20,7 +20,7 @@ from recipe.pictures import loss_chart, size_chart, speed_chart
 from recipe.proof import Comparison
 from recipe.run import Receipt, Run
 from recipe.schema import Recipe
-from recipe.summary import answers, costs, lineage, machines, quantizations, recommended, settings
+from recipe.summary import answers, costs, lineage, machines, quantizations, recommended, served_type, settings
 from recipe.units import duration, number, share, size
 from recipe.verdict import verdict
 
@@ -120,7 +120,7 @@ def page(recipe: Recipe, run: Run) -> str:
         data=run.find_receipt("data"),
         base=run.find_receipt("base"),
         train=run.receipt("train"),
-        figures=figures(recipe, run.receipt("train"), files),
+        figures=figures(run.receipt("train"), files, served_type(recipe, choice)),
         learned=learned(run.receipt("train")),
         groups=groups,
         compared=taken(FIDELITY, told.rows),
@@ -159,12 +159,12 @@ def learned(train: Receipt) -> list[tuple[str, str, str]]:
     ]
 
 
-def figures(recipe: Recipe, train: Receipt, files: list[Comparison]) -> list[tuple[str, str, str]]:
+def figures(train: Receipt, files: list[Comparison], kind: str) -> list[tuple[str, str, str]]:
     """(name, value, note) of the few numbers that tell a run at a glance."""
     found = [(name, after, f"the base: {before}") for name, before, after in learned(train)]
-    served = next((row.measures for row in files if row.name == recipe.served_type), {})
+    served = next((row.measures for row in files if row.name == kind), {})
     if "bytes" in served:
-        found.append(("served file", size(served["bytes"]), recipe.served_type))
+        found.append(("served file", size(served["bytes"]), kind))
     if "divergence_mean" in served:
         found.append(("KL divergence", number(served["divergence_mean"]), "nats a token, of the served file"))
     if "decode_tokens_per_second" in served:

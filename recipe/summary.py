@@ -17,7 +17,6 @@ from recipe.score import has_fact
 from recipe.stages import STAGES
 from recipe.verdict import Verdict, outdated
 
-SERVED = "served"
 MOST_QUESTIONS = 60
 LINK_OF_STAGE = {"base": "base", "train": "adapter", "reference": "reference", "merge": "merged"}
 
@@ -73,6 +72,11 @@ def recommended(recipe: Recipe, run: Run) -> dict[str, Any]:
     return parity.metrics
 
 
+def served_type(recipe: Recipe, choice: dict[str, Any]) -> str:
+    """The type that is served: the recipe's, else the recommended one, else the first."""
+    return recipe.serve.type or choice.get("recommended") or recipe.gguf.types[0]
+
+
 def lineage(recipe: Recipe, run: Run) -> list[Link]:
     """From the data to what is served, as far as the run has come."""
     links = []
@@ -93,12 +97,14 @@ def _files_of(receipt: Receipt) -> Iterator[tuple[str, Fingerprints]]:
     elif receipt.stage in LINK_OF_STAGE:
         yield LINK_OF_STAGE[receipt.stage], _below(receipt.outputs, "answers.jsonl", wanted=False)
     elif receipt.stage == "gguf":
-        for kind in receipt.metrics:
-            yield kind, _below(receipt.outputs, f"-{kind}.gguf")
+        made = {kind: _below(receipt.outputs, f"-{kind}.gguf") for kind in receipt.metrics}
+        yield from made.items()
+        weighed_by = receipt.outputs.keys() - {path for files in made.values() for path in files}
+        yield "importance matrix", {path: receipt.outputs[path] for path in sorted(weighed_by)}
     elif receipt.stage == "prove":
         for row in receipt.metrics["comparisons"]:
-            name, _, kind = row["name"].rpartition(" ")
-            if name.startswith(SERVED):
+            endpoint, _, kind = row["name"].rpartition(" ")
+            if endpoint:
                 yield row["name"], _below(receipt.inputs, f"-{kind}.gguf")
 
 

@@ -2,7 +2,10 @@
 
 import base64
 import hashlib
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,8 +15,10 @@ from report_run import EVERY, TYPES, Told, comparisons
 
 from recipe import Run, UserError
 from recipe.report import page, report
+from recipe.summary import lineage
 
 pytest_plugins = ["report_fixtures"]
+REPOSITORY = Path(__file__).parent.parent
 EVIL = '<script>alert(1)</script> & "quotes" <img src=x onerror=alert(1)>'
 VOID = {"meta", "link", "br", "img"}
 
@@ -172,7 +177,7 @@ def test_a_stale_link_of_the_lineage_says_why(told: Callable[..., Told]) -> None
     Path("mine.yaml").write_text(Path("mine.yaml").read_text() + "merge: {precision: bfloat16}\n")
     text = made(run).text
     assert "✗ the recipe's merge has changed since 'merge'" in text
-    assert "Of an older state" in text or "of an older state" in text
+    assert ", of an older state of this run" in text
 
 
 def test_each_chart_says_in_words_what_it_shows(told: Callable[..., Told]) -> None:
@@ -198,3 +203,37 @@ def test_writing_it_again_leaves_the_receipts_as_they_are(told: Callable[..., To
     report(run.recipe, run.run)
     assert run.run.path("report.html").read_bytes() == first
     assert before == {path: path.read_bytes() for path in Run("mine").folder.glob("*.json")}
+
+
+def test_the_served_file_is_the_recipes_else_the_recommended_one(told: Callable[..., Told]) -> None:
+    run = told()
+    assert re.search(r"<dt>served file</dt><dd>112.MB<small>Q5_K_M</small>", page(run.recipe, run.run))
+    Path("mine.yaml").write_text(Path("mine.yaml").read_text() + "serve: {type: Q4_K_M}\n")
+    assert re.search(r"<dt>served file</dt><dd>105.MB<small>Q4_K_M</small>", page(run.recipe, run.run))
+
+
+def test_the_lineage_goes_from_the_data_to_what_is_served(told: Callable[..., Told]) -> None:
+    run = told()
+    receipt = run.run.receipt("gguf")
+    receipt.outputs["runs/mine/gguf/imatrix.gguf"] = {"sha256": "1" * 64, "bytes": 1}
+    run.run.write_receipt(receipt)
+    links = lineage(run.recipe, run.run)
+    assert [link.name for link in links] == [
+        "data", "split", "base", "adapter", "reference", "merged", *TYPES, "importance matrix", "served Q8_0",
+    ]  # fmt: skip
+    served, quantized = links[-1], next(link for link in links if link.name == "Q8_0")
+    assert served.digest == quantized.digest == receipt.outputs["runs/mine/gguf/mine-Q8_0.gguf"]["sha256"]
+
+
+def test_the_command_tells_what_is_missing_and_writes_what_it_can(told: Callable[..., Told]) -> None:
+    def ran() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "recipe.report", "mine.yaml"]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+
+    run = told("data", "base")
+    assert (ran().returncode, run.run.path("README.md").exists()) == (1, False)
+    assert ran().stderr == "error: runs/mine/train.json is missing: run 'make train RECIPE=mine' first\n"
+    run.make("train")
+    assert ran().stderr == "report: runs/mine/report.html\n"
+    assert run.run.path("report.html").read_text().startswith("<!doctype html>")
+    assert run.run.path("README.md").read_text().startswith("---\nlicense: apache-2.0\n")
