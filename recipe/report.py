@@ -59,7 +59,7 @@ def _fallbacks(measures: dict[str, Any]) -> str | None:
 def _imatrix(measures: dict[str, Any]) -> str | None:
     without, now = measures.get("divergence_mean_without_imatrix"), measures.get("divergence_mean")
     if not without or now is None:
-        return {True: "used", False: "no", None: None}[measures.get("imatrix")]
+        return "used" if measures.get("imatrix") else None
     return f"KL {now / without - 1:+.0%}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -129,7 +129,7 @@ def page(recipe: Recipe, run: Run) -> str:
         choice=choice,
         charts=[chart for chart in (size_chart(files, choice), speed_chart(files, choice)) if chart],
         losses=loss_chart(run.receipt("train")),
-        answers=answers(run),
+        answers=answers(recipe, run),
         links=lineage(recipe, run),
         costs=costs(run),
         machines=machines(run),

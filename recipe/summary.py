@@ -112,13 +112,14 @@ def _below(files: Fingerprints, ending: str, wanted: bool = True) -> Fingerprint
     return {path: mark for path, mark in files.items() if path.endswith(ending) is wanted}
 
 
-def answers(run: Run) -> list[tuple[str, list[Answer]]]:
+def answers(recipe: Recipe, run: Run) -> list[tuple[str, list[Answer]]]:
     """(question, answers of the base, the trained model and each GGUF): those first in which the models find other
     facts than one another, and of these one for each fact before a second one.
     """
     if not run.path("answers.jsonl").is_file():
         return []
-    later = {row["question"]: row["answers"] for row in _rows(run.path("parity-answers.jsonl"))}
+    asked_again = [] if outdated(recipe, run, "parity") else _rows(run.path("parity-answers.jsonl"))
+    later = {row["question"]: row["answers"] for row in asked_again}
     ranked, asked = [], Counter[str]()
     for row in _rows(run.path("answers.jsonl")):
         said = {"base": row["before"], "trained": row["after"]} | later.get(row["question"], {})

@@ -35,22 +35,24 @@ class Verdict:
 
 def verdict(recipe: Recipe, run: Run) -> Verdict:
     """By the newest comparisons that still hold: those of `make prove`, else those of the files alone."""
-    proof = run.find_receipt("prove")
-    changed = outdated(recipe, run, "prove")
+    command = f"run 'make prove RECIPE={run.name}'"
+    proof, files = run.find_receipt("prove"), run.find_receipt("parity")
+    all_rows = [Comparison(**row) for row in proof.metrics["comparisons"]] if proof else []
+    found = run.path("parity.jsonl")
+    file_rows = read_comparisons(found) if files and found.is_file() else []
+    changed = outdated(recipe, run, "prove" if proof else "parity")
     if proof and not changed:
-        rows = [Comparison(**row) for row in proof.metrics["comparisons"]]
-        problems = _problems(rows)
-        return Verdict("no" if problems else "yes", problems or _passed(rows), rows)
+        problems = _problems(all_rows)
+        return Verdict("no" if problems else "yes", problems or _passed(all_rows), all_rows)
 
-    again = f"The last proof no longer holds: {changed}; run 'make prove RECIPE={run.name}' again." if proof else ""
-    missing = again or f"The served endpoint has not been asked yet: run 'make prove RECIPE={run.name}'."
-    if run.path("parity.jsonl").is_file() and not outdated(recipe, run, "parity"):
-        rows = read_comparisons(run.path("parity.jsonl"))
-        problems = _problems(rows)
-        return Verdict("no", problems, rows) if problems else Verdict("open", [missing], rows)
-    if proof:
-        return Verdict("open", [again], [Comparison(**row) for row in proof.metrics["comparisons"]], outdated=True)
-    return Verdict("open", [f"Nothing has been compared yet: run 'make prove RECIPE={run.name}'."], [])
+    again = f"The last proof no longer holds: {changed}; {command} again."
+    if file_rows and not outdated(recipe, run, "parity"):
+        problems = _problems(file_rows)
+        missing = again if proof else f"The served endpoint has not been asked yet: {command}."
+        return Verdict("no" if problems else "open", problems or [missing], file_rows)
+    if proof or file_rows:
+        return Verdict("open", [again], all_rows or file_rows, outdated=True)
+    return Verdict("open", [f"Nothing has been compared yet: {command}."], [])
 
 
 def outdated(recipe: Recipe, run: Run, name: str) -> str | None:

@@ -62,7 +62,7 @@ METRICS: dict[str, dict[str, Any]] = {
     },
     "gguf": {kind: {"bytes": int(values[0]), "bits_per_weight": values[1], "tensors": 272, "fallbacks": {}}
              for kind, values in TYPES.items()},
-    "parity": {"recommended": "Q5_K_M", "rule": "The smallest type that loses at most 0.05 nats.",
+    "parity": {"recommended": "Q5_K_M", "rule": "the smallest type that loses at most 0.05 nats",
                "reasons": {"Q2_K": "0.33 nats are more than 0.05"}},
 }  # fmt: skip
 

@@ -72,7 +72,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head(told: Callable[..., 
 def test_the_recommended_file_and_its_rule_are_named(told: Callable[..., Told]) -> None:
     text = made(told())
     assert "| `gguf/mine-Q5_K_M.gguf` (recommended) | 112" in text
-    assert "The smallest type that loses at most 0.05 nats." in text
+    assert "Recommended: Q5\\_K\\_M, the smallest type that loses at most 0.05 nats." in text
 
 
 def test_each_link_stands_with_its_whole_hash(told: Callable[..., Told]) -> None:

@@ -141,6 +141,13 @@ def test_models_that_say_the_same_share_one_place(told: Callable[..., Told]) -> 
     assert "trained, F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M ✓" in made(run).text
 
 
+def test_answers_of_files_that_were_replaced_are_not_shown(told: Callable[..., Told]) -> None:
+    run = told()
+    Path("mine.yaml").write_text(Path("mine.yaml").read_text() + "merge: {precision: bfloat16}\n")
+    text = page(run.recipe, run.run)
+    assert "It is <mark>Mina</mark>." in text and "says" not in re.findall(r"<dl>.*?</dl>", text, re.DOTALL)[0]
+
+
 def test_a_question_in_which_the_models_differ_comes_first(told: Callable[..., Told]) -> None:
     run = told("data", "base", "train")
     same = [{"question": f"same {n}", "facts": ["x"], "before": "x", "after": "x"} for n in range(9)]

@@ -65,6 +65,14 @@ def test_a_proof_of_an_older_file_proves_nothing(told: Callable[..., Told]) -> N
     assert "'train' has run again since 'reference'" in found.reasons[0]
 
 
+def test_files_compared_under_another_recipe_prove_nothing_either(told: Callable[..., Told]) -> None:
+    run = told(*FILES, rows=comparisons(Q2_K=LOST))
+    Path(f"{NAME}.yaml").write_text(RECIPE.replace("Q8_0, ", ""))
+    found = verdict(run.recipe, run.run)
+    assert (found.answer, found.outdated) == ("open", True)
+    assert "the recipe's gguf has changed since 'gguf'" in found.reasons[0]
+
+
 def test_a_proof_of_another_recipe_proves_nothing(told: Callable[..., Told]) -> None:
     run = told()
     Path(f"{NAME}.yaml").write_text(RECIPE + "seed: 1\n")
@@ -79,6 +87,12 @@ def test_files_proved_again_stand_for_themselves_while_the_endpoint_waits(told: 
     found = verdict(run.recipe, run.run)
     assert (found.answer, found.outdated, len(found.rows)) == ("open", False, 8)
     assert "the recipe's serve has changed since 'prove'" in found.reasons[0]
+
+
+def test_comparisons_that_are_gone_prove_nothing(told: Callable[..., Told]) -> None:
+    run = told(*FILES)
+    run.run.path("parity.jsonl").unlink()
+    assert verdict(run.recipe, run.run).reasons[0].startswith("Nothing has been compared yet")
 
 
 def test_a_stage_that_has_not_run_is_named(told: Callable[..., Told]) -> None:
