@@ -69,8 +69,8 @@ def prepare_tokenizer(folder: Path, template_file: str | None) -> str:
     return str(tokenizer.eos_token)
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool = False) -> str:
-    """The template's text for the messages, with the opening of the assistant's turn if it is a `prompt`.
+def render(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool = False, tools: Any = None) -> str:
+    """The template's text for the messages and tools, with the opening of the assistant's turn if it is a `prompt`.
 
     Raises:
         UserError: the template refuses the messages.
@@ -78,7 +78,8 @@ def render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool = False)
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        rendered = tokenizer.apply_chat_template(messages, tools or None, tokenize=False, add_generation_prompt=prompt)
+        return str(rendered)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(
