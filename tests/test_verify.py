@@ -134,9 +134,11 @@ def test_a_server_that_still_holds_the_file_before_is_named(run: Run, replaced: 
         write(run, stage, [run.path(f"{before}.txt") for before in stage_of(stage).after])
     path = run.path("gguf.txt")
     holding = (
-        "import mmap, sys; held = mmap.mmap(open(sys.argv[1], 'rb').fileno(), 0, prot=1); print(flush=True); input()"
+        "import mmap, sys; file = open(sys.argv[1]); held = mmap.mmap(file.fileno(), 0, prot=1); print(1); input()"
     )
-    server = subprocess.Popen([sys.executable, "-c", holding, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    server = subprocess.Popen(
+        [sys.executable, "-u", "-c", holding, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
         assert server.stdout is not None and server.stdout.readline()
         inputs = {str(path): fingerprint(path)}
