@@ -23,8 +23,8 @@ def write_workplace(folder: Path, recipe: str) -> None:
 
 @pytest.fixture
 def untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Proved:
-    """A workplace whose base, in `small`, the test writes; the recipe trains it for one epoch."""
-    write_workplace(tmp_path, RECIPE.replace("epochs: 60", "epochs: 1"))
+    """A workplace whose base, in `small`, the test writes; the recipe trains it for some steps."""
+    write_workplace(tmp_path, RECIPE.replace("epochs: 60", "epochs: 3"))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setattr("convert.evaluator.cores", lambda: 1)
     monkeypatch.chdir(tmp_path)

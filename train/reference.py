@@ -19,7 +19,8 @@ from train.template import IGNORED, examples, render
 log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "peft")
 VALIDATION_ANSWERS = 40
-PROBES_AT_ONCE = 8  # a pass of so many costs little more than of one, until padding does
+PROBES_AT_ONCE = 16  # a step of so many costs little more than of one
+MOST_PADDING = 2  # times the shortest prompt of a group, so that a long one is not computed for all
 
 
 def reference(recipe: Recipe, run: Run) -> Made:
@@ -93,9 +94,13 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: dict[str, list[int]]) ->
     import torch
 
     found = {}
-    order = sorted(prompts, key=lambda name: len(prompts[name]))
-    for first in range(0, len(order), PROBES_AT_ONCE):
-        names = order[first : first + PROBES_AT_ONCE]
+    groups: list[list[str]] = [[]]
+    for name in sorted(prompts, key=lambda name: len(prompts[name])):
+        shortest = len(prompts[groups[-1][0]]) if groups[-1] else 0
+        if len(groups[-1]) == PROBES_AT_ONCE or len(prompts[name]) > MOST_PADDING * shortest:
+            groups.append([])
+        groups[-1].append(name)
+    for names in groups[1:]:
         rows = {"input_ids": [prompts[name] for name in names]}
         batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
         with torch.inference_mode():
