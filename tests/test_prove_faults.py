@@ -328,10 +328,14 @@ FILES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "heads": ("F16", lambda path: change_gguf(path, llama__attention__layer_norm_rms_epsilon=0.1), "logits: "),
     "other rotation": ("F16", lambda path: change_gguf(path, rotate_otherwise), "logits: "),
-    "half of each head rotated": ("F16", lambda path: change_gguf(path, llama__rope__dimension_count=32), "logits: "),
+    "half of each head rotated": (
+        "F16",
+        lambda path: change_gguf(path, llama__rope__dimension_count=32),
+        "runs/healthy/gguf/healthy-F16.gguf cannot be used: ",
+    ),
     "one tensor of zeros": ("F16", lambda path: change_gguf(path, zeros), "logits: "),
     "one bit": ("Q8_0", lambda path: change_gguf(path, scale_bit), "logits: "),
-    "special tokens like others": ("F16", plain_tokens, "token ids: probe 'plain', position 0: "),
+    "special tokens like others": ("F16", plain_tokens, "token ids: probe 'plain', position 10: "),
     "no merges": ("F16", lambda path: change_gguf(path, tokenizer__ggml__merges=["a b"]), "token ids: probe 'plain'"),
     "end of text added": (
         "Q8_0",
