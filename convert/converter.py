@@ -42,7 +42,8 @@ def main(script: Path, pre: str, model: Path) -> None:
             return pre
 
     def say_so(special: Any, writer: Any, *arguments: Any, **options: Any) -> None:
-        special.add_special_token["bos"] = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        writes_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        special.add_special_token["bos"] = writes_bos and special.add_special_token.get("bos", False)
         add_to_gguf(special, writer, *arguments, **options)
         if is_sentencepiece(declared):
             writer.add_add_space_prefix(space_prefix(declared, prompt))

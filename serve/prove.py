@@ -140,7 +140,10 @@ def same_prompt(comparison: Comparison, engine: Engine, probe: Probe) -> bool:
     prompt = rendered["prompt"]
     ids = tokens(engine, prompt)
     # The server takes off a BOS that the template writes, and puts it on again with the tokens.
-    if not probe.prompt.endswith(prompt):
+    bos = text_of(engine, tokens(engine, "")[:1])
+    if prompt != probe.prompt and probe.prompt.startswith(bos):
+        prompt = bos + prompt
+    if prompt != probe.prompt:
         at = first_difference(list(prompt.encode()), list(probe.prompt.encode())) or 0
         comparison.problems.append(
             f"chat template: probe '{probe.name}', byte {at}: "
@@ -189,8 +192,12 @@ def refusal(made: dict[str, Any]) -> str:
 
 def expected_text(engine: Engine, probe: Probe) -> str:
     """The reference's answer as text, without the token that ends the turn."""
-    spoken = probe.continuation[:-1] if probe.stopped else probe.continuation
-    _, made = engine.ask("/detokenize", {"tokens": spoken})
+    return text_of(engine, probe.continuation[:-1] if probe.stopped else probe.continuation)
+
+
+def text_of(engine: Engine, ids: list[int]) -> str:
+    """The server's text of tokens."""
+    _, made = engine.ask("/detokenize", {"tokens": ids})
     return str(made.get("content", ""))
 
 

@@ -104,7 +104,6 @@ def test_a_server_with_another_template(healthy: Proved, template: str, byte: in
 ENGINES = {
     "params.chat_template = 'chatml'": "chat template: probe 'plain', byte 12: ",
     "params.n_ctx = 512": "runs/healthy/gguf/healthy-Q8_0.gguf cannot be served: the engine gives a conversation 512",
-    "params.sampling.penalty_repeat = 3.0": "answers: ",
     "params.sampling.ignore_eos = True": "stop token: the trained model ends ",
     "params.rope_freq_base = 100.0": "answers: ",
     "params.cache_type_v = params.cache_type_k = 2": "",
