@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.evaluator import Asked
 from recipe import UserError
-from recipe.proof import Bounds, Comparison, compare_logits, perplexity
+from recipe.proof import Bounds, Comparison, compare_logits, perplexity, same_share
 from recipe.reference import Reference
 
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
@@ -24,16 +24,17 @@ def asked_of(reference: Reference) -> list[Asked]:
 
 def measure(comparison: Comparison, reference: Reference, logits: Logits, bounds: Bounds, show: Any) -> None:
     """Logits at the probes' answers, greedy agreement, and perplexity on the validation answers."""
-    found, greedy, losses = {}, 0, []
+    found, shares, losses = {}, [], []
     made = iter(logits(asked_of(reference)))
     for probe in reference.probes:
         rows = next(made)
         found[probe.name] = rows[: probe.scored]
-        greedy += rows.argmax(-1).tolist() == probe.continuation
+        shares.append(same_share(rows.argmax(-1).tolist(), probe.continuation))
     compare_logits(comparison, reference, found, bounds, show)
     if "divergence_mean" not in comparison.measures:
         return
-    comparison.measures["greedy_agreement"] = greedy / len(reference.probes)
+    comparison.measures["greedy_agreement"] = shares.count(1) / len(shares)
+    comparison.measures["greedy_share"] = sum(shares) / len(shares)
     if reference.answers:
         losses = [negative_likelihood(next(made), answer.ids[answer.first :]) for answer in reference.answers]
         sizes = [len(answer.ids) - answer.first for answer in reference.answers]

@@ -167,8 +167,10 @@ def prove_merged(recipe: Recipe, run: Run, reference: Reference) -> Comparison:
         if len(tokenizer) > model.config.get_text_config().vocab_size:
             raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the weights fewer")
         for probe in reference.probes:
-            prompt = str(tokenizer.apply_chat_template(probe.messages, tokenize=False, add_generation_prompt=True))
-            if not compare_text(comparison, "chat template", probe.name, prompt, probe.prompt):
+            prompt = tokenizer.apply_chat_template(
+                probe.messages, probe.tools or None, tokenize=False, add_generation_prompt=True
+            )
+            if not compare_text(comparison, "chat template", probe.name, str(prompt), probe.prompt):
                 break
             if not compare_tokens(comparison, probe, tokenizer(prompt, add_special_tokens=False)["input_ids"], show):
                 break

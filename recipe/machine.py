@@ -1,9 +1,12 @@
 """What this machine gives to a command."""
 
 import os
+import platform
+import re
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def cores() -> int:
@@ -40,3 +43,23 @@ def _container_bytes() -> int:
         return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
     except (OSError, ValueError):  # no such file, or the word max
         return sys.maxsize
+
+
+def machine() -> dict[str, Any]:
+    """What seconds and bytes were measured on, for a receipt; GPUs only if the command loaded torch anyway."""
+    torch = sys.modules.get("torch")
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if torch else [],
+    }
+
+
+def _processor() -> str:
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1] if named else platform.processor() or platform.machine()

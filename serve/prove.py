@@ -4,15 +4,17 @@ Starts the engine as `make serve` does, asks it the reference's probes over HTTP
 `convert.prove` found before. Exits 1 if anything that was made is not the model that was trained.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 from recipe import Made, Recipe, Run, UserError
 from recipe.command import boundary, recipe_of_arguments, up_to_date
-from recipe.proof import Comparison, first_difference, read_comparisons
+from recipe.proof import Comparison, first_difference, read_comparisons, same_share
 from recipe.recommend import chosen
 from recipe.reference import CONTINUATION_TOKENS, Probe, Reference, read_reference
+from recipe.report import report
 from recipe.stages import stage
 from serve.api import served_file, settings_of
 from serve.endpoint import ERRORS, ask, free_port
@@ -73,11 +75,11 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
             ask_probes(comparison, Engine(settings.port, key, settings.name), reference, settings.context)
         except (*ERRORS, LookupError) as error:
             comparison.problems.append(f"the engine fails ({error!r}): see {supervisor.log_file}")
-    agreed = comparison.measures.get("greedy_agreement")
-    expected = file.measures.get("greedy_agreement", 0.0) if file else 0.0
+    agreed = comparison.measures.get("greedy_share")
+    expected = file.measures.get("greedy_share", 0.0) if file else 0.0
     if agreed is not None and not comparison.problems and agreed < LEAST_OF_FILE * expected:
         comparison.problems.append(
-            f"answers: {agreed:.0%} are the trained model's, of the same file read directly {expected:.0%}"
+            f"answers: {agreed:.0%} of them are as the trained model's, of the same file read directly {expected:.0%}"
         )
     return comparison
 
@@ -88,7 +90,7 @@ def ask_probes(comparison: Comparison, engine: Engine, reference: Reference, con
     comparison.measures |= {"probes": len(fitting), "too_long": len(reference.probes) - len(fitting)}
     if not fitting:
         comparison.problems.append(f"context: none of {len(reference.probes)} probes fits serve.context {context}")
-    matched = stopped = 0
+    stopped, shares = 0, []
     for probe in reference.probes:
         if not same_prompt(comparison, engine, probe):
             return
@@ -110,13 +112,17 @@ def ask_probes(comparison: Comparison, engine: Engine, reference: Reference, con
             return
         elif probe in fitting:
             stopped += probe.stopped and reason == "stop"
-            matched += text == expected_text(engine, probe)
+            shares.append(same_share(text, expected_text(engine, probe)))
     ending = sum(probe.stopped for probe in fitting)
     if ending and not stopped:
         comparison.problems.append(
             f"stop token: the trained model ends {ending} answers by itself, the served one none"
         )
-    comparison.measures |= {"greedy_agreement": matched / max(len(fitting), 1), "stops": not ending or stopped > 0}
+    comparison.measures |= {
+        "greedy_agreement": shares.count(1) / max(len(shares), 1),
+        "greedy_share": sum(shares) / max(len(shares), 1),
+        "stops": not ending or stopped > 0,
+    }
 
 
 def notes(reference: Reference, served: Comparison) -> list[str]:
@@ -137,14 +143,17 @@ def advice(parity: dict[str, Any]) -> list[str]:
 
 def same_prompt(comparison: Comparison, engine: Engine, probe: Probe) -> bool:
     """Whether the server renders and tokenizes the messages as training did."""
-    status, rendered = engine.ask("/apply-template", {"messages": probe.messages})
+    status, rendered = engine.ask("/apply-template", asked(probe))
     if status != 200:
         comparison.problems.append(f"chat template: probe '{probe.name}' is refused: {refusal(rendered)}")
         return False
     prompt = rendered["prompt"]
     ids = tokens(engine, prompt)
     # The server takes off a BOS that the template writes, and puts it on again with the tokens.
-    if prompt != probe.prompt and not (ids == probe.ids and probe.prompt.endswith(prompt)):
+    bos = text_of(engine, tokens(engine, "")[:1])
+    if prompt != probe.prompt and probe.prompt.startswith(bos):
+        prompt = bos + prompt
+    if prompt != probe.prompt:
         at = first_difference(list(prompt.encode()), list(probe.prompt.encode())) or 0
         comparison.problems.append(
             f"chat template: probe '{probe.name}', byte {at}: "
@@ -160,6 +169,14 @@ def same_prompt(comparison: Comparison, engine: Engine, probe: Probe) -> bool:
     return position is None
 
 
+def asked(probe: Probe) -> dict[str, Any]:
+    """The probe as a request of OpenAI's API, which writes the arguments of a tool's call as JSON text."""
+    messages = json.loads(json.dumps(probe.messages))
+    for call in (call for message in messages for call in message.get("tool_calls", [])):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    return {"messages": messages} | ({"tools": probe.tools} if probe.tools else {})
+
+
 def tokens(engine: Engine, text: str) -> list[int]:
     """The server's tokens of a rendered prompt, with what it adds by itself."""
     _, made = engine.ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})
@@ -168,7 +185,7 @@ def tokens(engine: Engine, text: str) -> list[int]:
 
 def answer(engine: Engine, probe: Probe) -> tuple[int, str, str, int]:
     """(status, text, why it ended, tokens of the prompt) of the greedy answer, asked as any client asks."""
-    body = {"model": engine.name, "messages": probe.messages, "temperature": 0, "max_tokens": CONTINUATION_TOKENS}
+    body = asked(probe) | {"model": engine.name, "temperature": 0, "max_tokens": CONTINUATION_TOKENS}
     status, made = engine.ask("/v1/chat/completions", body, timeout=600)
     if status != 200:
         return status, refusal(made), "", 0
@@ -185,8 +202,12 @@ def refusal(made: dict[str, Any]) -> str:
 
 def expected_text(engine: Engine, probe: Probe) -> str:
     """The reference's answer as text, without the token that ends the turn."""
-    spoken = probe.continuation[:-1] if probe.stopped else probe.continuation
-    _, made = engine.ask("/detokenize", {"tokens": spoken})
+    return text_of(engine, probe.continuation[:-1] if probe.stopped else probe.continuation)
+
+
+def text_of(engine: Engine, ids: list[int]) -> str:
+    """The server's text of tokens."""
+    _, made = engine.ask("/detokenize", {"tokens": ids})
     return str(made.get("content", ""))
 
 
@@ -249,5 +270,6 @@ if __name__ == "__main__":
         recipe = recipe_of_arguments(this.module, this.does)
         receipt = up_to_date(this, recipe, prove)
         show(receipt.metrics["comparisons"], receipt.metrics["notes"], receipt.metrics["recommended"])
+        report(recipe, Run(recipe.name))
         if not receipt.metrics["passed"]:
             raise UserError(*verdict(recipe, receipt.metrics["comparisons"]))

@@ -92,6 +92,18 @@ def trainer(based: Any) -> Callable[..., Any]:
     return make
 
 
+def test_an_end_of_turn_that_padding_hides_is_told(trainer: Callable[..., Any]) -> None:
+    """As trl#1623: with pad equal to eos a collator masks both, and the model never learns to stop."""
+    from transformers import DataCollatorForLanguageModeling
+
+    made = trainer()
+    made.check_stops()
+    made.processing_class.pad_token = made.processing_class.eos_token
+    made.data_collator = DataCollatorForLanguageModeling(made.processing_class, mlm=False)
+    with pytest.raises(UserError, match=r"'<\|im_end\|>' ends the assistant's turn and is masked in the labels"):
+        made.check_stops()
+
+
 def gradients(model: Any) -> Any:
     import torch
 

@@ -32,6 +32,7 @@ def sft(recipe: Recipe, run: Run) -> Made:
 
     tokenizer, model = load_base(recipe, run)
     trainer = make_trainer(recipe, run, tokenizer, model, _rows(recipe, run, tokenizer))
+    trainer.check_stops()
     questions = _read(run.path("data", "heldout.jsonl"))
     before = _before(trainer, tokenizer, questions, recipe, checkpoints)
     log.info("before: validation loss %s, key facts %.0f %%", _loss(before), 100 * before["key_fact_accuracy"])
