@@ -129,7 +129,7 @@ def test_an_edited_proof_is_named(run: Run, edited: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which file a process holds")
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_server_that_still_holds_the_file_before_is_named(run: Run, replaced: bool) -> None:
-    for stage in ("merge", "gguf"):
+    for stage in ("reference", "merge", "gguf", "parity"):
         run.path(f"{stage}.txt").write_text(stage)
         write(run, stage, [run.path(f"{before}.txt") for before in stage_of(stage).after])
     path = run.path("gguf.txt")
