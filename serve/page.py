@@ -1,0 +1,284 @@
+"""The playground's page: one pane or two, one question to both, how fast they answer and what they read."""
+
+import html
+import tempfile
+import threading
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from recipe.error import UserError
+from recipe.run import Run
+from recipe.schema import Recipe
+from serve import prompt
+from serve.artefacts import Artefact, artefacts
+from serve.conversation import Conversation, Made, append
+from serve.voices import Said, Sampling, Voices, together
+
+CSS = Path(__file__).with_suffix(".css")
+QUEUE = 16
+LONGEST_QUESTION = 100_000
+Update = dict[Any, Any]
+
+
+@dataclass(frozen=True)
+class Pane:
+    """One side: who answers, the conversation, and what is told of the last answer."""
+
+    column: gr.Column
+    choice: gr.Dropdown
+    chat: gr.Chatbot
+    status: gr.HTML
+    prompt: gr.HTML
+    export: gr.DownloadButton
+    conversation: gr.State
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What both sides are asked with."""
+
+    system: gr.Textbox
+    temperature: gr.Slider
+    top_p: gr.Slider
+    top_k: gr.Slider
+    max_tokens: gr.Slider
+    seed: gr.Number
+    at_once: gr.Checkbox
+
+
+def page(recipe: Recipe, voices: Voices) -> gr.Blocks:
+    """The page of one recipe's run; every visitor has conversations of their own."""
+    with gr.Blocks(title=f"{recipe.name} · Truetune", fill_width=True, analytics_enabled=False) as blocks:
+        blocks.queue(max_size=QUEUE, default_concurrency_limit=4, api_open=False)
+        with gr.Row(elem_id="head"):
+            gr.HTML(f"<h1>{html.escape(recipe.name)} <small>Truetune playground</small></h1>")
+            compare = gr.Checkbox(label="Compare two", elem_id="compare", container=False, min_width=140, scale=0)
+        controls = _controls(recipe)
+        with gr.Row(elem_id="panes", equal_height=True):
+            panes = [_pane("left", visible=True), _pane("right", visible=False)]
+        question = gr.Textbox(
+            show_label=False, label="Message", placeholder="Ask something", lines=1, max_lines=8, autofocus=True,
+            submit_btn=True, elem_id="question", max_length=LONGEST_QUESTION,
+        )  # fmt: skip
+        with gr.Row(elem_id="actions"):
+            stop = gr.Button("Stop", size="sm", variant="stop", interactive=False, min_width=80, scale=0)
+            clear = gr.Button("New conversation", size="sm", min_width=140, scale=0)
+        _wire(blocks, recipe, voices, panes, controls, compare, question, stop, clear)
+    return blocks
+
+
+def theme() -> gr.Theme:
+    """Gradio's own, with the system's fonts, since its usual ones are fetched from the network."""
+    fonts, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+    return gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=mono, radius_size="md")
+
+
+def _pane(side: str, visible: bool) -> Pane:
+    with gr.Column(visible=visible, min_width=320, elem_id=side, elem_classes="pane") as column:
+        choice = gr.Dropdown([], label=f"Who answers, {side}", show_label=False, container=False, filterable=False)
+        chat = gr.Chatbot(
+            show_label=False, label=f"Conversation, {side}", height="100%", layout="bubble", buttons=["copy"],
+            editable="all", feedback_options=("Like", "Dislike"), allow_tags=False, latex_delimiters=[],
+            placeholder="Its answers appear here. A thumb is kept; an edited turn is exported as edited.",
+            elem_classes="chat",
+        )  # fmt: skip
+        with gr.Row(elem_classes="below"):
+            status = gr.HTML("", elem_classes="status")
+            export = gr.DownloadButton("Export", size="sm", interactive=False, min_width=80, scale=0)
+        with gr.Accordion("Prompt and tokens", open=False):
+            shown = gr.HTML('<p class="quiet">What the model reads, once it has been asked.</p>')
+        return Pane(column, choice, chat, status, shown, export, gr.State(Conversation()))
+
+
+def _controls(recipe: Recipe) -> Controls:
+    import torch
+
+    most = min(recipe.serve.context, 4096)
+    with gr.Sidebar(label="Settings", open=True, width=280, elem_id="settings"):
+        return Controls(
+            gr.Textbox(label="System prompt", lines=3, max_lines=8, placeholder="The chat template's own"),
+            gr.Slider(0, 2, recipe.serve.temperature, step=0.05, label="Temperature"),
+            gr.Slider(0.05, 1, 0.95, step=0.05, label="Top p"),
+            gr.Slider(0, 200, 40, step=1, label="Top k", info="0 leaves it out"),
+            gr.Slider(1, most, min(256, most), step=1, label="Max tokens"),
+            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
+            gr.Checkbox(
+                torch.cuda.is_available(),
+                label="Both at the same time",
+                info="On a processor each slows the other: tokens/s are true one after another",
+            ),
+        )
+
+
+def _wire(
+    blocks: gr.Blocks, recipe: Recipe, voices: Voices, panes: list[Pane], controls: Controls,
+    compare: gr.Checkbox, question: gr.Textbox, stop: gr.Button, clear: gr.Button,
+) -> None:  # fmt: skip
+    run, stops = Run(recipe.name), {}  # type: ignore[var-annotated]
+    fields = list(vars(controls).values())
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    asking = [question, stop, clear, *(part for pane in panes for part in _changing(pane))]
+
+    def choices(left: str | None, right: str | None) -> Update:
+        found = artefacts(recipe.name)
+        named = [(artefact.label(recipe.name), name) for name, artefact in found.items()]
+        names = list(found)
+        base = f"{recipe.name}/base"
+        first = left if left in found else names[0] if names else None
+        second = right if right in found else base if base in found else names[-1] if names else None
+        return {panes[0].choice: gr.Dropdown(named, value=first), panes[1].choice: gr.Dropdown(named, value=second)}
+
+    def ask(text: str, both: bool, left: str, right: str, one: Conversation, two: Conversation, *given: Any,
+            request: gr.Request) -> Iterator[Update]:  # fmt: skip
+        if not text or not text.strip():
+            yield {question: text}
+            return
+        system, *numbers, at_once = given
+        ended = stops[request.session_hash] = threading.Event()
+        shown = list(zip(panes, (left, right), (one, two), strict=True))[: 2 if both else 1]
+        try:
+            sampling = _sampling(*numbers)
+            yield {question: gr.Textbox("", interactive=False), stop: gr.Button(interactive=True),
+                   clear: gr.Button(interactive=False)}  # fmt: skip
+            yield from _answers(recipe, voices, shown, text, system, sampling, at_once, ended)
+        except UserError as error:
+            yield {pane.status: _error(error) for pane, _, _ in shown} | {question: text}
+        finally:
+            ended.set()
+            stops.pop(request.session_hash, None)
+        yield {question: gr.Textbox(interactive=True), stop: gr.Button(interactive=False),
+               clear: gr.Button(interactive=True)}  # fmt: skip
+
+    def end(request: gr.Request) -> None:
+        if event := stops.get(request.session_hash):
+            event.set()
+
+    def empty() -> Update:
+        fresh = [{p.conversation: Conversation(), p.chat: [], p.status: "", p.export: gr.DownloadButton(interactive=False)}
+                 for p in panes]  # fmt: skip
+        return fresh[0] | fresh[1]
+
+    picked = [pane.choice for pane in panes]
+    blocks.load(choices, picked, picked, **quiet)
+    compare.change(lambda both: gr.Column(visible=both), compare, panes[1].column, **quiet)
+    inputs = [question, compare, *picked, *(pane.conversation for pane in panes), *fields]
+    question.submit(ask, inputs, asking, concurrency_limit=1, concurrency_id="answers", **quiet)
+    stop.click(end, None, None, queue=False, **quiet)
+    blocks.unload(end)
+    clear.click(empty, None, [part for pane in panes for part in _changing(pane)], **quiet)
+    for pane in panes:
+        pane.choice.focus(choices, picked, picked, **quiet)
+        _keep(run, pane, quiet)
+
+
+def _changing(pane: Pane) -> list[Any]:
+    return [pane.chat, pane.status, pane.prompt, pane.export, pane.conversation]
+
+
+def _keep(run: Run, pane: Pane, quiet: dict[str, Any]) -> None:
+    """What a person does to an answer: rate it, correct it."""
+
+    def rate(conversation: Conversation, data: gr.LikeData) -> str:
+        rating = {True: "up", False: "down"}.get(data.liked, "none")
+        try:
+            append(run.path("feedback.jsonl"), conversation.rated(_index(data), rating))
+        except (UserError, OSError) as error:
+            return _error(error)
+        return f"thumb {rating}: kept in {html.escape(str(run.path('feedback.jsonl')))}"
+
+    def correct(conversation: Conversation, data: gr.EditData) -> Update:
+        conversation.correct(_index(data), data.value)
+        return {pane.conversation: conversation, pane.export: _export(conversation)}
+
+    pane.chat.like(rate, pane.conversation, pane.status, **quiet)
+    pane.chat.edit(correct, pane.conversation, [pane.conversation, pane.export], **quiet)
+
+
+def _answers(
+    recipe: Recipe, voices: Voices, shown: list[tuple[Pane, str, Conversation]], text: str, system: str,
+    sampling: Sampling, at_once: bool, ended: threading.Event,
+) -> Iterator[Update]:  # fmt: skip
+    """Both answers as they come; what a pane has when the page is left, it keeps."""
+    found = artefacts(recipe.name)
+    chosen = []
+    for pane, name, conversation in shown:
+        if name not in found:
+            raise UserError(f"{name} is no longer there: choose another")
+        conversation = deepcopy(conversation)
+        conversation.add("user", text)
+        chosen.append((pane, found[name], conversation))
+        yield {pane.chat: conversation.turns, pane.status: "waiting", pane.conversation: conversation}
+    asked = [conversation.messages(system) for _, _, conversation in chosen]
+    coming = [
+        voices.answer(artefact, messages, sampling, ended)
+        for (_, artefact, _), messages in zip(chosen, asked, strict=True)
+    ]
+    for number, said in together(coming, at_once):
+        pane, artefact, conversation = chosen[number]
+        if isinstance(said, UserError):
+            yield {pane.status: _error(said)}
+        elif not said.speed:
+            turns = [*conversation.turns, *([{"role": "assistant", "content": said.text}] if said.text else [])]
+            yield {pane.chat: turns, pane.status: f"{html.escape(said.status)}…"}
+        else:
+            yield _whole(pane, artefact, conversation, asked[number], sampling, said)
+            yield {pane.prompt: _prompt(voices, artefact, asked[number])}
+
+
+def _whole(
+    pane: Pane, artefact: Artefact, conversation: Conversation, asked: list[dict[str, str]], sampling: Sampling, said: Said
+) -> Update:  # fmt: skip
+    if said.text:
+        made = Made(artefact.name, asked, said.text, asdict(sampling), said.speed)
+        conversation.add("assistant", said.text, made)
+    status = f"<b>{html.escape(artefact.model)}</b> {html.escape(said.speed)}"
+    return {
+        pane.chat: conversation.turns,
+        pane.status: status,
+        pane.conversation: conversation,
+        pane.export: _export(conversation),
+    }
+
+
+def _prompt(voices: Voices, artefact: Artefact, messages: list[dict[str, str]]) -> str:
+    try:
+        endpoint = voices.endpoint(artefact).result()
+        return prompt.as_html(prompt.tokens(endpoint, messages, Run(artefact.recipe).path("base")))
+    except UserError as error:
+        return _error(error)
+
+
+def _export(conversation: Conversation) -> gr.DownloadButton:
+    """The button with the conversation as a file, in the folder that Gradio may serve from and that ends with it."""
+    if not (text := conversation.as_data()):
+        return gr.DownloadButton(interactive=False)
+    folder = Path(tempfile.mkdtemp(dir=gr.utils.get_upload_folder()))
+    (folder / "conversation.jsonl").write_text(text, encoding="utf-8")
+    return gr.DownloadButton(value=str(folder / "conversation.jsonl"), interactive=True)
+
+
+def _sampling(temperature: float, top_p: float, top_k: float, max_tokens: float, seed: float | None) -> Sampling:
+    """The numbers within their bounds, whatever a browser sends.
+
+    Raises:
+        UserError: one is missing or out of bounds.
+    """
+    bounds = {"temperature": (temperature, 0, 2), "top_p": (top_p, 0.01, 1), "top_k": (top_k, 0, 1000),
+              "max_tokens": (max_tokens, 1, 32768), "seed": (seed, 0, 2**31 - 1)}  # fmt: skip
+    for name, (value, low, high) in bounds.items():
+        if not isinstance(value, int | float) or not low <= value <= high:
+            raise UserError(f"{name.replace('_', ' ')} is {value}: give a number from {low} to {high}")
+    return Sampling(float(temperature), float(top_p), int(top_k), int(max_tokens), int(seed or 0))
+
+
+def _index(data: Any) -> int:
+    return int(data.index[0] if isinstance(data.index, list | tuple) else data.index)
+
+
+def _error(error: Exception) -> str:
+    return f'<span class="error">{html.escape(str(error))}</span>'
