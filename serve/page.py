@@ -56,18 +56,24 @@ def page(recipe: Recipe, voices: Voices) -> gr.Blocks:
     with gr.Blocks(title=f"{recipe.name} · Truetune", fill_width=True, analytics_enabled=False) as blocks:
         blocks.queue(max_size=QUEUE, default_concurrency_limit=4, api_open=False)
         with gr.Row(elem_id="head"):
-            gr.HTML(f"<h1>{html.escape(recipe.name)} <small>Truetune playground</small></h1>")
+            gr.HTML(f"<h1>{html.escape(recipe.name)} <small>Truetune playground</small></h1>", elem_id="title")
             compare = gr.Checkbox(label="Compare two", elem_id="compare", container=False, min_width=140, scale=0)
-        controls = _controls(recipe)
-        with gr.Row(elem_id="panes", equal_height=True):
-            panes = [_pane("left", visible=True), _pane("right", visible=False)]
-        question = gr.Textbox(
-            show_label=False, label="Message", placeholder="Ask something", lines=1, max_lines=8, autofocus=True,
-            submit_btn=True, elem_id="question", max_length=LONGEST_QUESTION,
-        )  # fmt: skip
-        with gr.Row(elem_id="actions"):
-            stop = gr.Button("Stop", size="sm", variant="stop", interactive=False, min_width=80, scale=0)
-            clear = gr.Button("New conversation", size="sm", min_width=140, scale=0)
+        with gr.Row(elem_id="body"):
+            with gr.Column(scale=4, min_width=320):
+                with gr.Row(elem_id="panes", equal_height=True):
+                    panes = [_pane("left", visible=True), _pane("right", visible=False)]
+                question = gr.Textbox(
+                    show_label=False, label="Message", placeholder="Ask something", lines=1, max_lines=8,
+                    autofocus=True, submit_btn=True, elem_id="question", max_length=LONGEST_QUESTION, container=False,
+                )  # fmt: skip
+                with gr.Row(elem_id="actions"):
+                    stop = gr.Button("Stop", size="sm", interactive=False, min_width=80, scale=0)
+                    clear = gr.Button("New conversation", size="sm", min_width=150, scale=0)
+                with gr.Row(elem_id="prompts"):
+                    for pane in panes:
+                        pane.prompt.render()
+            with gr.Column(scale=1, min_width=250, elem_id="settings"):
+                controls = _controls(recipe)
         _wire(blocks, recipe, voices, panes, controls, compare, question, stop, clear)
     return blocks
 
@@ -75,7 +81,7 @@ def page(recipe: Recipe, voices: Voices) -> gr.Blocks:
 def theme() -> gr.Theme:
     """Gradio's own, with the system's fonts, since its usual ones are fetched from the network."""
     fonts, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
-    return gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=mono, radius_size="md")
+    return gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=mono, radius_size="md")
 
 
 def _pane(side: str, visible: bool) -> Pane:
@@ -90,29 +96,27 @@ def _pane(side: str, visible: bool) -> Pane:
         with gr.Row(elem_classes="below"):
             status = gr.HTML("", elem_classes="status")
             export = gr.DownloadButton("Export", size="sm", interactive=False, min_width=80, scale=0)
-        with gr.Accordion("Prompt and tokens", open=False):
-            shown = gr.HTML('<p class="quiet">What the model reads, once it has been asked.</p>')
-        return Pane(column, choice, chat, status, shown, export, gr.State(Conversation()))
+    shown = gr.HTML(visible=visible, elem_id=f"{side}-prompt", elem_classes="prompt", render=False)
+    return Pane(column, choice, chat, status, shown, export, gr.State(Conversation()))
 
 
 def _controls(recipe: Recipe) -> Controls:
     import torch
 
     most = min(recipe.serve.context, 4096)
-    with gr.Sidebar(label="Settings", open=True, width=280, elem_id="settings"):
-        return Controls(
-            gr.Textbox(label="System prompt", lines=3, max_lines=8, placeholder="The chat template's own"),
-            gr.Slider(0, 2, recipe.serve.temperature, step=0.05, label="Temperature"),
-            gr.Slider(0.05, 1, 0.95, step=0.05, label="Top p"),
-            gr.Slider(0, 200, 40, step=1, label="Top k", info="0 leaves it out"),
-            gr.Slider(1, most, min(256, most), step=1, label="Max tokens"),
-            gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
-            gr.Checkbox(
-                torch.cuda.is_available(),
-                label="Both at the same time",
-                info="On a processor each slows the other: tokens/s are true one after another",
-            ),
-        )
+    return Controls(
+        gr.Textbox(label="System prompt", lines=2, max_lines=8, placeholder="The chat template's own"),
+        gr.Slider(0, 2, recipe.serve.temperature, step=0.05, label="Temperature"),
+        gr.Slider(0.05, 1, 0.95, step=0.05, label="Top p"),
+        gr.Slider(0, 200, 40, step=1, label="Top k (0: off)"),
+        gr.Slider(1, most, min(256, most), step=1, label="Max tokens"),
+        gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
+        gr.Checkbox(
+            torch.cuda.is_available(),
+            label="Both at the same time",
+            info="On a processor each slows the other; one after another, tokens/s are true",
+        ),
+    )
 
 
 def _wire(
@@ -133,8 +137,10 @@ def _wire(
         second = right if right in found else base if base in found else names[-1] if names else None
         return {panes[0].choice: gr.Dropdown(named, value=first), panes[1].choice: gr.Dropdown(named, value=second)}
 
-    def ask(text: str, both: bool, left: str, right: str, one: Conversation, two: Conversation, *given: Any,
-            request: gr.Request) -> Iterator[Update]:  # fmt: skip
+    def ask(
+        request: gr.Request, text: str, both: bool, left: str, right: str,
+        one: Conversation, two: Conversation, *given: Any,
+    ) -> Iterator[Update]:  # fmt: skip
         if not text or not text.strip():
             yield {question: text}
             return
@@ -159,13 +165,17 @@ def _wire(
             event.set()
 
     def empty() -> Update:
-        fresh = [{p.conversation: Conversation(), p.chat: [], p.status: "", p.export: gr.DownloadButton(interactive=False)}
-                 for p in panes]  # fmt: skip
-        return fresh[0] | fresh[1]
+        shut = gr.DownloadButton(interactive=False)
+        emptied = (
+            {p.conversation: Conversation(), p.chat: [], p.status: "", p.prompt: "", p.export: shut} for p in panes
+        )
+        return next(emptied) | next(emptied)
 
     picked = [pane.choice for pane in panes]
     blocks.load(choices, picked, picked, **quiet)
-    compare.change(lambda both: gr.Column(visible=both), compare, panes[1].column, **quiet)
+    second = panes[1]
+    compare.change(lambda both: (gr.Column(visible=both), gr.HTML(visible=both)), compare,
+                   [second.column, second.prompt], **quiet)  # fmt: skip
     inputs = [question, compare, *picked, *(pane.conversation for pane in panes), *fields]
     question.submit(ask, inputs, asking, concurrency_limit=1, concurrency_id="answers", **quiet)
     stop.click(end, None, None, queue=False, **quiet)
@@ -173,6 +183,7 @@ def _wire(
     clear.click(empty, None, [part for pane in panes for part in _changing(pane)], **quiet)
     for pane in panes:
         pane.choice.focus(choices, picked, picked, **quiet)
+        pane.chat.clear(empty, None, [part for other in panes for part in _changing(other)], **quiet)
         _keep(run, pane, quiet)
 
 
@@ -231,8 +242,8 @@ def _answers(
 
 
 def _whole(
-    pane: Pane, artefact: Artefact, conversation: Conversation, asked: list[dict[str, str]], sampling: Sampling, said: Said
-) -> Update:  # fmt: skip
+    pane: Pane, artefact: Artefact, conversation: Conversation, asked: prompt.Messages, sampling: Sampling, said: Said
+) -> Update:
     if said.text:
         made = Made(artefact.name, asked, said.text, asdict(sampling), said.speed)
         conversation.add("assistant", said.text, made)

@@ -1,9 +1,11 @@
 """The rendered prompt of a conversation, cut into the tokens that the model reads, as a part of a page."""
 
+import codecs
 import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from serve.backend import Endpoint
@@ -22,10 +24,7 @@ class Token:
 
 
 def tokens(endpoint: Endpoint, messages: Messages, base: Path) -> list[Token]:
-    """What the engine itself makes of the messages; where it does not tell, what the tokenizer of `base` makes.
-
-    None where neither is there.
-    """
+    """What the engine itself makes of the messages; where it does not tell, what the tokenizer of `base` makes."""
     found = _of_engine(endpoint, messages) or _of_folder(base, messages)
     special = _special_ids(base)
     return [Token(id, text, id in special) for id, text in found]
@@ -42,14 +41,18 @@ def _of_engine(endpoint: Endpoint, messages: Messages) -> list[tuple[int, str]]:
             return []
         wish = {"content": rendered["prompt"], "add_special": True, "parse_special": True, "with_pieces": True}
         status, cut = ask(url.port, "/tokenize", endpoint.key, wish)
-        return [(token["id"], _text(token["piece"])) for token in cut["tokens"]] if status == 200 else []
+        return _texts(cut["tokens"]) if status == 200 else []
     except (*ERRORS, LookupError, TypeError):
         return []
 
 
-def _text(piece: str | list[int]) -> str:
-    """llama.cpp gives the bytes of a token that is not whole characters."""
-    return piece if isinstance(piece, str) else bytes(piece).decode(errors="ignore")
+def _texts(pieces: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    """llama.cpp gives the bytes of a token that ends within a character: the one that ends it shows it."""
+    decoder, found = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
+    for piece in pieces:
+        text = piece["piece"]
+        found.append((piece["id"], decoder.decode(text.encode() if isinstance(text, str) else bytes(text))))
+    return found
 
 
 def _of_folder(base: Path, messages: Messages) -> list[tuple[int, str]]:

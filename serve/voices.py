@@ -1,4 +1,4 @@
-"""Who answers in the playground: processes loaded when they are first asked, two at most, and their streamed answers."""
+"""Who answers in the playground: processes loaded when first asked, two at most, and their streamed answers."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ class Sampling:
     seed: int
 
     def arguments(self, is_ours: bool) -> dict[str, Any]:
-        """For the client; `top_k` and `min_p` are no part of OpenAI's API, but ours would have defaults of their own."""
+        """For the client; `top_k` and `min_p` are not in OpenAI's API, but our engines have defaults of their own."""
         named = {key: value for key, value in asdict(self).items() if key != "top_k"}
         extra = {"top_k": self.top_k, "min_p": 0.0} if is_ours else {"top_k": self.top_k} if self.top_k else {}
         return named | {"extra_body": extra}
@@ -117,9 +117,7 @@ class Voices:
                         break
         except failures() as error:
             raise UserError(reason(error)) from None
-        ending = " · stopped" if stop.is_set() else " · cut at max tokens" if answer.finish_reason == "length" else ""
-        speed = answer.speed().replace(", ", " · ").replace(" a second", "/s").replace("the first", "first")
-        yield Said(answer.text, "", (speed or "one token or none") + ending)
+        yield Said(answer.text, "", _speed(answer, stop.is_set()))
 
     def _endpoint(self, artefact: Artefact) -> Endpoint:
         if artefact.kind == "endpoint":
@@ -202,6 +200,19 @@ def together(answers: list[Iterator[Said]], at_once: bool) -> Iterator[tuple[int
             left -= 1
         else:
             yield number, part
+
+
+def _speed(answer: Answer, is_stopped: bool) -> str:
+    """How much came, how fast, how soon, and why it ended; a rate over too short a time would say nothing."""
+    seconds = answer.last_at - answer.first_at
+    return " · ".join(
+        [
+            *([f"{answer.tokens} tokens"] if answer.tokens else []),
+            *([f"{(answer.tokens - 1) / seconds:.1f} tokens/s"] if answer.tokens > 1 and seconds > 0.05 else []),
+            *([f"first after {answer.first_at - answer.asked_at:.2f} s"] if answer.first_at else ["an empty answer"]),
+            *(["stopped"] if is_stopped else ["cut at max tokens"] if answer.finish_reason == "length" else []),
+        ]
+    )
 
 
 def _json(settings: Any) -> str:

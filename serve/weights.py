@@ -158,8 +158,9 @@ def app(speaker: Speaker, key: str) -> "Starlette":
 
         async def events() -> AsyncIterator[str]:
             try:
-                async for chunk in iterate_in_threadpool(speaker.answer(asked, ids, cancelled)):
-                    yield f"data: {json.dumps({'model': asked['model'], 'object': 'chat.completion.chunk', **chunk})}\n\n"
+                async for part in iterate_in_threadpool(speaker.answer(asked, ids, cancelled)):
+                    chunk = {"model": asked["model"], "object": "chat.completion.chunk", **part}
+                    yield f"data: {json.dumps(chunk)}\n\n"
                 yield "data: [DONE]\n\n"
             finally:  # also when the one who asked has gone
                 cancelled.set()
