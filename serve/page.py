@@ -60,7 +60,7 @@ def page(recipe: Recipe, voices: Voices) -> gr.Blocks:
             compare = gr.Checkbox(label="Compare two", elem_id="compare", container=False, min_width=140, scale=0)
         with gr.Row(elem_id="body"):
             with gr.Column(scale=4, min_width=320):
-                with gr.Row(elem_id="panes", equal_height=True):
+                with gr.Row(elem_id="panes"):
                     panes = [_pane("left", visible=True), _pane("right", visible=False)]
                 question = gr.Textbox(
                     show_label=False, label="Message", placeholder="Ask something", lines=1, max_lines=8,
