@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from recipe.environment import device
 from recipe.error import UserError
 from recipe.run import Run
 from recipe.schema import Recipe
@@ -101,8 +102,6 @@ def _pane(side: str, visible: bool) -> Pane:
 
 
 def _controls(recipe: Recipe) -> Controls:
-    import torch
-
     most = min(recipe.serve.context, 4096)
     return Controls(
         gr.Textbox(label="System prompt", lines=2, max_lines=8, placeholder="The chat template's own"),
@@ -112,7 +111,7 @@ def _controls(recipe: Recipe) -> Controls:
         gr.Slider(1, most, min(256, most), step=1, label="Max tokens"),
         gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
         gr.Checkbox(
-            torch.cuda.is_available(),
+            device() == "cuda",
             label="Both at the same time",
             info="On a processor each slows the other; one after another, tokens/s are true",
         ),
@@ -268,7 +267,9 @@ def _export(conversation: Conversation) -> gr.DownloadButton:
     """The button with the conversation as a file, in the folder that Gradio may serve from and that ends with it."""
     if not (text := conversation.as_data()):
         return gr.DownloadButton(interactive=False)
-    folder = Path(tempfile.mkdtemp(dir=gr.utils.get_upload_folder()))
+    files = Path(gr.utils.get_upload_folder())
+    files.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=files))
     (folder / "conversation.jsonl").write_text(text, encoding="utf-8")
     return gr.DownloadButton(value=str(folder / "conversation.jsonl"), interactive=True)
 

@@ -46,10 +46,12 @@ def playground(recipe: Recipe) -> None:
     token = make_key(TOKEN_FILE)
     log.info("the playground starts")
     with ExitStack() as ending:
-        scratch = ending.enter_context(tempfile.TemporaryDirectory(prefix="truetune-playground-"))
-        os.environ |= {"GRADIO_TEMP_DIR": scratch, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+        scratch = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="truetune-playground-")))
+        files = str(scratch / "files")  # the page may serve whatever lies there, so the key lies beside
+        os.environ |= {"GRADIO_TEMP_DIR": files, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
         run.folder.mkdir(parents=True, exist_ok=True)
-        voices = ending.enter_context(Voices(recipe.serve.context, run.path("playground.log")))
+        voices = Voices(recipe.serve.context, run.path("playground.log"), scratch / "key")
+        ending.enter_context(voices)
         serve(recipe, voices, token, port)
 
 

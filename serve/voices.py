@@ -21,7 +21,7 @@ from serve.backend import Endpoint
 from serve.chat import Answer, failures, reason
 from serve.context import trained_context
 from serve.endpoint import free_port, is_healthy, url_of
-from serve.key import KEY_FILE, make_key
+from serve.key import make_key, read_key
 
 LOADED = 2  # as many as are compared; a third would cost the memory of both
 LOAD_SECONDS = 600
@@ -67,9 +67,10 @@ class Loaded:
 class Voices:
     """The loaded processes, the one asked last at the end; loading is done by one thread that lives as long as they."""
 
-    def __init__(self, context: int, log_file: Path) -> None:
+    def __init__(self, context: int, log_file: Path, key_file: Path) -> None:
         self.context = context
         self.log_file = log_file
+        self.key_file = key_file  # of this playground's own processes alone
         self.loaded: dict[str, Loaded] = {}
         # Linux ends the engine with the thread that started it, so a web server's passing threads must not.
         self.loader = ThreadPoolExecutor(1, "loader")
@@ -77,6 +78,7 @@ class Voices:
 
     def __enter__(self) -> Self:
         self.log_file.write_text("", encoding="utf-8")
+        make_key(self.key_file)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -131,13 +133,12 @@ class Voices:
             for oldest in list(self.loaded)[: max(0, len(self.loaded) - LOADED + 1)]:
                 self._end(oldest)
             self.loaded[name] = self._load(artefact)
-        return Endpoint(f"{url_of(self.loaded[name].port)}/v1", artefact.model, make_key())
+        return Endpoint(f"{url_of(self.loaded[name].port)}/v1", artefact.model, read_key(self.key_file))
 
     def _load(self, artefact: Artefact) -> Loaded:
         """Start the artefact's process, once its files are proved to be what their stage wrote, and await it."""
         run = Run(artefact.recipe)
         run.verified(artefact.stage, only=artefact.place if artefact.kind == "gguf" else "")
-        make_key()
         port = free_port()
         with self.log_file.open("ab") as file:
             argv = [sys.executable, "-m", *self._command(artefact, port)]
@@ -161,10 +162,10 @@ class Voices:
             name = "merged" if artefact.model == "merged" else "base"
             return [
                 weights.__name__,
-                _json(weights.Settings(artefact.place, name, artefact.adapter, port, str(KEY_FILE))),
+                _json(weights.Settings(artefact.place, name, artefact.adapter, port, str(self.key_file))),
             ]
         context = min(self.context, trained_context(Path(artefact.place)) or self.context)
-        named = {"model": artefact.place, "name": artefact.model, "port": port, "key_file": str(KEY_FILE)}
+        named = {"model": artefact.place, "name": artefact.model, "port": port, "key_file": str(self.key_file)}
         return [engine.__name__, _json(engine.Settings(**named, context=context, slots=1, threads=0, temperature=0.0))]
 
     def _end(self, name: str) -> None:
