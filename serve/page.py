@@ -1,11 +1,11 @@
 """The playground's page: one pane or two, one question to both, how fast they answer and what they read."""
 
 import html
-import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,15 @@ from recipe.environment import device
 from recipe.error import UserError
 from recipe.run import Run
 from recipe.schema import Recipe
-from serve import prompt
-from serve.artefacts import Artefact, artefacts
-from serve.conversation import Conversation, Made, append
-from serve.voices import Said, Sampling, Voices, together
+from serve.artefacts import artefacts
+from serve.conversation import Conversation
+from serve.pane import QUIET, Pane, Update, keep, make_pane, read, told, unanswered, whole
+from serve.voices import Sampling, Voices, together
 
 CSS = Path(__file__).with_suffix(".css")
 QUEUE = 16
+FRAME_SECONDS = 0.05  # a browser shows no more often
 LONGEST_QUESTION = 100_000
-Update = dict[Any, Any]
-
-
-@dataclass(frozen=True)
-class Pane:
-    """One side: who answers, the conversation, and what is told of the last answer."""
-
-    column: gr.Column
-    choice: gr.Dropdown
-    chat: gr.Chatbot
-    status: gr.HTML
-    prompt: gr.HTML
-    export: gr.DownloadButton
-    conversation: gr.State
 
 
 @dataclass(frozen=True)
@@ -62,7 +49,7 @@ def page(recipe: Recipe, voices: Voices) -> gr.Blocks:
         with gr.Row(elem_id="body"):
             with gr.Column(scale=4, min_width=320):
                 with gr.Row(elem_id="panes"):
-                    panes = [_pane("left", visible=True), _pane("right", visible=False)]
+                    panes = [make_pane("left", visible=True), make_pane("right", visible=False)]
                 question = gr.Textbox(
                     show_label=False, label="Message", placeholder="Ask something", lines=1, max_lines=8,
                     autofocus=True, submit_btn=True, elem_id="question", max_length=LONGEST_QUESTION, container=False,
@@ -83,22 +70,6 @@ def theme() -> gr.Theme:
     """Gradio's own, with the system's fonts, since its usual ones are fetched from the network."""
     fonts, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     return gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=mono, radius_size="md")
-
-
-def _pane(side: str, visible: bool) -> Pane:
-    with gr.Column(visible=visible, min_width=320, elem_id=side, elem_classes="pane") as column:
-        choice = gr.Dropdown([], label=f"Who answers, {side}", show_label=False, container=False, filterable=False)
-        chat = gr.Chatbot(
-            show_label=False, label=f"Conversation, {side}", height="100%", layout="bubble", buttons=["copy"],
-            editable="all", feedback_options=("Like", "Dislike"), allow_tags=False, latex_delimiters=[],
-            placeholder="Its answers appear here. A thumb is kept; an edited turn is exported as edited.",
-            elem_classes="chat",
-        )  # fmt: skip
-        with gr.Row(elem_classes="below"):
-            status = gr.HTML("", elem_classes="status")
-            export = gr.DownloadButton("Export", size="sm", interactive=False, min_width=80, scale=0)
-    shown = gr.HTML(visible=visible, elem_id=f"{side}-prompt", elem_classes="prompt", render=False)
-    return Pane(column, choice, chat, status, shown, export, gr.State(Conversation()))
 
 
 def _controls(recipe: Recipe) -> Controls:
@@ -124,8 +95,7 @@ def _wire(
 ) -> None:  # fmt: skip
     run, stops = Run(recipe.name), {}  # type: ignore[var-annotated]
     fields = list(vars(controls).values())
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    asking = [question, stop, clear, *(part for pane in panes for part in _changing(pane))]
+    asking = [question, stop, clear, *(part for pane in panes for part in pane.changing)]
 
     def choices(left: str | None, right: str | None) -> Update:
         found = artefacts(recipe.name)
@@ -152,7 +122,7 @@ def _wire(
                    clear: gr.Button(interactive=False)}  # fmt: skip
             yield from _answers(recipe, voices, shown, text, system, sampling, at_once, ended)
         except UserError as error:
-            yield {pane.status: _error(error) for pane, _, _ in shown} | {question: text}
+            yield {pane.status: told(error) for pane, _, _ in shown} | {question: text}
         finally:
             ended.set()
             stops.pop(request.session_hash, None)
@@ -171,42 +141,19 @@ def _wire(
         return next(emptied) | next(emptied)
 
     picked = [pane.choice for pane in panes]
-    blocks.load(choices, picked, picked, **quiet)
+    blocks.load(choices, picked, picked, **QUIET)
     second = panes[1]
     compare.change(lambda both: (gr.Column(visible=both), gr.HTML(visible=both)), compare,
-                   [second.column, second.prompt], **quiet)  # fmt: skip
+                   [second.column, second.prompt], **QUIET)  # fmt: skip
     inputs = [question, compare, *picked, *(pane.conversation for pane in panes), *fields]
-    question.submit(ask, inputs, asking, concurrency_limit=1, concurrency_id="answers", **quiet)
-    stop.click(end, None, None, queue=False, **quiet)
+    question.submit(ask, inputs, asking, concurrency_limit=1, concurrency_id="answers", **QUIET)
+    stop.click(end, None, None, queue=False, **QUIET)
     blocks.unload(end)
-    clear.click(empty, None, [part for pane in panes for part in _changing(pane)], **quiet)
+    clear.click(empty, None, [part for pane in panes for part in pane.changing], **QUIET)
     for pane in panes:
-        pane.choice.focus(choices, picked, picked, **quiet)
-        pane.chat.clear(empty, None, [part for other in panes for part in _changing(other)], **quiet)
-        _keep(run, pane, quiet)
-
-
-def _changing(pane: Pane) -> list[Any]:
-    return [pane.chat, pane.status, pane.prompt, pane.export, pane.conversation]
-
-
-def _keep(run: Run, pane: Pane, quiet: dict[str, Any]) -> None:
-    """What a person does to an answer: rate it, correct it."""
-
-    def rate(conversation: Conversation, data: gr.LikeData) -> str:
-        rating = {True: "up", False: "down"}.get(data.liked, "none")
-        try:
-            append(run.path("feedback.jsonl"), conversation.rated(_index(data), rating))
-        except (UserError, OSError) as error:
-            return _error(error)
-        return f"thumb {rating}: kept in {html.escape(str(run.path('feedback.jsonl')))}"
-
-    def correct(conversation: Conversation, data: gr.EditData) -> Update:
-        conversation.correct(_index(data), data.value)
-        return {pane.conversation: conversation, pane.export: _export(conversation)}
-
-    pane.chat.like(rate, pane.conversation, pane.status, **quiet)
-    pane.chat.edit(correct, pane.conversation, [pane.conversation, pane.export], **quiet)
+        pane.choice.focus(choices, picked, picked, **QUIET)
+        pane.chat.clear(empty, None, [part for other in panes for part in other.changing], **QUIET)
+        keep(run, pane)
 
 
 def _answers(
@@ -216,62 +163,35 @@ def _answers(
     """Both answers as they come; what a pane has when the page is left, it keeps."""
     found = artefacts(recipe.name)
     chosen = []
-    for pane, name, conversation in shown:
+    for side, name, before in shown:
         if name not in found:
             raise UserError(f"{name} is no longer there: choose another")
-        conversation = deepcopy(conversation)
+        conversation = deepcopy(before)  # the page's own stays as it is until the answer is whole
         conversation.add("user", text)
-        chosen.append((pane, found[name], conversation))
-        yield {pane.chat: conversation.turns, pane.status: "waiting", pane.conversation: conversation}
+        chosen.append((side, found[name], conversation))
+        yield {side.chat: conversation.turns, side.status: "waiting"}
     asked = [conversation.messages(system) for _, _, conversation in chosen]
     coming = [
         voices.answer(artefact, messages, sampling, ended)
         for (_, artefact, _), messages in zip(chosen, asked, strict=True)
     ]
+    waiting, shown_at = set(range(len(chosen))), [0.0] * len(chosen)
     for number, said in together(coming, at_once):
-        pane, artefact, conversation = chosen[number]
+        side, artefact, conversation = chosen[number]
         if isinstance(said, UserError):
-            yield {pane.status: _error(said)}
-        elif not said.speed:
+            waiting.discard(number)
+            yield unanswered(side, conversation, told(said))
+        elif said.speed:
+            waiting.discard(number)
+            yield whole(side, artefact, conversation, asked[number], sampling, said)
+            yield {side.prompt: read(voices, artefact, asked[number])}
+        elif time.monotonic() - shown_at[number] > FRAME_SECONDS:
+            shown_at[number] = time.monotonic()
             turns = [*conversation.turns, *([{"role": "assistant", "content": said.text}] if said.text else [])]
-            yield {pane.chat: turns, pane.status: f"{html.escape(said.status)}…"}
-        else:
-            yield _whole(pane, artefact, conversation, asked[number], sampling, said)
-            yield {pane.prompt: _prompt(voices, artefact, asked[number])}
-
-
-def _whole(
-    pane: Pane, artefact: Artefact, conversation: Conversation, asked: prompt.Messages, sampling: Sampling, said: Said
-) -> Update:
-    if said.text:
-        made = Made(artefact.name, asked, said.text, asdict(sampling), said.speed)
-        conversation.add("assistant", said.text, made)
-    status = f"<b>{html.escape(artefact.model)}</b> {html.escape(said.speed)}"
-    return {
-        pane.chat: conversation.turns,
-        pane.status: status,
-        pane.conversation: conversation,
-        pane.export: _export(conversation),
-    }
-
-
-def _prompt(voices: Voices, artefact: Artefact, messages: list[dict[str, str]]) -> str:
-    try:
-        endpoint = voices.endpoint(artefact).result()
-        return prompt.as_html(prompt.tokens(endpoint, messages, Run(artefact.recipe).path("base")))
-    except UserError as error:
-        return _error(error)
-
-
-def _export(conversation: Conversation) -> gr.DownloadButton:
-    """The button with the conversation as a file, in the folder that Gradio may serve from and that ends with it."""
-    if not (text := conversation.as_data()):
-        return gr.DownloadButton(interactive=False)
-    files = Path(gr.utils.get_upload_folder())
-    files.mkdir(exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=files))
-    (folder / "conversation.jsonl").write_text(text, encoding="utf-8")
-    return gr.DownloadButton(value=str(folder / "conversation.jsonl"), interactive=True)
+            yield {side.chat: turns, side.status: f"{html.escape(said.status)}…"}
+    for number in waiting:  # stopped before it was loaded
+        side, _, conversation = chosen[number]
+        yield unanswered(side, conversation, "stopped")
 
 
 def _sampling(temperature: float, top_p: float, top_k: float, max_tokens: float, seed: float | None) -> Sampling:
@@ -286,11 +206,3 @@ def _sampling(temperature: float, top_p: float, top_k: float, max_tokens: float,
         if not isinstance(value, int | float) or not low <= value <= high:
             raise UserError(f"{name.replace('_', ' ')} is {value}: give a number from {low} to {high}")
     return Sampling(float(temperature), float(top_p), int(top_k), int(max_tokens), int(seed or 0))
-
-
-def _index(data: Any) -> int:
-    return int(data.index[0] if isinstance(data.index, list | tuple) else data.index)
-
-
-def _error(error: Exception) -> str:
-    return f'<span class="error">{html.escape(str(error))}</span>'

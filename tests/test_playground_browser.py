@@ -116,7 +116,7 @@ def test_a_chat_with_the_adapter_is_streamed_rated_and_exported(
     page = opened(browser, playground)
     ask(page, "What says the cat?", "left")
     picture(page, "chat")
-    assert "first after" in page.locator("#left .status").inner_text()
+    assert "first after" in page.locator("#left .prose.status").inner_text()
     special = page.locator("#left-prompt .special").all_inner_texts()
     assert "<|im_start|>" in special and page.locator("#left-prompt .token").first.get_attribute("title") == "1"
 
