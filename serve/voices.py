@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
@@ -75,17 +76,22 @@ class Voices:
         # Linux ends the engine with the thread that started it, so a web server's passing threads must not.
         self.loader = ThreadPoolExecutor(1, "loader")
         self.ended = Event()
+        self._watchdog: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
         self.log_file.write_text("", encoding="utf-8")
         make_key(self.key_file)
+        guard = [sys.executable, "-m", "serve.watchdog"]
+        self._watchdog = subprocess.Popen(guard, stdin=subprocess.PIPE, text=True, start_new_session=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.loader.shutdown(cancel_futures=True)
         for name in list(self.loaded):
-            self._end(name)
+            self._end(self.loaded.pop(name).process)
+        assert self._watchdog
+        self._watchdog.communicate()
 
     def endpoint(self, artefact: Artefact) -> "Future[Endpoint]":
         """Where the artefact answers, once it is loaded."""
@@ -126,12 +132,12 @@ class Voices:
             return Endpoint(artefact.place, artefact.model, artefact.key)
         name = f"{artefact.place} {artefact.made_at}"
         if name in self.loaded and self.loaded[name].process.poll() is not None:
-            self._end(name)
+            self._end(self.loaded.pop(name).process)
         if name in self.loaded:
             self.loaded[name] = self.loaded.pop(name)
         else:
             for oldest in list(self.loaded)[: max(0, len(self.loaded) - LOADED + 1)]:
-                self._end(oldest)
+                self._end(self.loaded.pop(oldest).process)
             self.loaded[name] = self._load(artefact)
         return Endpoint(f"{url_of(self.loaded[name].port)}/v1", artefact.model, read_key(self.key_file))
 
@@ -143,6 +149,7 @@ class Voices:
         with self.log_file.open("ab") as file:
             argv = [sys.executable, "-m", *self._command(artefact, port)]
             process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=file, stderr=file, start_new_session=True)
+        self._note(process, started=True)
         loaded, deadline = Loaded(process, port), time.monotonic() + LOAD_SECONDS
         try:
             while not is_healthy(port, timeout=1):
@@ -153,7 +160,7 @@ class Voices:
                 if time.monotonic() > deadline:
                     raise UserError(f"{artefact.name} did not load within {LOAD_SECONDS} s: see {self.log_file}")
         except BaseException:
-            _end_process(process)
+            self._end(process)
             raise
         return loaded
 
@@ -168,8 +175,24 @@ class Voices:
         named = {"model": artefact.place, "name": artefact.model, "port": port, "key_file": str(self.key_file)}
         return [engine.__name__, _json(engine.Settings(**named, context=context, slots=1, threads=0, temperature=0.0))]
 
-    def _end(self, name: str) -> None:
-        _end_process(self.loaded.pop(name).process)
+    def _end(self, process: "subprocess.Popen[bytes]") -> None:
+        """End a process: politely, then not."""
+        process.terminate()
+        try:
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdin:
+            process.stdin.close()
+        self._note(process, started=False)
+
+    def _note(self, process: "subprocess.Popen[bytes]", started: bool) -> None:
+        """Tell the watchdog which processes are to end with this one, however it ends."""
+        assert self._watchdog and self._watchdog.stdin
+        with suppress(BrokenPipeError):
+            self._watchdog.stdin.write(f"{'+' if started else '-'}{process.pid}\n")
+            self._watchdog.stdin.flush()
 
 
 def together(answers: list[Iterator[Said]], at_once: bool) -> Iterator[tuple[int, Said | UserError]]:
@@ -218,14 +241,3 @@ def _speed(answer: Answer, is_stopped: bool) -> str:
 
 def _json(settings: Any) -> str:
     return json.dumps(asdict(settings))
-
-
-def _end_process(process: "subprocess.Popen[bytes]") -> None:
-    process.terminate()
-    try:
-        process.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    if process.stdin:
-        process.stdin.close()

@@ -5,7 +5,6 @@ so that its memory goes with it; it speaks of the prompt as llama.cpp's server d
 """
 
 import json
-import os
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -127,6 +126,7 @@ class Speaker:
 
 def app(speaker: Speaker, key: str) -> "Starlette":
     """The routes, all but `/health` behind the key."""
+    from jinja2 import TemplateError
     from starlette.applications import Starlette
     from starlette.concurrency import iterate_in_threadpool
     from starlette.responses import JSONResponse, StreamingResponse
@@ -141,7 +141,7 @@ def app(speaker: Speaker, key: str) -> "Starlette":
                 return refused(401, "Invalid API Key")
             try:
                 found = answer(await request.json() if method == "POST" else {})
-            except (KeyError, TypeError, ValueError) as error:
+            except (TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
                 return refused(400, f"{type(error).__name__}: {error}")
             return found if isinstance(found, StreamingResponse | JSONResponse) else JSONResponse(found)
 
@@ -186,16 +186,9 @@ def _listed(stops: Any) -> list[int]:
     return stops if isinstance(stops, list) else [stops]
 
 
-def end_with_input() -> None:
-    """End at once when the playground's end of standard input closes, however it ended."""
-    sys.stdin.read()
-    os._exit(0)
-
-
 if __name__ == "__main__":
     import uvicorn
 
-    threading.Thread(target=end_with_input, daemon=True).start()
     settings = Settings(**json.loads(sys.argv[1]))
     served = app(Speaker(settings), read_key(Path(settings.key_file)))
     uvicorn.run(served, host=HOST, port=settings.port, log_level="warning", access_log=False)
