@@ -50,7 +50,9 @@ def artefacts(recipe: str, root: Path = Path("runs")) -> dict[str, Artefact]:
             found += _of_run(Run(folder.name, root))
         except UserError:
             continue
-    return {artefact.name: artefact for artefact in [*found, *_of_environment()]}
+    known = {(artefact.place, artefact.model) for artefact in found}
+    found += (other for other in _of_environment() if (other.place, other.model) not in known)
+    return {artefact.name: artefact for artefact in found}
 
 
 def _of_run(run: Run) -> Iterator[Artefact]:
