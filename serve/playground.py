@@ -93,10 +93,11 @@ def serve(recipe: Recipe, voices: Voices, token: str, port: int) -> None:
         server_header=False,
         timeout_graceful_shutdown=1,  # an open page listens for ever
     )
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt), config.bind_socket() as bound:
+        bound.listen()  # whoever comes from now on waits
         sys.stdout.write(ADDRESS.format(name=recipe.name, shown=HOST, port=port, token=shown))
         sys.stdout.flush()
-        uvicorn.Server(config).run()
+        uvicorn.Server(config).run(sockets=[bound])
     log.info("stopped")
 
 

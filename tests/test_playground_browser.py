@@ -79,7 +79,10 @@ def playground(converted: Workplace) -> Iterator[Playground]:
 
 def opened(browser: Any, playground: Playground, **context: Any) -> Any:
     """The page, behind its door; that it asks no other host is part of every test."""
+    for earlier in browser.contexts:
+        earlier.close()
     page = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, **context}).new_page()
+    page.set_default_timeout(ANSWER_MS)
     foreign: list[str] = []
     page.on("request", lambda asked: None if _is_here(asked.url, playground.port) else foreign.append(asked.url))
     page.foreign = foreign
