@@ -88,7 +88,7 @@ def serve(recipe: Recipe, voices: Voices, token: str, port: int) -> None:
         app,
         host=os.environ.get("GRADIO_SERVER_NAME", HOST),
         port=port,
-        log_level="warning",
+        log_level="critical",  # Ctrl-C cuts open pages off, which is no error; Gradio tells its own
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=1,  # an open page listens for ever

@@ -76,6 +76,7 @@ def playground(converted: Workplace) -> Iterator[Playground]:
     yield started
     if started.process.poll() is None:
         started.end()
+    started.process.communicate()
 
 
 def opened(browser: Any, playground: Playground, **context: Any) -> Any:
