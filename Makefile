@@ -15,7 +15,7 @@ NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
 PYTHON := .venv/bin/python
 
-USES_RECIPE := resolve data base train reference merge gguf parity prove report verify serve ready status stop chat ask tensorboard clean
+USES_RECIPE := resolve data base train reference merge gguf parity prove report verify serve ready status stop chat ask playground tensorboard clean
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
@@ -30,7 +30,7 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove report verify serve status stop chat ask tensorboard test lint format lock clean
+.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove report verify serve status stop chat ask playground tensorboard test lint format lock clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,7 @@ help: ## Show this list
 	@echo "  RECIPE=tiny                     a recipe of recipe/, or the path of your own .yaml (now: $(RECIPE))"
 	@echo "  SET='train.epochs=1 seed=2'     changes keys of the recipe and keeps them for this run; SET= drops them"
 	@echo "  PORT=8080                       for serve, chat and ask; UI_PORT=3001 for the chat window"
+	@echo "  PLAYGROUND_PORT=7861            for playground"
 	@echo "  UI=none                         for serve: the API alone; UI=builtin is llama.cpp's own page"
 	@echo "  Q='What is a receipt?'          for ask"
 	@echo "  FORCE=1                         for serve: serve even what failed its proof"
@@ -113,6 +114,9 @@ chat: | .venv/.complete ## Talk with the served model in the terminal
 
 ask: | .venv/.complete ## Ask the served model one question: Q='...'
 	@$(PYTHON) -m serve.chat $(FILE) --ask
+
+playground: | .venv/.complete ## Chat with any artefact in the browser, or compare two: needs only a training
+	@$(PYTHON) -m serve.playground $(FILE)
 
 tensorboard: | .venv/.complete ## Show the loss curves in the browser, on 127.0.0.1
 	@test -d $(RUN)/logs || { echo "error: no $(RUN)/logs: run 'make train RECIPE=$(RECIPE)' first" >&2; exit 1; }

@@ -94,6 +94,7 @@ class Serve:
     engine: Literal["llamacpp", "ollama", "vllm"] = knob("llamacpp", "What answers; `ENGINE=` overrides it")
     ui: Literal["openwebui", "builtin", "none"] = knob("openwebui", "The chat window; `UI=` overrides it")
     ui_port: int = knob(3000, "Port of the chat window on 127.0.0.1; `UI_PORT=` overrides it", 1, 65535)
+    playground_port: int = knob(7860, "Port of the playground on 127.0.0.1; `PLAYGROUND_PORT=` overrides it", 1, 65535)
     port: int = knob(8000, "Port on 127.0.0.1; `PORT=` in the environment overrides it", 1, 65535)
     context: int = knob(2048, "Tokens that one conversation may have", 64)
     slots: int = knob(4, "Conversations answered at the same time", 1)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipe.command import boundary, recipe_of_arguments
 from recipe.error import UserError
@@ -31,13 +31,16 @@ HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops a
 class Answer:
     """One answer as it arrives, and how fast it did."""
 
-    def __init__(self, client: "OpenAI", model: str, messages: "list[ChatCompletionMessageParam]") -> None:
+    def __init__(
+        self, client: "OpenAI", model: str, messages: "list[ChatCompletionMessageParam]", **sampling: Any
+    ) -> None:
         self.text = ""
         self.tokens = 0
+        self.finish_reason = ""
         self.asked_at = time.monotonic()
         self.first_at = self.last_at = 0.0
         self._stream = client.chat.completions.create(
-            model=model, messages=messages, stream=True, stream_options={"include_usage": True}
+            model=model, messages=messages, stream=True, stream_options={"include_usage": True}, **sampling
         )
 
     def __iter__(self) -> Iterator[str]:
@@ -46,6 +49,7 @@ class Answer:
             for chunk in chunks:
                 self.tokens = chunk.usage.completion_tokens if chunk.usage else self.tokens
                 delta = chunk.choices[0].delta if chunk.choices else None
+                self.finish_reason = (chunk.choices[0].finish_reason if delta else None) or self.finish_reason
                 thought = (delta.model_extra or {}).get("reasoning_content") if delta else None
                 if not delta or not (delta.content or thought):
                     continue

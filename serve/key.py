@@ -20,8 +20,12 @@ def make_key(path: Path = KEY_FILE) -> str:
         _create(path)
     for place, mode in ((path.parent, 0o700), (path, 0o600)):
         if place.stat().st_mode & 0o777 != mode:
-            log.warning("%s was open to others: its mode is now %o", place, mode)
-            place.chmod(mode)
+            try:
+                place.chmod(mode)
+            except OSError as error:  # a secret that a container mounts read-only
+                log.warning("%s is open to others and stays so: %s", place, error.strerror)
+            else:
+                log.warning("%s was open to others: its mode is now %o", place, mode)
     return read_key(path)
 
 

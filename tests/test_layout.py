@@ -17,7 +17,7 @@ MODULES = {
 }
 ENTRIES = [name for name, path in MODULES.items() if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 SOURCES = [*MODULES.values(), *(REPOSITORY / "tests").glob("*.py"), *(REPOSITORY / "bench").glob("*.py")]
-HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "llama_cpp", "xllamacpp", "gguf", "openai"}
+HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "llama_cpp", "xllamacpp", "gguf", "openai", "gradio"}
 
 
 def imported(path: Path, anywhere: bool) -> set[str]:

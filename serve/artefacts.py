@@ -1,0 +1,119 @@
+"""What can answer in the playground: the artefacts of every run folder, what is being served, any other endpoint."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recipe.error import UserError
+from recipe.run import Receipt, Run
+from serve.endpoint import HOST
+from serve.key import read_key
+
+LIST_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One choice of the page.
+
+    `place` is a folder of weights, a GGUF file or the URL of an endpoint; `made_at` tells one training's from the
+    next's; `adapter` lies beside the base in one process, which answers as `base` and as `adapter`.
+    """
+
+    name: str
+    about: str
+    kind: str  # weights, gguf or endpoint
+    place: str
+    model: str
+    recipe: str = ""
+    stage: str = ""
+    adapter: str = ""
+    made_at: str = ""
+    key: str = field(default="", repr=False)
+
+    def label(self, recipe: str) -> str:
+        """How a page about `recipe` names it."""
+        other = f"{self.recipe}: " if self.recipe not in ("", recipe) else ""
+        return f"{other}{self.model if self.kind != 'endpoint' else 'served'} · {self.about}"
+
+
+def artefacts(recipe: str, root: Path = Path("runs")) -> dict[str, Artefact]:
+    """Every choice by its name, those of `recipe` first; a run whose receipts are damaged has none.
+
+    Raises:
+        UserError: a receipt of `recipe` itself is damaged.
+    """
+    found = [*_of_run(Run(recipe, root))]
+    for folder in sorted(path for path in root.glob("*") if path.is_dir() and path.name != recipe):
+        try:
+            found += _of_run(Run(folder.name, root))
+        except UserError:
+            continue
+    known = {(artefact.place, artefact.model) for artefact in found}
+    found += (other for other in _of_environment() if (other.place, other.model) not in known)
+    return {artefact.name: artefact for artefact in found}
+
+
+def _of_run(run: Run) -> Iterator[Artefact]:
+    receipts = {name: run.find_receipt(name) for name in ("serve", "train", "merge", "gguf", "base")}
+    if (served := receipts["serve"]) and (artefact := _served(run, served)):
+        yield artefact
+    base, adapter = str(run.path("base")), str(run.path("adapter")) if receipts["train"] else ""
+    since = "".join(receipt.started_at for name in ("base", "train") if (receipt := receipts[name]))
+    beside = {"kind": "weights", "place": base, "recipe": run.name, "adapter": adapter, "made_at": since}
+    if receipts["train"] and receipts["base"]:
+        yield Artefact(f"{run.name}/adapter", "on the base, as trained", model="adapter", stage="train", **beside)
+    if merge := receipts["merge"]:
+        place, about = str(run.path("merged")), "one set of weights"
+        yield Artefact(f"{run.name}/merged", about, "weights", place, "merged", run.name, "merge", "", merge.started_at)
+    for path in receipts["gguf"].outputs if receipts["gguf"] else ():
+        if path.endswith(".gguf") and Path(path).is_file():
+            kind = Path(path).stem.removeprefix(f"{run.name}-")
+            about = f"GGUF, {Path(path).stat().st_size / 1e6:.0f} MB"
+            since = receipts["gguf"].started_at if receipts["gguf"] else ""
+            yield Artefact(f"{run.name}/{kind}", about, "gguf", path, kind, run.name, "gguf", "", since)
+    if receipts["base"]:
+        yield Artefact(f"{run.name}/base", "before training", model="base", stage="base", **beside)
+
+
+def _served(run: Run, served: Receipt) -> Artefact | None:
+    """What `make serve` serves now, whichever engine it is; None when it does not answer."""
+    url, model = served.metrics["url"], served.metrics["model"]
+    try:
+        key = read_key()
+    except UserError:
+        return None
+    if model not in models_of(url, key):
+        return None
+    about = f"{served.metrics.get('type', model)} at {url.removeprefix('http://').removesuffix('/v1')}"
+    return Artefact(f"{run.name}/served", about, "endpoint", url, model, run.name, "serve", key=key)
+
+
+def _of_environment() -> Iterator[Artefact]:
+    """The models of any endpoint of OpenAI's API, named by its client's own variables."""
+    url = os.environ.get("OPENAI_BASE_URL", "").rstrip("/")
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    for model in models_of(url, key) if url else ():
+        yield Artefact(f"{url} {model}", f"{model} at {url}", "endpoint", url, model, key=key)
+
+
+def models_of(url: str, key: str) -> list[str]:
+    """The models that an endpoint lists; none when it does not answer or refuses the key."""
+    import httpx2
+    from openai import OpenAIError
+
+    try:
+        with client_of(url, key) as client:
+            return [model.id for model in client.models.list(timeout=LIST_SECONDS)]
+    except (OpenAIError, httpx2.HTTPError, ValueError):
+        return []
+
+
+def client_of(url: str, key: str):  # type: ignore[no-untyped-def]
+    """The official client of an endpoint, which never hides a failure behind retries."""
+    from openai import DefaultHttpxClient, OpenAI
+
+    # A proxy of the environment must never see what is said to this machine.
+    direct = DefaultHttpxClient(trust_env=f"//{HOST}:" not in url)
+    return OpenAI(base_url=url, api_key=key, http_client=direct, max_retries=0)

@@ -1,0 +1,208 @@
+"""The playground's page: one pane or two, one question to both, how fast they answer and what they read."""
+
+import html
+import threading
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from recipe.environment import device
+from recipe.error import UserError
+from recipe.run import Run
+from recipe.schema import Recipe
+from serve.artefacts import artefacts
+from serve.conversation import Conversation
+from serve.pane import QUIET, Pane, Update, keep, make_pane, read, told, unanswered, whole
+from serve.voices import Sampling, Voices, together
+
+CSS = Path(__file__).with_suffix(".css")
+QUEUE = 16
+FRAME_SECONDS = 0.05  # a browser shows no more often
+LONGEST_QUESTION = 100_000
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What both sides are asked with."""
+
+    system: gr.Textbox
+    temperature: gr.Slider
+    top_p: gr.Slider
+    top_k: gr.Slider
+    max_tokens: gr.Slider
+    seed: gr.Number
+    at_once: gr.Checkbox
+
+
+def page(recipe: Recipe, voices: Voices) -> gr.Blocks:
+    """The page of one recipe's run; every visitor has conversations of their own."""
+    with gr.Blocks(title=f"{recipe.name} · Truetune", fill_width=True, analytics_enabled=False) as blocks:
+        blocks.queue(max_size=QUEUE, default_concurrency_limit=4, api_open=False)
+        with gr.Row(elem_id="head"):
+            gr.HTML(f"<h1>{html.escape(recipe.name)} <small>Truetune playground</small></h1>", elem_id="title")
+            compare = gr.Checkbox(label="Compare two", elem_id="compare", container=False, min_width=140, scale=0)
+        with gr.Row(elem_id="body"):
+            with gr.Column(scale=4, min_width=320):
+                with gr.Row(elem_id="panes"):
+                    panes = [make_pane("left", visible=True), make_pane("right", visible=False)]
+                question = gr.Textbox(
+                    show_label=False, label="Message", placeholder="Ask something", lines=1, max_lines=8,
+                    autofocus=True, submit_btn=True, elem_id="question", max_length=LONGEST_QUESTION, container=False,
+                )  # fmt: skip
+                with gr.Row(elem_id="actions"):
+                    stop = gr.Button("Stop", size="sm", interactive=False, min_width=80, scale=0)
+                    clear = gr.Button("New conversation", size="sm", min_width=150, scale=0)
+                with gr.Row(elem_id="prompts"):
+                    for pane in panes:
+                        pane.prompt.render()
+            with gr.Column(scale=1, min_width=250, elem_id="settings"):
+                controls = _controls(recipe)
+        _wire(blocks, recipe, voices, panes, controls, compare, question, stop, clear)
+    return blocks
+
+
+def theme() -> gr.Theme:
+    """Gradio's own, with the system's fonts, since its usual ones are fetched from the network."""
+    fonts, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+    return gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=mono, radius_size="md")
+
+
+def _controls(recipe: Recipe) -> Controls:
+    most = min(recipe.serve.context, 4096)
+    return Controls(
+        gr.Textbox(label="System prompt", lines=2, max_lines=8, placeholder="The chat template's own"),
+        gr.Slider(0, 2, recipe.serve.temperature, step=0.05, label="Temperature"),
+        gr.Slider(0.05, 1, 0.95, step=0.05, label="Top p"),
+        gr.Slider(0, 200, 40, step=1, label="Top k (0: off)"),
+        gr.Slider(1, most, min(256, most), step=1, label="Max tokens"),
+        gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1),
+        gr.Checkbox(
+            device() == "cuda",
+            label="Both at the same time",
+            info="On a processor each slows the other; one after another, tokens/s are true",
+        ),
+    )
+
+
+def _wire(
+    blocks: gr.Blocks, recipe: Recipe, voices: Voices, panes: list[Pane], controls: Controls,
+    compare: gr.Checkbox, question: gr.Textbox, stop: gr.Button, clear: gr.Button,
+) -> None:  # fmt: skip
+    run, stops = Run(recipe.name), {}  # type: ignore[var-annotated]
+    fields = list(vars(controls).values())
+    asking = [question, stop, clear, *(part for pane in panes for part in pane.changing)]
+
+    def choices(left: str | None, right: str | None) -> Update:
+        found = artefacts(recipe.name)
+        named = [(artefact.label(recipe.name), name) for name, artefact in found.items()]
+        names = list(found)
+        base = f"{recipe.name}/base"
+        first = left if left in found else names[0] if names else None
+        second = right if right in found else base if base in found else names[-1] if names else None
+        return {panes[0].choice: gr.Dropdown(named, value=first), panes[1].choice: gr.Dropdown(named, value=second)}
+
+    def ask(
+        request: gr.Request, text: str, both: bool, left: str, right: str,
+        one: Conversation, two: Conversation, *given: Any,
+    ) -> Iterator[Update]:  # fmt: skip
+        if not text or not text.strip():
+            yield {question: text}
+            return
+        system, *numbers, at_once = given
+        ended = stops[request.session_hash] = threading.Event()
+        shown = list(zip(panes, (left, right), (one, two), strict=True))[: 2 if both else 1]
+        try:
+            sampling = _sampling(*numbers)
+            yield {question: gr.Textbox("", interactive=False), stop: gr.Button(interactive=True),
+                   clear: gr.Button(interactive=False)}  # fmt: skip
+            yield from _answers(recipe, voices, shown, text, system, sampling, at_once, ended)
+        except UserError as error:
+            yield {pane.status: told(error) for pane, _, _ in shown} | {question: text}
+        finally:
+            ended.set()
+            stops.pop(request.session_hash, None)
+        yield {question: gr.Textbox(interactive=True), stop: gr.Button(interactive=False),
+               clear: gr.Button(interactive=True)}  # fmt: skip
+
+    def end(request: gr.Request) -> None:
+        if event := stops.get(request.session_hash):
+            event.set()
+
+    def empty() -> Update:
+        shut = gr.DownloadButton(interactive=False)
+        emptied = (
+            {p.conversation: Conversation(), p.chat: [], p.status: "", p.prompt: "", p.export: shut} for p in panes
+        )
+        return next(emptied) | next(emptied)
+
+    picked = [pane.choice for pane in panes]
+    blocks.load(choices, picked, picked, **QUIET)
+    second = panes[1]
+    compare.change(lambda both: (gr.Column(visible=both), gr.HTML(visible=both)), compare,
+                   [second.column, second.prompt], **QUIET)  # fmt: skip
+    inputs = [question, compare, *picked, *(pane.conversation for pane in panes), *fields]
+    question.submit(ask, inputs, asking, concurrency_limit=1, concurrency_id="answers", **QUIET)
+    stop.click(end, None, None, queue=False, **QUIET)
+    blocks.unload(end)
+    clear.click(empty, None, [part for pane in panes for part in pane.changing], **QUIET)
+    for pane in panes:
+        pane.choice.focus(choices, picked, picked, **QUIET)
+        pane.chat.clear(empty, None, [part for other in panes for part in other.changing], **QUIET)
+        keep(run, pane)
+
+
+def _answers(
+    recipe: Recipe, voices: Voices, shown: list[tuple[Pane, str, Conversation]], text: str, system: str,
+    sampling: Sampling, at_once: bool, ended: threading.Event,
+) -> Iterator[Update]:  # fmt: skip
+    """Both answers as they come; what a pane has when the page is left, it keeps."""
+    found = artefacts(recipe.name)
+    chosen = []
+    for side, name, before in shown:
+        if name not in found:
+            raise UserError(f"{name} is no longer there: choose another")
+        conversation = deepcopy(before)  # the page's own stays as it is until the answer is whole
+        conversation.add("user", text)
+        chosen.append((side, found[name], conversation))
+        yield {side.chat: conversation.turns, side.status: "waiting"}
+    asked = [conversation.messages(system) for _, _, conversation in chosen]
+    coming = [
+        voices.answer(artefact, messages, sampling, ended)
+        for (_, artefact, _), messages in zip(chosen, asked, strict=True)
+    ]
+    waiting, shown_at = set(range(len(chosen))), [0.0] * len(chosen)
+    for number, said in together(coming, at_once):
+        side, artefact, conversation = chosen[number]
+        if isinstance(said, UserError):
+            waiting.discard(number)
+            yield unanswered(side, conversation, told(said))
+        elif said.speed:
+            waiting.discard(number)
+            yield whole(side, artefact, conversation, asked[number], sampling, said)
+            yield {side.prompt: read(voices, artefact, asked[number])}
+        elif time.monotonic() - shown_at[number] > FRAME_SECONDS:
+            shown_at[number] = time.monotonic()
+            turns = [*conversation.turns, *([{"role": "assistant", "content": said.text}] if said.text else [])]
+            yield {side.chat: turns, side.status: f"{html.escape(said.status)}…"}
+    for number in waiting:  # stopped before it was loaded
+        side, _, conversation = chosen[number]
+        yield unanswered(side, conversation, "stopped")
+
+
+def _sampling(temperature: float, top_p: float, top_k: float, max_tokens: float, seed: float | None) -> Sampling:
+    """The numbers within their bounds, whatever a browser sends.
+
+    Raises:
+        UserError: one is missing or out of bounds.
+    """
+    bounds = {"temperature": (temperature, 0, 2), "top_p": (top_p, 0.01, 1), "top_k": (top_k, 0, 1000),
+              "max_tokens": (max_tokens, 1, 32768), "seed": (seed, 0, 2**31 - 1)}  # fmt: skip
+    for name, (value, low, high) in bounds.items():
+        if not isinstance(value, int | float) or not low <= value <= high:
+            raise UserError(f"{name.replace('_', ' ')} is {value}: give a number from {low} to {high}")
+    return Sampling(float(temperature), float(top_p), int(top_k), int(max_tokens), int(seed or 0))
