@@ -7,7 +7,7 @@ MAKEFLAGS   += --no-builtin-rules --no-print-directory
 # An exported path would make llama.cpp's tools import our packages instead of theirs.
 unexport PYTHONPATH
 
-# SET, PORT and Q given on the command line or in the environment reach Python through the environment, unquoted.
+# SET, PORT, UI, UI_PORT, ENGINE and Q given on the command line or in the environment reach Python through the environment, unquoted.
 RECIPE ?= assistant
 UV     ?= uv
 FILE   := $(if $(filter %.yaml %.yml,$(RECIPE)),$(RECIPE),recipe/$(RECIPE).yaml)
@@ -15,7 +15,7 @@ NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
 PYTHON := .venv/bin/python
 
-USES_RECIPE := resolve data base train reference merge gguf parity prove verify serve ready chat ask tensorboard clean
+USES_RECIPE := resolve data base train reference merge gguf parity prove verify serve ready status stop chat ask tensorboard clean
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
@@ -30,14 +30,15 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove verify serve chat ask tensorboard test lint format lock clean
+.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove verify serve status stop chat ask tensorboard test lint format lock clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  RECIPE=tiny                     a recipe of recipe/, or the path of your own .yaml (now: $(RECIPE))"
 	@echo "  SET='train.epochs=1 seed=2'     changes keys of the recipe and keeps them for this run; SET= drops them"
-	@echo "  PORT=8080                       for serve, chat and ask"
+	@echo "  PORT=8080                       for serve, chat and ask; UI_PORT=3001 for the chat window"
+	@echo "  UI=none                         for serve: the API alone; UI=builtin is llama.cpp's own page"
 	@echo "  Q='What is a receipt?'          for ask"
 	@echo "  FORCE=1                         for serve: serve even what failed its proof"
 
@@ -91,12 +92,18 @@ prove: $(RUN)/parity.json ## Prove that what is served is the model that was tra
 verify: | .venv/.complete ## Recompute every hash from the receipts, from the data to what is served
 	@$(PYTHON) -m recipe.verify $(FILE)
 
-# Before the stages: a taken port is told now, not after minutes of training.
+# Before the stages: a taken port is told, and Open WebUI installed, now and not after minutes of training.
 ready: resolve
 	@$(PYTHON) -m serve.ready $(FILE)
 
-serve: ready $(RUN)/gguf.json ## Serve an OpenAI-compatible API of the trained model on 127.0.0.1
+serve: ready $(RUN)/gguf.json ## Open a chat window with the trained model, and serve its API, on 127.0.0.1
 	@$(PYTHON) -m serve.api $(FILE)
+
+status: | .venv/.complete ## Show what serves the model: services, ports, processes, restarts, memory
+	@$(PYTHON) -m serve.status $(FILE)
+
+stop: | .venv/.complete ## Stop what serves the model
+	@$(PYTHON) -m serve.stop $(FILE)
 
 chat: | .venv/.complete ## Talk with the served model in the terminal
 	@$(PYTHON) -m serve.chat $(FILE)

@@ -37,7 +37,13 @@ STAGES = (
         ("reference", "gguf", "parity"),
         ("serve",),
     ),
-    Stage("serve", "serve.api", "Serve an OpenAI-compatible API", ("gguf",), ("serve",)),
+    Stage(
+        "serve",
+        "serve.api",
+        "Serve in a chat window and over an OpenAI-compatible API",
+        ("gguf",),
+        ("serve",),
+    ),
 )
 
 

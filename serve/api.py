@@ -1,16 +1,16 @@
-"""Serve the model over an OpenAI-compatible API until Ctrl-C:  python -m serve.api RECIPE [key=value ...]
+"""Serve the model until Ctrl-C, in a chat window and over an OpenAI-compatible API:  python -m serve.api RECIPE
 
-The model that is served is proved to be the one that `make gguf` wrote, and to answer, before its address is
-printed. `PORT` in the environment overrides `serve.port`.
+The model that is served is proved to be the one that was trained, and to answer, before its address is printed.
+`ENGINE`, `PORT`, `UI` and `UI_PORT` in the environment override the keys of `serve` that are named like them.
 """
 
 import logging
 import os
+import signal
 import sys
 import time
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
-from pathlib import Path
 
 from recipe.command import boundary, peak_rss_bytes, recipe_of_arguments, versions
 from recipe.error import UserError
@@ -19,83 +19,74 @@ from recipe.machine import cores
 from recipe.run import Receipt, Run
 from recipe.schema import Recipe
 from recipe.stages import stage
-from serve.context import trained_context
-from serve.endpoint import is_healthy, port_of_environment, port_problem, url_of
-from serve.engine import Settings
-from serve.key import KEY_FILE, make_key
+from serve.backend import Backend, Service
+from serve.endpoint import port_problem, url_of, with_environment
+from serve.key import KEY_FILE
+from serve.session import Session, held, refuse_second, tell
 from serve.supervisor import Supervisor
 
 ENDPOINT = """
 {name} ({type}) is served at
 
-  URL    {url}/v1
+  URL    {url}
   model  {name}
   key    in {key}
 
 Try it in another terminal, from this folder:
 
-  curl -s {url}/v1/chat/completions -H "Authorization: Bearer $(cat {key})" \
+  curl -s {url}/chat/completions -H "Authorization: Bearer $(cat {key})" \
 -H 'Content-Type: application/json' -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
 
 or chat with it: make chat RECIPE={name}
-Ctrl-C stops the server.
+"""
+OPENWEBUI = """
+The chat window: {ui}
+  sign in as  {email}
+  password    in {password}
+"""
+BUILTIN = """
+The chat window: {ui}
+  its settings ask for the key, which is in {key}
 """
 
 log = logging.getLogger("truetune")
 
 
 def api(recipe: Recipe) -> None:
-    """Check, start, prove, tell, watch; the engine never outlives this function."""
+    """Check, start, prove, tell, watch; no process outlives this function."""
     run = Run(recipe.name)
-    run.receipt("gguf")
-    port = port_of_environment(recipe.serve.port)
-    refuse_taken_port(run, port)
+    refuse_second(run)
+    refuse_taken_ports(recipe)
     with ExitStack() as ending:
+        ending.enter_context(held(run))
         with run.lock():  # until the model is loaded, so that no other make replaces it in between
-            path, known = served_file(recipe, run)
             refuse_disproved(run)
-            refuse_long_context(recipe.serve.context, path)
-            settings = settings_of(recipe, path, port)
-            supervisor = ending.enter_context(Supervisor(settings, make_key(), run.path("serve.log"), known))
-            run.write_receipt(start(recipe, supervisor))
+            backend = backend_of(recipe, run)
+            services = [*backend.services, *chat_window(recipe, run, backend)]
+            supervisor = ending.enter_context(Supervisor(services))
+            supervisor.on_change = lambda: tell(run, session_of(recipe, backend, supervisor))
+            run.write_receipt(start(recipe, backend, supervisor))
         with suppress(KeyboardInterrupt):
-            text = ENDPOINT.format(name=recipe.name, type=recipe.served_type, url=url_of(port), key=KEY_FILE)
-            sys.stdout.write(text)
+            sys.stdout.write(welcome(recipe, backend))
             sys.stdout.flush()
+            open_browser(recipe)
             supervisor.watch()
     log.info("stopped")
 
 
-def refuse_taken_port(run: Run, port: int) -> None:
-    """Before anything heavy: say who has the port, and which one is free."""
-    problem = port_problem(port)
-    if not problem:
-        return
-    served = run.find_receipt("serve")
-    if served and served.metrics["port"] == port and is_alive(served.metrics["pid"]) and is_healthy(port):
-        raise UserError(f"{run.folder} is already being served on {url_of(port)}/v1: use it, or stop it with Ctrl-C")
-    free = next((other for other in range(port + 1, 65536) if not port_problem(other)), 8000)
-    raise UserError(f"port {port} {problem}: stop the other program or choose another with 'PORT={free} make serve'")
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of that number runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def served_file(recipe: Recipe, run: Run) -> tuple[Path, dict[str, str | int]]:
-    """The GGUF that the recipe serves and its fingerprint, proved to be what 'gguf' wrote."""
-    path = run.path("gguf", f"{recipe.name}-{recipe.served_type}.gguf")
-    verified = run.verified("gguf", only=str(path))
-    if str(path) not in verified:
-        raise UserError(f"{run.receipt_path('gguf')} knows no {path}: run 'make gguf RECIPE={recipe.name}' first")
-    return path, verified[str(path)]
+def refuse_taken_ports(recipe: Recipe) -> None:
+    """Before anything heavy: say which port is taken, and which one is free."""
+    ports = {"PORT": recipe.serve.port} if recipe.serve.engine != "ollama" else {}
+    ports |= {"UI_PORT": recipe.serve.ui_port} if recipe.serve.ui == "openwebui" else {}
+    problems = []
+    for variable, port in ports.items():
+        if problem := port_problem(port):
+            taken = ports.values()
+            free = next((n for n in range(port + 1, 65536) if n not in taken and not port_problem(n)), 8000)
+            mend = f"stop the other program or choose another with '{variable}={free} make serve'"
+            problems.append(f"port {port} {problem}: {mend}")
+    if problems:
+        raise UserError(*problems)
 
 
 def refuse_disproved(run: Run) -> None:
@@ -111,50 +102,49 @@ def refuse_disproved(run: Run) -> None:
     raise UserError(f"{run.folder} failed its proof ({problem}): mend it, or serve it all the same with FORCE=1")
 
 
-def refuse_long_context(context: int, path: Path) -> None:
-    """llama.cpp would allocate such a context, then cut it to the trained one in silence."""
-    trained = trained_context(path)
-    if trained is not None and context > trained:
-        raise UserError(f"serve.context: {context} is more than the {trained} tokens that {path} knows: lower it")
+def backend_of(recipe: Recipe, run: Run) -> Backend:
+    """The engine that the recipe names."""
+    match recipe.serve.engine:
+        case "llamacpp":
+            from serve.llamacpp import backend
+        case other:
+            raise UserError(f"serve.engine: {other} is not there yet: choose llamacpp")
+    return backend(recipe, run)
 
 
-def settings_of(recipe: Recipe, path: Path, port: int) -> Settings:
-    """What the recipe says to the engine."""
-    return Settings(
-        model=str(path),
-        name=recipe.name,
-        port=port,
-        key_file=str(KEY_FILE),
-        context=recipe.serve.context,
-        slots=recipe.serve.slots,
-        threads=recipe.serve.threads,
-        temperature=recipe.serve.temperature,
-    )
+def chat_window(recipe: Recipe, run: Run, backend: Backend) -> list[Service]:
+    """Open WebUI in front of the engine, if the recipe wants it."""
+    if recipe.serve.ui != "openwebui":
+        return []
+    from serve.openwebui import openwebui
+
+    return [openwebui(run, backend.endpoint, recipe.serve.ui_port)]
 
 
-def start(recipe: Recipe, supervisor: Supervisor) -> Receipt:
-    """Start the engine, which proves itself, and say so in the stage's receipt."""
-    settings = supervisor.settings
+def start(recipe: Recipe, backend: Backend, supervisor: Supervisor) -> Receipt:
+    """Start the services, which prove themselves, and say so in the stage's receipt."""
     log.info("serve: %s", stage("serve").does)
     started_at, begin = datetime.now(UTC), time.monotonic()
-    if problem := supervisor.start():
-        raise UserError(f"{settings.model} cannot be served: the engine {problem}: see {supervisor.log_file}")
+    supervisor.start()
     seconds = round(time.monotonic() - begin, 3)
     return Receipt(
         stage="serve",
         recipe=as_dict(recipe),
-        inputs={settings.model: supervisor.known},
+        inputs=backend.inputs,
         outputs={},
-        versions=versions(("xllamacpp",)),
+        versions=versions(backend.packages),
         metrics={
-            "url": f"{url_of(settings.port)}/v1",
-            "model": settings.name,
+            "engine": recipe.serve.engine,
+            "url": backend.endpoint.url,
+            "model": backend.endpoint.model,
             "type": recipe.served_type,
+            "ui": recipe.serve.ui,
+            "ui_url": ui_url(recipe),
             "pid": os.getpid(),
-            "port": settings.port,
-            "context": settings.context,
-            "slots": settings.slots,
-            "threads": settings.threads or cores(),
+            "port": recipe.serve.port,
+            "context": recipe.serve.context,
+            "slots": recipe.serve.slots,
+            "threads": recipe.serve.threads or cores(),
             "seconds_to_ready": seconds,
         },
         started_at=started_at.isoformat(timespec="seconds"),
@@ -163,7 +153,60 @@ def start(recipe: Recipe, supervisor: Supervisor) -> Receipt:
     )
 
 
+def session_of(recipe: Recipe, backend: Backend, supervisor: Supervisor) -> Session:
+    """What other terminals are told."""
+    return Session(
+        pid=os.getpid(),
+        engine=recipe.serve.engine,
+        ui=recipe.serve.ui,
+        url=backend.endpoint.url,
+        ui_url=ui_url(recipe),
+        model=backend.endpoint.model,
+        since=supervisor.since,
+        services=[vars(keeper.condition) for keeper in supervisor.keepers],
+    )
+
+
+def ui_url(recipe: Recipe) -> str:
+    """Where the chat window is; empty if there is none."""
+    ports = {"openwebui": recipe.serve.ui_port, "builtin": recipe.serve.port}
+    return url_of(ports[recipe.serve.ui]) if recipe.serve.ui in ports else ""
+
+
+def welcome(recipe: Recipe, backend: Backend) -> str:
+    """Where everything is; secrets by their file."""
+    from serve.openwebui import EMAIL, PASSWORD_FILE
+
+    text = ENDPOINT + {"openwebui": OPENWEBUI, "builtin": BUILTIN, "none": ""}[recipe.serve.ui]
+    text += f"Ctrl-C stops it, or 'make stop RECIPE={recipe.name}' elsewhere.\n"
+    return text.format(
+        name=backend.endpoint.model,
+        type=recipe.served_type,
+        url=backend.endpoint.url,
+        key=KEY_FILE,
+        ui=ui_url(recipe),
+        email=EMAIL,
+        password=PASSWORD_FILE,
+    )
+
+
+def open_browser(recipe: Recipe) -> None:
+    """Show the chat window to the person who sits here; a server without a screen shows nothing."""
+    import webbrowser
+
+    has_display = sys.platform == "darwin" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+    if ui_url(recipe) and sys.stdout.isatty() and has_display:
+        webbrowser.open(ui_url(recipe))
+
+
+def main() -> None:
+    """`make serve`."""
+    this = stage("serve")
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal ends all, `nohup` does not
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    api(with_environment(recipe_of_arguments(this.module, this.does)))
+
+
 if __name__ == "__main__":
     with boundary():
-        this = stage("serve")
-        api(recipe_of_arguments(this.module, this.does))
+        main()

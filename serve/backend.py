@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from recipe.run import Fingerprints
+
 
 @dataclass(frozen=True)
 class Service:
@@ -11,6 +13,8 @@ class Service:
 
     `argv` stands in the process list, so secrets go into `environment` or into files that only the owner reads.
     `is_ready` is cheap and asked often; `problem` is asked once it is: what is wrong with an answer, or nothing.
+    `check` is asked before it is started again, and raises a UserError where that would serve something else.
+    `environment` comes on top of ours, or alone where `inherits` is false; `port` is the one that it listens on.
     """
 
     name: str
@@ -20,6 +24,10 @@ class Service:
     problem: Callable[[], str] = lambda: ""
     environment: dict[str, str] = field(default_factory=dict)
     ready_seconds: int = 600
+    check: Callable[[], None] = lambda: None
+    inherits: bool = True
+    port: int | None = None
+    loading: str = ""  # what its progress line says while it becomes ready
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,12 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Backend:
-    """An engine as `make serve` uses it; Ollama has no service, since its server is not ours."""
+    """An engine as `make serve` uses it; Ollama has no service, since its server is not ours.
+
+    `inputs` are the files that are served, as their stage's receipt knows them; `packages` did the work.
+    """
 
     endpoint: Endpoint
     services: tuple[Service, ...] = ()
+    inputs: Fingerprints = field(default_factory=dict)
+    packages: tuple[str, ...] = ()

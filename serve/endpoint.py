@@ -4,9 +4,11 @@ import http.client
 import json
 import os
 import socket
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
 
 from recipe.error import UserError
+from recipe.schema import Recipe, Serve
 
 HOST = "127.0.0.1"
 ERRORS = (OSError, http.client.HTTPException, ValueError)
@@ -17,12 +19,41 @@ def url_of(port: int) -> str:
     return f"http://{HOST}:{port}"
 
 
-def port_of_environment(default: int) -> int:
-    """`PORT` of the environment, else the recipe's port."""
-    text = os.environ.get("PORT") or str(default)
+def port_of_environment(default: int, variable: str = "PORT") -> int:
+    """`PORT` (or another variable) of the environment, else the recipe's port."""
+    text = os.environ.get(variable) or str(default)
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
-        raise UserError(f"PORT={text!r} is not a port: give a whole number from 1 to 65535")
+        raise UserError(f"{variable}={text!r} is not a port: give a whole number from 1 to 65535")
     return int(text)
+
+
+def choice_of_environment(default: str, variable: str, choices: tuple[str, ...]) -> str:
+    """`ENGINE` or `UI` of the environment, else what the recipe says."""
+    text = os.environ.get(variable) or default
+    if text not in choices:
+        raise UserError(f"{variable}={text!r} is unknown: choose one of {', '.join(choices)}")
+    return text
+
+
+def with_environment(recipe: Recipe) -> Recipe:
+    """The recipe as `PORT`, `UI_PORT`, `ENGINE` and `UI` of the environment want it served.
+
+    Raises:
+        UserError: one of them is no such thing, or they do not go together.
+    """
+    choices = {key: get_args(kind) for key, kind in get_type_hints(Serve).items()}
+    serve = replace(
+        recipe.serve,
+        port=port_of_environment(recipe.serve.port),
+        ui_port=port_of_environment(recipe.serve.ui_port, "UI_PORT"),
+        engine=choice_of_environment(recipe.serve.engine, "ENGINE", choices["engine"]),
+        ui=choice_of_environment(recipe.serve.ui, "UI", choices["ui"]),
+    )
+    if serve.ui == "builtin" and serve.engine != "llamacpp":
+        raise UserError(f"UI=builtin is llama.cpp's own page, {serve.engine} has none: choose UI=openwebui or UI=none")
+    if serve.ui == "openwebui" and serve.port == serve.ui_port:
+        raise UserError(f"port {serve.port} is to be the engine's and the chat window's: change one, as UI_PORT=3000")
+    return replace(recipe, serve=serve)
 
 
 def port_problem(port: int) -> str:

@@ -1,12 +1,10 @@
 """The engine: llama.cpp's own HTTP server around one GGUF:  python -m serve.engine SETTINGS
 
 Started by `serve.api` only. It is a process of its own so that a crash in native code, or the system's taking
-its memory, ends the engine alone; its supervisor starts it again. It ends when its supervisor does.
+its memory, ends the engine alone; its supervisor starts it again.
 """
 
-import ctypes
 import json
-import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -30,10 +28,11 @@ class Settings:
     slots: int
     threads: int
     temperature: float
+    ui: bool = False
 
 
 def engine(settings: Settings) -> None:
-    """Serve until the supervisor's end of standard input closes."""
+    """Serve until a signal."""
     from xllamacpp import Server
 
     try:
@@ -42,8 +41,7 @@ def engine(settings: Settings) -> None:
         sys.exit(1)
     sys.stdout.write(f"serving {settings.name} on {server.listening_address}\n")
     sys.stdout.flush()
-    sys.stdin.read()
-    os._exit(0)  # the server's own end waits for answers that nobody reads any more
+    signal.pause()  # SIGTERM ends it at once: the server's own end waits for answers that nobody reads any more
 
 
 def parameters(settings: Settings) -> Any:
@@ -61,7 +59,7 @@ def parameters(settings: Settings) -> Any:
     params.cors_origins = url_of(settings.port)  # the default, '*', lets any web page ask
     params.cors_origins_explicit = True
     params.cors_credentials = False
-    params.ui = False
+    params.ui = settings.ui
     params.endpoint_metrics = True
     params.endpoint_slots = False  # it shows what others ask
     params.endpoint_props = False
@@ -76,13 +74,5 @@ def parameters(settings: Settings) -> Any:
     return params
 
 
-def end_with_parent() -> None:
-    """Have Linux end this process with its parent even while a model loads; elsewhere standard input tells."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    end_with_parent()
     engine(Settings(**json.loads(sys.argv[1])))

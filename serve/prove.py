@@ -5,7 +5,7 @@ Starts the engine as `make serve` does, asks it the reference's probes over HTTP
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from recipe import Made, Recipe, Run, UserError
@@ -13,9 +13,9 @@ from recipe.command import boundary, recipe_of_arguments, up_to_date
 from recipe.proof import Comparison, first_difference, read_comparisons
 from recipe.reference import CONTINUATION_TOKENS, Probe, Reference, read_reference
 from recipe.stages import stage
-from serve.api import served_file, settings_of
 from serve.endpoint import ERRORS, ask, free_port
-from serve.key import make_key
+from serve.llamacpp import backend
+from serve.openwebui import proved_windows
 from serve.supervisor import Supervisor
 
 SERVED = "served"
@@ -59,16 +59,18 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
     `file` is what was found of the served GGUF itself: its server cannot agree more, and must not agree much less.
     """
     comparison = Comparison(f"{SERVED} {recipe.served_type}")
-    path, known = served_file(recipe, run)
-    settings, key = settings_of(recipe, path, free_port()), make_key()
-    with Supervisor(settings, key, run.path("prove.log"), known) as supervisor:
-        if problem := supervisor.start():
-            comparison.problems.append(f"{path} cannot be served: the engine {problem}: see {supervisor.log_file}")
-            return comparison
+    port, log_file = free_port(), run.path("prove.log")
+    served = backend(replace(recipe, serve=replace(recipe.serve, port=port)), run)
+    with Supervisor([replace(service, log_file=log_file) for service in served.services]) as supervisor:
         try:
-            ask_probes(comparison, Engine(settings.port, key, settings.name), reference, settings.context)
+            supervisor.start()
+            engine = Engine(port, served.endpoint.key, served.endpoint.model)
+            ask_probes(comparison, engine, reference, recipe.serve.context)
+        except UserError as error:
+            comparison.problems += error.problems
+            return comparison
         except (*ERRORS, LookupError) as error:
-            comparison.problems.append(f"the engine fails ({error!r}): see {supervisor.log_file}")
+            comparison.problems.append(f"the engine fails ({error!r}): see {log_file}")
     agreed = comparison.measures.get("greedy_agreement")
     expected = file.measures.get("greedy_agreement", 0.0) if file else 0.0
     if agreed is not None and not comparison.problems and agreed < LEAST_OF_FILE * expected:
@@ -233,6 +235,7 @@ if __name__ == "__main__":
         this = stage("prove")
         recipe = recipe_of_arguments(this.module, this.does)
         receipt = up_to_date(this, recipe, prove)
-        show(receipt.metrics["comparisons"], receipt.metrics["notes"])
-        if not receipt.metrics["passed"]:
-            raise UserError(*verdict(recipe, receipt.metrics["comparisons"]))
+        comparisons = [*receipt.metrics["comparisons"], *proved_windows(Run(recipe.name))]
+        show(comparisons, receipt.metrics["notes"])
+        if problems := verdict(recipe, comparisons):
+            raise UserError(*problems)

@@ -1,11 +1,16 @@
-"""Say that the port is taken before minutes of training, not after:  python -m serve.ready RECIPE"""
+"""Say before minutes of training, not after, what `make serve` would stumble over:  python -m serve.ready RECIPE"""
 
-from recipe import Run
 from recipe.command import boundary, recipe_of_arguments
-from serve.api import refuse_taken_port
-from serve.endpoint import port_of_environment
+from recipe.run import Run
+from serve.api import refuse_taken_ports
+from serve.endpoint import with_environment
+from serve.openwebui import python
+from serve.session import refuse_second
 
 if __name__ == "__main__":
     with boundary():
-        recipe = recipe_of_arguments("serve.ready", "Check that the port of the server is free")
-        refuse_taken_port(Run(recipe.name), port_of_environment(recipe.serve.port))
+        recipe = with_environment(recipe_of_arguments("serve.ready", "Check the ports and make the environment"))
+        refuse_second(Run(recipe.name))
+        refuse_taken_ports(recipe)
+        if recipe.serve.ui == "openwebui":
+            python()

@@ -1,166 +1,251 @@
-"""The supervisor of the engine: starts it, waits until it answers, starts it again when it fails, ends it."""
+"""The supervisor of services: starts them in order, starts each again when it fails, ends them all."""
 
-import json
 import logging
 import os
+import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 from recipe.error import UserError
-from recipe.files import fingerprint
-from serve.endpoint import ERRORS, ask, is_healthy, port_problem, served_model
-from serve.engine import Settings
+from serve.backend import Service
+from serve.endpoint import port_problem
 
-READY_SECONDS = 600
-HEALTH_SECONDS = 10.0  # between two looks, and the longest wait for an answer
+HEALTH_SECONDS = 10.0  # between two looks
 MISSES = 3
 FAILURES = 5
 STEADY_SECONDS = 60
 LONGEST_PAUSE_SECONDS = 30
 GRACE_SECONDS = 5
 LOG_BYTES = 10_000_000
+# What a service that inherits nothing still needs to run as any program does.
+PLAIN = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
 
 log = logging.getLogger("truetune")
 
 
-class Supervisor:
-    """One engine after another, all with the same settings."""
+@dataclass
+class Condition:
+    """How a service is, for `make status`."""
 
-    def __init__(self, settings: Settings, key: str, log_file: Path, known: dict[str, str | int]) -> None:
-        self.settings = settings
-        self.key = key
-        self.log_file = log_file
-        self.known = known
-        self.process: subprocess.Popen[bytes] | None = None
+    name: str
+    port: int | None
+    pid: int | None = None
+    state: str = "waiting"
+    restarts: int = 0
+    since: str = ""
+
+
+class Supervisor:
+    """All services of one session; `on_change` is told whenever one of them starts, answers or ends."""
+
+    def __init__(self, services: Sequence[Service], on_change: Callable[[], None] = lambda: None) -> None:
+        self.ended = threading.Event()
+        self.keepers = [Keeper(service, self) for service in services]
+        self.on_change = on_change
+        self.since = now()
+        self._watchdog: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
-        self.log_file.write_text("", encoding="utf-8")
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-m", "serve.watchdog"],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # neither a terminal's Ctrl-C nor its end reaches it
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
-        for wish in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not leave the engine behind
+        for wish in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a second Ctrl-C must leave nothing behind
             signal.signal(wish, signal.SIG_IGN)
-        self.stop()
+        self.ended.set()
+        for keeper in reversed(self.keepers):
+            keeper.stop()
+        assert self._watchdog
+        self._watchdog.communicate()
 
-    def start(self) -> str:
-        """Start an engine and wait until it answers; what went wrong, or nothing."""
-        self.stop()
-        if problem := port_problem(self.settings.port):
-            return f"could not start: port {self.settings.port} {problem}"
-        with self.log_file.open("ab") as file:
-            begin = file.tell()
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "serve.engine", json.dumps(asdict(self.settings))],
-                stdin=subprocess.PIPE,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor only
-            )
-        with _progress(f"loading {self.settings.model}") as tick:
-            deadline = time.monotonic() + READY_SECONDS
-            while time.monotonic() < deadline:
-                if self.process.poll() is not None:
-                    return f"{self._end()} while loading: {self._last_words(begin)}"
-                if is_healthy(self.settings.port, timeout=1):
-                    return self._proof()
-                tick()
-                time.sleep(0.05)
-        return f"did not answer within {READY_SECONDS} s"
-
-    def watch(self) -> None:
-        """Keep an engine that has started answering, until a signal.
+    def start(self) -> None:
+        """Start the services one after another, each when the one before answers.
 
         Raises:
-            UserError: it failed too often, or its model's file is no longer the one that was proved.
+            UserError: one does not answer, or its answer is wrong; says why.
         """
-        failures, problem = 0, ""
+        for keeper in self.keepers:
+            if problem := keeper.start():
+                raise UserError(f"the {keeper.service.name} {problem}: see {keeper.service.log_file}")
+
+    def watch(self) -> None:
+        """Keep the services answering, until a signal.
+
+        Raises:
+            UserError: one failed too often, or must not be started again.
+        """
+        failures: queue.Queue[BaseException] = queue.Queue()
+        for keeper in self.keepers:
+            threading.Thread(target=keeper.keep, args=(failures.put,), daemon=True).start()
+        raise failures.get()
+
+    def peak_rss_bytes(self) -> int:
+        """The largest resident memory of a service's process so far; 0 where the system does not tell."""
+        return max((keeper.peak_rss_bytes() for keeper in self.keepers), default=0)
+
+    def note(self, group: int, started: bool) -> None:
+        """Tell the watchdog which process groups are to end with this process."""
+        assert self._watchdog and self._watchdog.stdin
+        with suppress(BrokenPipeError):
+            self._watchdog.stdin.write(f"{'+' if started else '-'}{group}\n")
+            self._watchdog.stdin.flush()
+
+
+class Keeper:
+    """One service, and one process of it after another."""
+
+    def __init__(self, service: Service, supervisor: Supervisor) -> None:
+        self.service = service
+        self.supervisor = supervisor
+        self.process: subprocess.Popen[bytes] | None = None
+        self.condition = Condition(service.name, service.port)
+        self._starting = threading.Lock()
+        service.log_file.parent.mkdir(parents=True, exist_ok=True)
+        service.log_file.write_text("", encoding="utf-8")
+
+    def start(self) -> str:
+        """Start a process and wait until it answers; what went wrong, or nothing."""
+        self.stop()
+        if self.service.port and (problem := port_problem(self.service.port)):
+            return f"could not start: port {self.service.port} {problem}"
+        begin = self._spawn()
+        self._change("starting")
+        doing = self.service.loading or f"waiting for the {self.service.name}"
+        with _progress(doing) as tick:
+            deadline = time.monotonic() + self.service.ready_seconds
+            while time.monotonic() < deadline and not self.supervisor.ended.is_set():
+                if self.process is None or self.process.poll() is not None:
+                    return f"{self._end()} while {doing}: {self._last_words(begin)}"
+                if self.service.is_ready():
+                    problem = self.service.problem()
+                    self._change("wrong" if problem else "answers")
+                    return problem
+                tick()
+                time.sleep(0.05)
+        return f"did not answer within {self.service.ready_seconds} s"
+
+    def keep(self, fail: Callable[[BaseException], None]) -> None:
+        """Keep the process that has started answering, or another in its place; what forbids that goes to `fail`."""
+        try:
+            self._keep()
+        except Exception as error:
+            fail(error)
+
+    def stop(self) -> None:
+        """End the process and what it started: politely, then not."""
+        with self._starting:
+            process, self.process = self.process, None
+        if process is None:
+            return
+        if process.poll() is None:
+            process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self.supervisor.note(process.pid, started=False)
+        self._change("ended")
+
+    def peak_rss_bytes(self) -> int:
+        """The process's largest resident memory so far; 0 where the system does not tell."""
+        status = Path(f"/proc/{self.condition.pid}/status")
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+        return int(found[1]) * 1024 if found else 0
+
+    def _spawn(self) -> int:
+        """Start a process in a group of its own, so that all of it can be ended; where its log begins."""
+        inherited = (
+            os.environ if self.service.inherits else {key: os.environ[key] for key in PLAIN if key in os.environ}
+        )
+        with self._starting, self.service.log_file.open("ab") as file, open(os.devnull, "rb") as nothing:
+            begin = file.tell()
+            if self.supervisor.ended.is_set():
+                return begin
+            self.process = subprocess.Popen(
+                self.service.argv,
+                stdin=nothing,
+                stdout=file,
+                stderr=file,
+                env={**inherited, **self.service.environment},
+                start_new_session=True,
+            )
+            self.supervisor.note(self.process.pid, started=True)
+            return begin
+
+    def _keep(self) -> None:
+        name, failures, problem = self.service.name, 0, ""
         while True:
             began = time.monotonic()
             problem = problem or self._await_failure()
+            if self.supervisor.ended.is_set():
+                return
             failures = 1 if time.monotonic() - began >= STEADY_SECONDS else failures + 1
             if failures >= FAILURES:
-                raise UserError(
-                    f"the engine failed {failures} times in a row, at last it {problem}: see {self.log_file}"
-                )
+                see = f"see {self.service.log_file}"
+                raise UserError(f"the {name} failed {failures} times in a row, at last it {problem}: {see}")
             pause = min(2 ** (failures - 1), LONGEST_PAUSE_SECONDS)
-            log.warning("the engine %s: starting it again in %d s", problem, pause)
-            time.sleep(pause)
-            if fingerprint(Path(self.settings.model)) != self.known:
-                raise UserError(f"{self.settings.model} was replaced while it was served: run 'make serve' again")
+            self._change("failed")
+            log.warning("the %s %s: starting it again in %d s", name, problem, pause)
+            if self.supervisor.ended.wait(pause):
+                return
+            self.service.check()
+            self.condition.restarts += 1
             problem = self.start()
             if not problem:
-                log.info("serving again")
-
-    def stop(self) -> None:
-        """End the engine: politely, then not."""
-        if self.process is None:
-            return
-        self.process.terminate()
-        try:
-            self.process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        if self.process.stdin:
-            self.process.stdin.close()
-        self.process = None
-
-    def peak_rss_bytes(self) -> int | None:
-        """The engine's largest resident memory so far, where the system tells."""
-        status = Path(f"/proc/{self.process.pid}/status") if self.process else None
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status and status.exists() else None
-        return int(found[1]) * 1024 if found else None
+                log.info("the %s is serving again", name)
 
     def _await_failure(self) -> str:
-        assert self.process is not None
         misses = 0
-        while misses < MISSES:
+        while misses < MISSES and self.process:
             try:
                 self.process.wait(HEALTH_SECONDS)
                 return f"{self._end()}: {self._last_words()}"
             except subprocess.TimeoutExpired:
-                misses = 0 if is_healthy(self.settings.port, HEALTH_SECONDS) else misses + 1
-            if self.log_file.stat().st_size > LOG_BYTES:
-                os.truncate(self.log_file, 0)
+                misses = 0 if self.service.is_ready() else misses + 1
+            if self.service.log_file.stat().st_size > LOG_BYTES:  # keep the last part, go on in an empty file
+                shutil.copy(self.service.log_file, f"{self.service.log_file}.1")
+                os.truncate(self.service.log_file, 0)
         return f"did not answer {MISSES} times in a row"
 
-    def _proof(self) -> str:
-        """Ask for one token, as a client would; what is wrong with the answer, or nothing."""
-        wanted, name = self.settings.context, self.settings.name
-        question = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-        try:
-            model = served_model(self.settings.port, self.key)
-            status, answer = ask(self.settings.port, "/v1/chat/completions", self.key, question, timeout=READY_SECONDS)
-        except (UserError, *ERRORS) as error:
-            return f"does not answer a question: {error}"
-        if status != 200 or not answer.get("choices"):
-            return f"does not answer a question: {answer.get('error', answer)}"
-        if model["id"] != name or answer["model"] != name:
-            return f"answers as {model['id']!r}, not as {name!r}"
-        if model["meta"]["n_ctx"] < wanted:
-            return f"gives a conversation {model['meta']['n_ctx']} tokens, not the {wanted} of serve.context"
-        return ""
+    def _change(self, state: str) -> None:
+        self.condition.state = state
+        self.condition.pid = self.process.pid if self.process else None
+        self.condition.since = now()
+        self.supervisor.on_change()
 
     def _end(self) -> str:
-        assert self.process is not None
-        code = self.process.returncode
+        code = self.process.returncode if self.process else 0
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
     def _last_words(self, begin: int | None = None) -> str:
         """The first error that llama.cpp logged after `begin`: those that follow are less exact; else the last line."""
-        with self.log_file.open("rb") as file:
+        with self.service.log_file.open("rb") as file:
             file.seek(begin or 0)
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
         errors = [match[1] for line in lines if (match := re.match(r"[\d.]+ E (.*)", line))]
         return errors[0] if errors and begin is not None else lines[-1] if lines else "it logged nothing"
+
+
+def now() -> str:
+    """This moment, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 @contextmanager
@@ -174,7 +259,7 @@ def _progress(doing: str) -> Iterator[Callable[[], None]]:
             said = time.monotonic()
             log.info("%s: %.0f s", doing, said - began)
 
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or threading.current_thread() is not threading.main_thread():
         yield line
         return
     from rich.console import Console

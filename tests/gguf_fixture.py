@@ -97,7 +97,7 @@ def free_port() -> int:
 class Server:
     """`python -m serve.api` in a folder of its own; what it writes goes to files, as a pipe could fill."""
 
-    def __init__(self, folder: Path, port: int | None = None, code: str = "") -> None:
+    def __init__(self, folder: Path, port: int | None = None, code: str = "", **variables: str) -> None:
         self.folder = folder
         self.port = port or free_port()
         self.out, self.err = folder / "stdout", folder / "stderr"
@@ -106,7 +106,7 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, *command, f"{NAME}.yaml"],
                 cwd=folder,
-                env=environment(PORT=str(self.port)),
+                env=environment(**{"PORT": str(self.port), "UI": "none"} | variables),
                 stdout=out,
                 stderr=err,
             )
@@ -133,15 +133,20 @@ class Server:
         return written
 
     def engine(self) -> int | None:
-        """The process of the engine, found by its parent."""
+        """The process of the engine."""
+        return next((pid for pid, command in self.children().items() if "serve.engine" in command), None)
+
+    def children(self) -> dict[int, str]:
+        """Process and command of each that the supervisor started."""
+        found = {}
         for status in Path("/proc").glob("[0-9]*/stat"):
             try:
                 pid, _, rest = status.read_text().partition(" ")
+                if int(rest.rpartition(") ")[2].split()[1]) == self.process.pid:
+                    found[int(pid)] = (status.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue
-            if int(rest.rpartition(") ")[2].split()[1]) == self.process.pid:
-                return int(pid)
-        return None
+        return found
 
     def end(self, wish: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal and wait; the exit code."""

@@ -27,7 +27,7 @@ DOES = {
     "train.sft": "Fine-tune a LoRA adapter on the assistant's words",
     "convert.merge": "Add the adapter to the full-precision base",
     "convert.gguf": "Convert to GGUF and quantize",
-    "serve.api": "Serve an OpenAI-compatible API",
+    "serve.api": "Serve in a chat window and over an OpenAI-compatible API",
     "serve.chat": "Chat with the served model in the terminal; with --ask QUESTION, print one answer",
     "recipe.resolve": "Check the recipe and tell Make what changed",
 }

@@ -1,0 +1,64 @@
+"""Show what serves the run:  python -m serve.status RECIPE"""
+
+import sys
+from datetime import UTC, datetime
+
+from recipe.command import boundary, recipe_of_arguments
+from recipe.error import UserError
+from recipe.run import Run
+from serve.session import Session, find
+
+DOES = "Show what serves the run: its services, their ports, processes, restarts and memory"
+COLUMNS = ("service", "state", "port", "process", "restarts", "memory", "since")
+
+
+def status(session: Session) -> None:
+    """The endpoint, and a row for each service."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*COLUMNS)
+    for service in session.services:
+        pid = service["pid"]
+        memory = f"{memory_bytes(pid) / 1e6:.0f} MB" if pid else "-"
+        cells = (service["name"], service["state"], service["port"], pid, service["restarts"], memory)
+        table.add_row(*(str(cell if cell is not None else "-") for cell in cells), ago(service["since"]))
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(f"{session.model} is served at {session.url} by {session.engine}, process {session.pid},", end=" ")
+    console.print(f"for {ago(session.since)}" + (f"; chat window at {session.ui_url}" if session.ui_url else ""))
+    console.print(table)
+
+
+def memory_bytes(pid: int) -> int:
+    """Resident memory of a process and of those that it started."""
+    import psutil
+
+    total = 0
+    try:
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            total += each.memory_info().rss
+    except psutil.Error:
+        pass  # it ends just now
+    return total
+
+
+def ago(moment: str) -> str:
+    """How long ago an ISO 8601 moment was, as people say it."""
+    if not moment:
+        return "-"
+    seconds = int((datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds())
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
+if __name__ == "__main__":
+    with boundary():
+        recipe = recipe_of_arguments("serve.status", DOES)
+        run = Run(recipe.name)
+        session = find(run)
+        if session is None:
+            raise UserError(f"{run.folder} is not being served: 'make serve RECIPE={recipe.name}' starts it")
+        status(session)
