@@ -25,9 +25,26 @@ from serve.key import KEY_FILE
 from serve.session import Session, held, refuse_second, tell
 from serve.supervisor import Supervisor
 
-ENDPOINT = """
-{name} ({type}) is served at
+OPENWEBUI = """
+{name} ({type}) answers in the chat window
 
+  {ui}
+  sign in as {email} with the password in {password}
+
+and behind OpenAI's API
+"""
+BUILTIN = """
+{name} ({type}) answers in llama.cpp's own page
+
+  {ui}
+  its settings ask for the key, which is in {key}
+
+and behind OpenAI's API
+"""
+NONE = """
+{name} ({type}) is served at
+"""
+ENDPOINT = """
   URL    {url}
   model  {name}
   key    in {key}
@@ -38,15 +55,7 @@ Try it in another terminal, from this folder:
 -H 'Content-Type: application/json' -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
 
 or chat with it: make chat RECIPE={name}
-"""
-OPENWEBUI = """
-The chat window: {ui}
-  sign in as  {email}
-  password    in {password}
-"""
-BUILTIN = """
-The chat window: {ui}
-  its settings ask for the key, which is in {key}
+Ctrl-C stops it, or in another terminal: make stop RECIPE={name}
 """
 
 log = logging.getLogger("truetune")
@@ -177,9 +186,8 @@ def welcome(recipe: Recipe, backend: Backend) -> str:
     """Where everything is; secrets by their file."""
     from serve.openwebui import EMAIL, PASSWORD_FILE
 
-    text = ENDPOINT + {"openwebui": OPENWEBUI, "builtin": BUILTIN, "none": ""}[recipe.serve.ui]
-    text += f"Ctrl-C stops it, or 'make stop RECIPE={recipe.name}' elsewhere.\n"
-    return text.format(
+    window = {"openwebui": OPENWEBUI, "builtin": BUILTIN, "none": NONE}[recipe.serve.ui]
+    return (window + ENDPOINT).format(
         name=backend.endpoint.model,
         type=recipe.served_type,
         url=backend.endpoint.url,

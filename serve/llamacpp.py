@@ -16,6 +16,7 @@ from serve.engine import Settings
 from serve.key import KEY_FILE, make_key
 
 ANSWER_SECONDS = 600
+PATIENCE_SECONDS = 10  # under load an engine takes seconds to say that it is well
 
 
 def backend(recipe: Recipe, run: Run) -> Backend:
@@ -33,7 +34,7 @@ def backend(recipe: Recipe, run: Run) -> Backend:
         log_file=run.path("serve.log"),
         port=settings.port,
         loading=f"loading {path}",
-        is_ready=lambda: is_healthy(settings.port, timeout=4),
+        is_ready=lambda: is_healthy(settings.port, timeout=PATIENCE_SECONDS),
         problem=lambda: problem_of_answer(settings, key),
         check=lambda: refuse_replaced(path, known),
     )

@@ -150,14 +150,19 @@ def proved_windows(run: Run) -> list[dict[str, Any]]:
 
 
 def ask_window(comparison: Comparison, run: Run, engine: int, window: int) -> None:
-    """Ask the shortest probes at both ports."""
+    """Ask the shortest probes at both ports, of those that a person can type: no system prompt, no empty turn."""
     receipt = run.receipt("serve").metrics
     token, key = sign_in(window), read_key()
     if not token:
         comparison.problems.append(f"{PASSWORD_FILE} no longer opens the chat window for {EMAIL}")
         return
-    probes = sorted(read_reference(run.path("reference")).probes, key=lambda probe: len(probe.ids))[:PROBES]
-    probes = [probe for probe in probes if len(probe.ids) + CONTINUATION_TOKENS <= receipt["context"]]
+    fitting = [
+        probe
+        for probe in read_reference(run.path("reference")).probes
+        if len(probe.ids) + CONTINUATION_TOKENS <= receipt["context"]
+        and all(turn["role"] != "system" and turn["content"].strip() for turn in probe.messages)
+    ]
+    probes = sorted(fitting, key=lambda probe: len(probe.ids))[:PROBES]
     matched = 0
     for probe in probes:
         body = {"model": receipt["model"], "messages": probe.messages, "temperature": 0, "stream": False}

@@ -8,13 +8,16 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 
 from recipe.files import fingerprint
 from recipe.run import Receipt, Run
+from serve.endpoint import ask
 
 REPOSITORY = Path(__file__).parent.parent
 NAME = "small"
@@ -97,14 +100,17 @@ def free_port() -> int:
 class Server:
     """`python -m serve.api` in a folder of its own; what it writes goes to files, as a pipe could fill."""
 
-    def __init__(self, folder: Path, port: int | None = None, code: str = "", **variables: str) -> None:
+    def __init__(
+        self, folder: Path, port: int | None = None, code: str = "", name: str = NAME, **variables: str
+    ) -> None:
         self.folder = folder
+        self.name = name
         self.port = port or free_port()
         self.out, self.err = folder / "stdout", folder / "stderr"
         command = ["-c", code] if code else ["-m", "serve.api"]
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, *command, f"{NAME}.yaml"],
+                [sys.executable, *command, f"{name}.yaml"],
                 cwd=folder,
                 env=environment(**{"PORT": str(self.port), "UI": "none"} | variables),
                 stdout=out,
@@ -121,7 +127,7 @@ class Server:
 
     @property
     def log(self) -> str:
-        return (self.folder / "runs" / NAME / "serve.log").read_text()
+        return (self.folder / "runs" / self.name / "serve.log").read_text()
 
     def wait_for(self, text: str, seconds: float = 30) -> str:
         """What it wrote, once that contains `text`."""
@@ -153,6 +159,32 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(wish)
         return self.process.wait(15)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A tiny trained model served with Open WebUI in front of it."""
+
+    server: Server
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def password(self) -> str:
+        return (self.server.folder / ".secrets/openwebui-password").read_text().strip()
+
+    def token(self, email: str = "admin@localhost", password: str = "") -> str:
+        """Sign in as a browser does."""
+        status, answer = self.ask("/api/v1/auths/signin", body={"email": email, "password": password or self.password})
+        assert status == 200, answer
+        return str(answer["token"])
+
+    def ask(self, path: str, token: str = "", body: dict[str, object] | None = None) -> tuple[int, Any]:
+        """Status and JSON of one request to Open WebUI."""
+        return ask(self.port, path, token, body, timeout=60)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -1,9 +1,11 @@
 """Fixtures of the serving tests; loaded by `pytest_plugins`, not imported."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gguf_fixture import Server, write_gguf, write_run
+from conftest import grown
+from gguf_fixture import Server, Window, free_port, write_gguf, write_run
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +46,16 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: bytes):
     running.wait_for("Ctrl-C stops")
     yield running
     assert running.end() == 0
+
+
+@pytest.fixture(scope="session")
+def window(tmp_path_factory: pytest.TempPathFactory, _converted: Path) -> Iterator[Window]:
+    """Open WebUI takes a minute to start and its environment minutes to make: once for all tests."""
+    folder, port = grown(tmp_path_factory, _converted, "reference"), free_port()
+    server = Server(folder, name="line", UI="openwebui", UI_PORT=str(port))
+    try:
+        server.wait_for("Ctrl-C stops", seconds=900)
+        yield Window(server, port)
+    finally:
+        code = server.end()
+    assert code == 0

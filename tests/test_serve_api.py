@@ -130,7 +130,7 @@ def test_a_killed_engine_comes_back(start):
 
 
 def test_a_hung_engine_comes_back(start):
-    patience = "s.HEALTH_SECONDS = 0.2; s.GRACE_SECONDS = 0.2"
+    patience = "s.HEALTH_SECONDS = s.GRACE_SECONDS = 0.2; import serve.llamacpp as l; l.PATIENCE_SECONDS = 0.5"
     server = start(
         code=f"import serve.supervisor as s, runpy; {patience}; runpy.run_module('serve.api', run_name='__main__')"
     )

@@ -1,0 +1,96 @@
+"""The engine under load and under abuse: everyone is answered, nobody is forgotten:  pytest tests/test_serve_load.py"""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import time
+
+import openai
+import psutil
+import pytest
+from gguf_fixture import NAME, Server
+from openai import AsyncOpenAI
+
+from serve.endpoint import ask
+
+pytest_plugins = ["serve_fixtures"]
+pytestmark = pytest.mark.slow
+
+CHATS, ANSWER_TOKENS = 100, 40
+ENOUGH_SECONDS = 240  # a queue that hangs never ends; cores that are shared with other tests are slow
+
+
+async def chats(server: Server, count: int) -> list[str]:
+    """So many conversations at once, streamed; how each ended."""
+
+    async def chat(client: AsyncOpenAI, number: int) -> str:
+        try:
+            stream = await client.chat.completions.create(
+                model=NAME, messages=[{"role": "user", "content": f"apple {number}"}], max_tokens=ANSWER_TOKENS,
+                stream=True,
+            )  # fmt: skip
+            return [chunk.choices[0].finish_reason async for chunk in stream if chunk.choices][-1] or "cut off"
+        except openai.APIStatusError as error:
+            return f"{error.status_code}"
+
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0) as client:
+        return await asyncio.gather(*(chat(client, number) for number in range(count)))
+
+
+def rss_bytes(server: Server) -> int:
+    engine = server.engine()
+    assert engine
+    return int(psutil.Process(engine).memory_info().rss)
+
+
+def is_answered(server: Server) -> bool:
+    question = {"messages": [{"role": "user", "content": "apple"}], "max_tokens": 1}
+    return ask(server.port, "/v1/chat/completions", server.key, question, timeout=60)[0] == 200
+
+
+def post(server: Server, body: bytes, seconds: float = ENOUGH_SECONDS) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=seconds)
+    headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", body, headers)
+    with contextlib.closing(connection), connection.getresponse() as response:
+        return response.status
+
+
+def test_a_hundred_chats_at_once_are_all_answered(server: Server) -> None:
+    ended = asyncio.run(asyncio.wait_for(chats(server, CHATS), ENOUGH_SECONDS))
+    assert set(ended) <= {"stop", "length"}, ended
+    assert "starting it again" not in server.err.read_text(), "a busy engine is not a dead one"
+
+
+def test_memory_stays_flat(server: Server) -> None:
+    asyncio.run(chats(server, CHATS))
+    before = rss_bytes(server)
+    for _ in range(3):
+        asyncio.run(chats(server, CHATS))
+    assert rss_bytes(server) < before + 30e6  # the prompt cache goes on filling, by 20 kB a conversation
+
+
+@pytest.mark.parametrize("tokens", [-2, -1000, "many", [1]])
+def test_an_impossible_length_is_refused(server: Server, tokens: object) -> None:
+    question = {"messages": [{"role": "user", "content": "apple"}], "max_tokens": tokens}
+    assert ask(server.port, "/v1/chat/completions", server.key, question)[0] == 400
+    assert is_answered(server)
+
+
+def test_a_huge_prompt_is_refused_while_others_are_served(server: Server) -> None:
+    huge = json.dumps({"messages": [{"role": "user", "content": "apple " * 200_000}]}).encode()
+    assert post(server, huge) == 400
+    assert is_answered(server)
+
+
+def test_who_leaves_in_the_middle_frees_the_slot(server: Server) -> None:
+    endless = json.dumps({"messages": [{"role": "user", "content": "apple"}], "stream": True}).encode()
+    for _ in range(20):  # many more than there are slots
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request("POST", "/v1/chat/completions", endless, {"Authorization": f"Bearer {server.key}"})
+        with contextlib.closing(connection), connection.getresponse() as response:
+            response.read(100)
+    began = time.monotonic()
+    assert is_answered(server)
+    assert time.monotonic() - began < 10
