@@ -161,9 +161,9 @@ class Server:
         return self.process.wait(15)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Window:
-    """A tiny trained model served with Open WebUI in front of it."""
+    """A tiny model served with Open WebUI in front of it."""
 
     server: Server
     port: int

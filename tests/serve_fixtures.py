@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import grown
 from gguf_fixture import Server, Window, free_port, write_gguf, write_run
 
 
@@ -49,13 +48,15 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: bytes):
 
 
 @pytest.fixture(scope="session")
-def window(tmp_path_factory: pytest.TempPathFactory, _converted: Path) -> Iterator[Window]:
+def window(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: bytes) -> Iterator[Window]:
     """Open WebUI takes a minute to start and its environment minutes to make: once for all tests."""
-    folder, port = grown(tmp_path_factory, _converted, "reference"), free_port()
-    server = Server(folder, name="line", UI="openwebui", UI_PORT=str(port))
+    folder, port = tmp_path_factory.mktemp("window"), free_port()
+    write_run(folder, tiny_gguf)
+    server = Server(folder, UI="openwebui", UI_PORT=str(port))
+    window = Window(server, port)
     try:
         server.wait_for("Ctrl-C stops", seconds=900)
-        yield Window(server, port)
+        yield window
     finally:
-        code = server.end()
+        code = window.server.end()
     assert code == 0

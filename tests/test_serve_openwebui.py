@@ -1,6 +1,5 @@
 """Open WebUI in front of a trained model, in a real browser and by its API:  pytest tests/test_serve_openwebui.py"""
 
-import contextlib
 import http.client
 import os
 import re
@@ -13,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
-from gguf_fixture import Window, environment, gone
+from gguf_fixture import NAME, Server, Window, environment, gone
 
-from recipe.reference import read_reference
+from recipe.reference import Probe, Reference, write_reference
 from recipe.run import Run
 from serve.backend import Endpoint
 from serve.endpoint import ask
@@ -69,11 +69,19 @@ def service(window: Window, word: str) -> int:
 
 
 def command(module: str, window: Window) -> subprocess.CompletedProcess[str]:
-    """`python -m MODULE line.yaml` from another terminal."""
+    """`python -m MODULE small.yaml` from another terminal."""
     return subprocess.run(
-        [sys.executable, "-m", module, "line.yaml"],
+        [sys.executable, "-m", module, f"{NAME}.yaml"],
         cwd=window.server.folder, env=environment(), capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
+
+
+def rendered(window: Window, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+    """The engine's own prompt of these messages, and its token ids."""
+    port, key = window.server.port, window.server.key
+    prompt = ask(port, "/apply-template", key, {"messages": messages})[1]["prompt"]
+    made = ask(port, "/tokenize", key, {"content": prompt, "add_special": True, "parse_special": True})[1]
+    return prompt, made["tokens"]
 
 
 def test_a_browser_signs_in_and_gets_the_models_answer(window: Window, page: Any) -> None:
@@ -81,7 +89,7 @@ def test_a_browser_signs_in_and_gets_the_models_answer(window: Window, page: Any
     page.on("request", lambda made: elsewhere.append(made.url) if not made.url.startswith(window.url) else None)
     sign_in(page, window, "admin@localhost", window.password)
     ARTEFACTS.mkdir(exist_ok=True)
-    page.wait_for_selector("text=line")
+    page.wait_for_selector(f"text={NAME}")
     page.screenshot(path=ARTEFACTS / "openwebui-signed-in.png")
     page.click("#chat-input")
     page.keyboard.type(QUESTION)
@@ -95,16 +103,9 @@ def test_a_browser_signs_in_and_gets_the_models_answer(window: Window, page: Any
     chat = window.ask(f"/api/v1/chats/{page.url.rpartition('/')[2]}", token)[1]["chat"]
     answer = next(turn for turn in chat["history"]["messages"].values() if turn["role"] == "assistant")
     assert answer["content"].strip() and answer["content"].split()[0] in shown
-    assert answer["model"] == "line"
+    assert answer["model"] == NAME
     # What the model was asked is what training would have rendered: no tool, system prompt or memory was added.
-    rendered = ask(
-        window.server.port, "/apply-template", window.server.key, {"messages": [{"role": "user", "content": QUESTION}]}
-    )[1]["prompt"]
-    tokens = ask(
-        window.server.port, "/tokenize", window.server.key,
-        {"content": rendered, "add_special": True, "parse_special": True},
-    )[1]["tokens"]  # fmt: skip
-    assert answer["usage"]["prompt_tokens"] == len(tokens)
+    assert answer["usage"]["prompt_tokens"] == len(rendered(window, [{"role": "user", "content": QUESTION}])[1])
     assert [url for url in elsewhere if not url.startswith(("data:", "blob:"))] == []
 
 
@@ -114,22 +115,41 @@ def test_an_ordinary_user_gets_the_model_selected_and_an_answer(window: Window, 
     status, made = window.ask("/api/v1/auths/add", window.token(), new)
     assert (status, made["role"]) == (200, "user"), made
     token = window.token(email, password)
-    assert [model["id"] for model in window.ask("/api/models", token)[1]["data"]] == ["line"]
-    body = {"model": "line", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4}
+    assert [model["id"] for model in window.ask("/api/models", token)[1]["data"]] == [NAME]
+    body = {"model": NAME, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4}
     assert window.ask("/api/chat/completions", token, body)[1]["usage"]["completion_tokens"] == 4
     sign_in(page, window, email, password)
-    page.wait_for_selector("text=line")
+    page.wait_for_selector(f"text={NAME}")
     assert page.locator('[role="dialog"]').count() == 0
 
 
-def test_the_proof_has_a_row_for_the_window(window: Window) -> None:
-    with contextlib.chdir(window.server.folder):
-        (row,) = proved_windows(Run("line"))
-        shortest = min(len(probe.ids) for probe in read_reference(Run("line").path("reference")).probes)
-    assert row["name"] == "chat window"
-    assert row["problems"] == []
-    assert row["measures"]["probes"] > 0 and shortest > 0
+def write_probes(window: Window, *added: int) -> None:
+    """A reference whose probes are rendered by the engine itself, with so many token ids more."""
+    talks = [[{"role": "user", "content": word}] for word in ("apple", "bread", "cloud delta")]
+    talks.append([{"role": "system", "content": ""}, *talks[0]])  # nobody can type that in the window
+    probes = []
+    for number, talk in enumerate(talks):
+        prompt, ids = rendered(window, talk)
+        probes.append(Probe(f"talk {number}", talk, prompt, [*ids, *added], [1], False, 1))
+    folder = Run(NAME).path("reference")
+    folder.mkdir(exist_ok=True)
+    write_reference(folder, Reference(probes, np.zeros((len(probes), 1), dtype=np.float16), []))
+
+
+def test_the_proof_has_a_row_for_the_window(window: Window, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(window.server.folder)
+    write_probes(window)
+    (row,) = proved_windows(Run(NAME))
+    assert (row["name"], row["problems"]) == ("chat window", [])
+    assert row["measures"]["probes"] == 3
     assert row["measures"]["greedy_agreement"] >= 0.5
+
+
+def test_a_window_that_changes_the_prompt_fails_its_proof(window: Window, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(window.server.folder)
+    write_probes(window, 5, 5)
+    (row,) = proved_windows(Run(NAME))
+    assert re.match(r"token ids: probe 'talk 0' has \d+ when asked in the chat window", row["problems"][0])
 
 
 @pytest.mark.parametrize("path", ["/api/models", "/api/v1/chats/", "/api/v1/auths/admin/config", "/openai/models"])
@@ -182,7 +202,7 @@ def test_secrets_are_their_owners_and_in_no_command_line_or_log(window: Window) 
     assert [file.name for file in files] == ["api-key", "openwebui-password", "openwebui-secret"]
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
     said = " ".join(" ".join(process.cmdline()) for process in processes(window))
-    run = folder / "runs/line"
+    run = folder / "runs" / NAME
     logs = [window.server.out, window.server.err, *run.glob("*.log*"), run / "serve.json", run / "session.json"]
     said += "".join(path.read_text(errors="replace") for path in logs)
     assert [file.name for file in files if file.read_text().strip() in said] == []
@@ -199,7 +219,7 @@ def test_status_tells_another_terminal(window: Window) -> None:
 def test_a_killed_engine_is_back_and_the_window_answers_again(window: Window) -> None:
     os.kill(service(window, "serve.engine"), signal.SIGKILL)
     window.server.wait_for("the engine is serving again")
-    body = {"model": "line", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 2}
+    body = {"model": NAME, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 2}
     assert window.ask("/api/chat/completions", window.token(), body)[0] == 200
 
 
@@ -218,7 +238,7 @@ def test_all_ends_with_a_killed_supervisor_or_with_make_stop(window: Window) -> 
     server.process.kill()
     server.process.wait()
     assert all(gone(pid, 5) for pid in pids)
-    again = type(server)(server.folder, name="line", port=server.port, UI="openwebui", UI_PORT=str(window.port))
+    again = window.server = Server(server.folder, port=server.port, UI="openwebui", UI_PORT=str(window.port))
     try:
         again.wait_for("Ctrl-C stops", seconds=300)
         assert window.token()
@@ -231,7 +251,6 @@ def test_all_ends_with_a_killed_supervisor_or_with_make_stop(window: Window) -> 
         assert "is not being served" in command("serve.status", window).stderr
     finally:
         again.process.kill()
-        server.process = again.process
 
 
 def test_it_gets_no_variable_but_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

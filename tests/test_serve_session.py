@@ -96,7 +96,7 @@ def test_a_session_lasts_as_long_as_its_process(tmp_path: Path) -> None:
     with held(run):
         tell(run, session)
         assert find(run) == session
-        with pytest.raises(UserError, match="is already being served on http://127.0.0.1:1/v1"), held(run):
+        with pytest.raises(UserError, match="is already being served on http:"), held(run):
             pass
     assert find(run) is None
     tell(run, session)  # as a killed process leaves it
