@@ -80,7 +80,7 @@ def free_port() -> int:
 def ask(
     port: int, path: str, key: str = "", body: dict[str, Any] | None = None, timeout: float = 10
 ) -> tuple[int, Any]:
-    """HTTP status and JSON of one request.
+    """HTTP status and JSON of one request, None for an answer without content.
 
     Raises:
         OSError, HTTPException, ValueError: (ERRORS) nothing answered, or not in JSON.
@@ -90,7 +90,8 @@ def ask(
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         connection.request("POST" if body else "GET", path, json.dumps(body) if body else None, headers)
         response = connection.getresponse()
-        return response.status, json.loads(response.read())
+        content = response.read()
+        return response.status, json.loads(content) if content else None
     finally:
         connection.close()
 
@@ -101,7 +102,7 @@ def is_healthy(port: int, timeout: float = 10) -> bool:
         status, answer = ask(port, "/health", timeout=timeout)
     except ERRORS:
         return False
-    return status == 200 and answer == {"status": "ok"}
+    return status == 200 and answer in ({"status": "ok"}, None)  # llama.cpp's and vLLM's
 
 
 def served_model(port: int, key: str) -> dict[str, Any]:

@@ -5,35 +5,23 @@ Starts the engine as `make serve` does, asks it the reference's probes over HTTP
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from recipe import Made, Recipe, Run, UserError
 from recipe.command import boundary, recipe_of_arguments, up_to_date
-from recipe.proof import Comparison, first_difference, read_comparisons
-from recipe.reference import CONTINUATION_TOKENS, Probe, Reference, read_reference
+from recipe.proof import Comparison, read_comparisons
+from recipe.reference import Reference, read_reference
 from recipe.stages import stage
-from serve.endpoint import ERRORS, ask, free_port
+from serve.endpoint import ERRORS, free_port
 from serve.llamacpp import backend
 from serve.openwebui import proved_windows
+from serve.probe import LlamaCpp, ask_probes
 from serve.supervisor import Supervisor
 
 SERVED = "served"
 LEAST_OF_FILE = 0.5  # near ties fall otherwise in the server, whose cache has 16 bits; another model agrees in nothing
 COLUMNS = ("artefact", "verdict", "divergence", "99th pct", "top-1", "greedy", "perplexity", "stops")
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Where the engine listens, and the name of its model."""
-
-    port: int
-    key: str
-    name: str
-
-    def ask(self, path: str, body: dict[str, Any], timeout: float = 60) -> tuple[int, Any]:
-        """HTTP status and JSON."""
-        return ask(self.port, path, self.key, body, timeout)
 
 
 def prove(recipe: Recipe, run: Run) -> Made:
@@ -64,8 +52,8 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
     with Supervisor([replace(service, log_file=log_file) for service in served.services]) as supervisor:
         try:
             supervisor.start()
-            engine = Engine(port, served.endpoint.key, served.endpoint.model)
-            ask_probes(comparison, engine, reference, recipe.serve.context)
+            engine = LlamaCpp(port, served.endpoint.key, served.endpoint.model)
+            ask_probes(comparison, engine, reference.probes, recipe.serve.context)
         except UserError as error:
             comparison.problems += error.problems
             return comparison
@@ -80,43 +68,6 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
     return comparison
 
 
-def ask_probes(comparison: Comparison, engine: Engine, reference: Reference, context: int) -> None:
-    """Ask all probes that fit the context; of one that does not, the engine must say so instead of cutting it."""
-    fitting = [probe for probe in reference.probes if len(probe.ids) + CONTINUATION_TOKENS <= context]
-    comparison.measures |= {"probes": len(fitting), "too_long": len(reference.probes) - len(fitting)}
-    if not fitting:
-        comparison.problems.append(f"context: none of {len(reference.probes)} probes fits serve.context {context}")
-    matched = stopped = 0
-    for probe in reference.probes:
-        if not same_prompt(comparison, engine, probe):
-            return
-        status, text, reason, prompt_tokens = answer(engine, probe)
-        if len(probe.ids) >= context:
-            if status == 200 and prompt_tokens < len(probe.ids):
-                comparison.problems.append(
-                    f"context: probe '{probe.name}' has {len(probe.ids)} tokens, more than {context}, "
-                    f"and was cut to {prompt_tokens} without a word"
-                )
-                return
-        elif status != 200:
-            comparison.problems.append(f"probe '{probe.name}' is refused: {text}")
-            return
-        elif prompt_tokens != len(probe.ids):
-            comparison.problems.append(
-                f"token ids: probe '{probe.name}' has {prompt_tokens} when chatting, trained with {len(probe.ids)}"
-            )
-            return
-        elif probe in fitting:
-            stopped += probe.stopped and reason == "stop"
-            matched += text == expected_text(engine, probe)
-    ending = sum(probe.stopped for probe in fitting)
-    if ending and not stopped:
-        comparison.problems.append(
-            f"stop token: the trained model ends {ending} answers by itself, the served one none"
-        )
-    comparison.measures |= {"greedy_agreement": matched / max(len(fitting), 1), "stops": not ending or stopped > 0}
-
-
 def notes(reference: Reference, served: Comparison) -> list[str]:
     """What is no fault of an artefact, and yet to be known."""
     found = []
@@ -125,61 +76,6 @@ def notes(reference: Reference, served: Comparison) -> list[str]:
     if not any(probe.stopped for probe in reference.probes):
         found.append("the trained model itself ended no answer: where it is to stop was not learned, or not yet")
     return found
-
-
-def same_prompt(comparison: Comparison, engine: Engine, probe: Probe) -> bool:
-    """Whether the server renders and tokenizes the messages as training did."""
-    status, rendered = engine.ask("/apply-template", {"messages": probe.messages})
-    if status != 200:
-        comparison.problems.append(f"chat template: probe '{probe.name}' is refused: {refusal(rendered)}")
-        return False
-    prompt = rendered["prompt"]
-    ids = tokens(engine, prompt)
-    # The server takes off a BOS that the template writes, and puts it on again with the tokens.
-    if prompt != probe.prompt and not (ids == probe.ids and probe.prompt.endswith(prompt)):
-        at = first_difference(list(prompt.encode()), list(probe.prompt.encode())) or 0
-        comparison.problems.append(
-            f"chat template: probe '{probe.name}', byte {at}: "
-            f"{prompt.encode()[at : at + 20]!r}, trained with {probe.prompt.encode()[at : at + 20]!r}"
-        )
-        return False
-    position = first_difference(ids, probe.ids)
-    if position is not None:
-        found, wanted = ids[position : position + 1], probe.ids[position : position + 1]
-        comparison.problems.append(
-            f"token ids: probe '{probe.name}', position {position}: {found}, trained with {wanted}"
-        )
-    return position is None
-
-
-def tokens(engine: Engine, text: str) -> list[int]:
-    """The server's tokens of a rendered prompt, with what it adds by itself."""
-    _, made = engine.ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})
-    return list(made.get("tokens", []))
-
-
-def answer(engine: Engine, probe: Probe) -> tuple[int, str, str, int]:
-    """(status, text, why it ended, tokens of the prompt) of the greedy answer, asked as any client asks."""
-    body = {"model": engine.name, "messages": probe.messages, "temperature": 0, "max_tokens": CONTINUATION_TOKENS}
-    status, made = engine.ask("/v1/chat/completions", body, timeout=600)
-    if status != 200:
-        return status, refusal(made), "", 0
-    choice = made["choices"][0]
-    text = (choice["message"].get("reasoning_content") or "") + (choice["message"].get("content") or "")
-    return status, text, choice["finish_reason"], made["usage"]["prompt_tokens"]
-
-
-def refusal(made: dict[str, Any]) -> str:
-    """What the server says is wrong."""
-    error = made.get("error", made)
-    return str(error.get("message", error) if isinstance(error, dict) else error).splitlines()[0]
-
-
-def expected_text(engine: Engine, probe: Probe) -> str:
-    """The reference's answer as text, without the token that ends the turn."""
-    spoken = probe.continuation[:-1] if probe.stopped else probe.continuation
-    _, made = engine.ask("/detokenize", {"tokens": spoken})
-    return str(made.get("content", ""))
 
 
 def verdict(recipe: Recipe, comparisons: list[dict[str, Any]]) -> list[str]:
