@@ -7,25 +7,25 @@ vllm-router (`replicas`). The commands are printed, not run: they belong on othe
 import os
 import re
 import shlex
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import dataclass
 
 from recipe.command import boundary, recipe_of_arguments
 from recipe.error import UserError
 from recipe.run import Run
 from recipe.schema import Recipe
-from serve.endpoint import with_environment
 from serve.key import KEY_FILE
-from serve.vllm import Machine, Model, folders, impossible_sizes, model_arguments
+from serve.vllm import Machine, Model, model_arguments, model_of
 
 WAYS = ("replicas", "nodes", "ray")
-PYTHON = ".venv-vllm/bin/python"
-SERVE = ("-P", "-m", "vllm.entrypoints.cli.main", "serve")
-MASTER_PORT, RAY_PORT, METRICS_PORT = 29501, 6379, 29000
+PROGRAMS = ".venv-vllm/bin"
+MASTER_PORT, RAY_PORT = 29501, 6379
 KEY = f'export VLLM_API_KEY="$(cat {KEY_FILE})"'
-GPUS_OF_A_HOST = 8  # that each host has them is the reader's to know
-WARNING = """\
-# The machines talk to one another without encryption or password, and who reaches those ports can run programs:
-# give them a network of their own. Copy runs/{name} and {key} to each, and run 'make vllm' there once."""
+BEFORE = """\
+# On each machine: this checkout, runs/{name} and {key}, and 'make vllm' run once, which makes .venv-vllm.
+# The machines talk to one another without password or encryption, and whoever reaches their ports can run programs
+# on them: give them a network of their own.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def replicas(recipe: Recipe, model: Model, hosts: list[str]) -> list[Step]:
     port = recipe.serve.port
     servers = [Step(host, (KEY, server(recipe, model, host))) for host in hosts]
     workers = [f"http://{host}:{port}" for host in hosts]
-    return [*servers, Step(hosts[0], (line("", PYTHON, *router(workers, port + 1)),))]
+    return [*servers, Step(hosts[0], (f"{PROGRAMS}/python -m serve.router {port + 1} {' '.join(workers)}",))]
 
 
 def nodes(recipe: Recipe, model: Model, hosts: list[str]) -> list[Step]:
@@ -63,38 +63,50 @@ def nodes(recipe: Recipe, model: Model, hosts: list[str]) -> list[Step]:
 def ray(recipe: Recipe, model: Model, hosts: list[str]) -> list[Step]:
     """One server, whose processes Ray places on the hosts that joined it."""
     head, *others = hosts
-    start = f"{PYTHON} -m ray.scripts.scripts start"
-    first = f"{start} --head --port {RAY_PORT} --node-ip-address {head} --include-dashboard=false"
-    joining = [Step(host, (f"{start} --address {head}:{RAY_PORT} --node-ip-address {host}",)) for host in others]
+    start = f"RAY_USAGE_STATS_ENABLED=0 VLLM_HOST_IP={{}} PYTHONPATH=. {PROGRAMS}/ray start --node-ip-address {{}}"
+    first = f"{start.format(head, head)} --head --port {RAY_PORT} --include-dashboard=false"
+    joining = [Step(host, (f"{start.format(host, host)} --address {head}:{RAY_PORT}",)) for host in others]
     final = Step(head, (KEY, server(recipe, model, head, "--distributed-executor-backend", "ray")))
     return [Step(head, (first,)), *joining, final]
 
 
 def server(recipe: Recipe, model: Model, host: str, *more: str) -> str:
     """`vllm serve` on that host's own address; the guard lets no one in without the key."""
-    machine = Machine(gpus=GPUS_OF_A_HOST, precision="bfloat16", cores=0)
-    where = ("--host", host, "--port", str(recipe.serve.port))
+    machine = Machine(gpus=1, precision="bfloat16", cores=0)  # how many GPUs there are, the recipe's sizes say
     settings = f"VLLM_HOST_IP={host} VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 VLLM_PLUGINS= PYTHONPATH=."
-    return line(settings, PYTHON, *SERVE, str(model.weights), *where, *model_arguments(recipe, model, machine), *more)
+    where = ("--host", host, "--port", str(recipe.serve.port))
+    words = (f"{PROGRAMS}/vllm", "serve", str(model.weights), *where, *model_arguments(recipe, model, machine), *more)
+    return f"{settings} {shlex.join(words)}"
 
 
-def router(workers: list[str], port: int, metrics_port: int = METRICS_PORT) -> tuple[str, ...]:
-    """vllm-router's arguments; it passes on the client's key, so it needs none of its own.
+def problems(recipe: Recipe, hosts: list[str], way: str) -> list[str]:
+    """What is wrong with the machines that were named, or with the sizes for so many."""
+    found = [] if hosts else ["no machines given: make cluster HOSTS='10.0.0.1 10.0.0.2'"]
+    found += [
+        f"HOSTS: {host!r} is no address" for host in hosts if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.:-]*", host)
+    ]
+    if way not in WAYS:
+        return [*found, f"WAY={way}: choose one of: {', '.join(WAYS)}"]
+    knobs = recipe.serve.vllm
+    if way != "replicas" and hosts and (knobs.tensor * knobs.pipeline) % len(hosts):
+        sizes = f"serve.vllm.tensor {knobs.tensor} x pipeline {knobs.pipeline}"
+        found.append(
+            f"{sizes} cannot be shared by {len(hosts)} machines: set pipeline={len(hosts)}, tensor=GPUs of one"
+        )
+    return found
 
-    A worker that fails is asked no more after two failures, and again after ten seconds; a request that found it
-    dead is sent to another worker before the client sees anything.
-    """
-    return (
-        *("-P", "-m", "vllm_router.launch_router", "--host", "127.0.0.1", "--port", str(port)),
-        *("--worker-urls", *workers, "--policy", "power_of_two"),
-        *("--retry-max-retries", "5", "--retry-initial-backoff-ms", "50"),
-        *("--cb-failure-threshold", "2", "--cb-timeout-duration-secs", "10"),
-        *("--health-check-interval-secs", "5", "--health-failure-threshold", "2", "--health-success-threshold", "1"),
-        *("--max-payload-size", "4000000", "--request-timeout-secs", "600"),
-        *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
+
+def text(recipe: Recipe, steps: list[Step]) -> str:
+    """The commands as a person reads them: where, then what."""
+    return BEFORE.format(name=recipe.name, key=KEY_FILE) + "".join(
+        f"\n# on {step.host}\n" + "".join(f"{command}\n" for command in step.commands) for step in steps
     )
 
 
-def line(settings: str, *words: str) -> str:
-    """One command, quoted for a shell."""
-    return f"{settings} {shlex.join(words)}".strip()
+if __name__ == "__main__":
+    with boundary():
+        recipe = recipe_of_arguments("serve.cluster", "Print the commands that serve the model on several machines")
+        hosts, way = os.environ.get("HOSTS", "").split(), os.environ.get("WAY") or WAYS[0]
+        if found := problems(recipe, hosts, way):
+            raise UserError(*found)
+        sys.stdout.write(text(recipe, commands(recipe, model_of(recipe, Run(recipe.name)), hosts, way)))

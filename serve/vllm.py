@@ -1,7 +1,6 @@
 """The engine for GPUs: vLLM around the merged weights, or around the base with the adapter on it.
 
-It runs in an environment of its own: `.venv-vllm` with an NVIDIA GPU, `.venv-vllm-cpu` without. Its key guards only
-what is under `/v1`: `/invocations` answers anyone, so it listens on 127.0.0.1 and is published behind a gateway only.
+It runs in an environment of its own: `.venv-vllm` with an NVIDIA GPU, `.venv-vllm-cpu` without.
 """
 
 import json
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipe.environment import ROOT
 from recipe.error import UserError
 from recipe.machine import cores, fast_precision, gpus
 from recipe.reference import read_probes
@@ -24,7 +24,7 @@ BLOCK_TOKENS = 128  # the CPU build gives its cache out in blocks of so many
 LEAST_EFFECT_NATS = 0.05  # rounding and batching move a token's log probability by less, training by far more
 PROBES, PROBE_TOKENS = 4, 8
 READY_SECONDS = 1800  # many GPUs load and compile for many minutes
-SERVER = ("-P", "-m", "vllm.entrypoints.openai.api_server")  # the console script of `vllm-cpu` does not start
+SERVER = ("-m", "vllm.entrypoints.openai.api_server")  # the console script of `vllm-cpu` does not start
 # Nothing is told or fetched, no part listens to the network, nothing runs that is not vLLM's own.
 QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -36,6 +36,7 @@ QUIET = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",
     "VLLM_PLUGINS": "",
     "PYTHONSAFEPATH": "1",
+    "PYTHONPATH": str(ROOT),  # for serve/guard.py
 }
 
 
@@ -70,7 +71,8 @@ def backend(recipe: Recipe, run: Run, port: int | None = None) -> Backend:
     machine = Machine(gpus(), fast_precision(), recipe.serve.threads or cores())
     if problems := impossible(recipe, machine):
         raise UserError(*problems)
-    model, _ = served_model(recipe, run)
+    model = model_of(recipe, run)
+    inputs = verified(recipe, run)
     refuse_long_context(recipe.serve.context, model.weights)
     key = make_key()
     python = environment("vllm" if machine.gpus else "vllm-cpu")
@@ -83,7 +85,7 @@ def backend(recipe: Recipe, run: Run, port: int | None = None) -> Backend:
         environment={**QUIET, **settings(machine), "VLLM_API_KEY": key},
         ready_seconds=READY_SECONDS,
     )
-    return Backend(Endpoint(f"{url_of(port)}/v1", recipe.name, key), (service,))
+    return Backend(Endpoint(f"{url_of(port)}/v1", recipe.name, key), (service,), inputs)
 
 
 def impossible(recipe: Recipe, machine: Machine) -> list[str]:
@@ -100,12 +102,16 @@ def impossible(recipe: Recipe, machine: Machine) -> list[str]:
     return found
 
 
-def served_model(recipe: Recipe, run: Run) -> tuple[Model, Fingerprints]:
-    """The folders, and the fingerprints of their files as the receipts know them."""
+def model_of(recipe: Recipe, run: Run) -> Model:
+    """The folders that the recipe serves."""
+    return Model(run.path("base"), run.path("adapter")) if recipe.serve.vllm.adapter else Model(run.path("merged"))
+
+
+def verified(recipe: Recipe, run: Run) -> Fingerprints:
+    """Fingerprints of the served files, proved to be what their stages wrote."""
     if not recipe.serve.vllm.adapter:
-        return Model(run.path("merged")), run.verified("merge")
-    adapter = run.path("adapter")
-    return Model(run.path("base"), adapter), run.verified("base") | run.verified("train", only=str(adapter))
+        return run.verified("merge")
+    return run.verified("base") | run.verified("train", only=str(run.path("adapter")))
 
 
 def refuse_long_context(context: int, weights: Path) -> None:
@@ -120,7 +126,6 @@ def arguments(recipe: Recipe, model: Model, machine: Machine, port: int) -> tupl
     return (
         *("--model", str(model.weights)),
         *("--host", HOST, "--port", str(port)),
-        *("--allowed-origins", json.dumps([url_of(port)])),
         *model_arguments(recipe, model, machine),
     )
 
@@ -138,6 +143,7 @@ def model_arguments(recipe: Recipe, model: Model, machine: Machine) -> tuple[str
         *("--generation-config", "vllm"),
         *("--override-generation-config", json.dumps({"temperature": serve.temperature})),
         *("--seed", str(recipe.seed)),
+        *("--middleware", "serve.guard.Guard", "--allowed-origins", "[]"),
         *("--disable-fastapi-docs", "--disable-access-log-for-endpoints", "/health,/metrics"),
     ]
     if model.adapter:
