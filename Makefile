@@ -15,7 +15,7 @@ NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
 PYTHON := .venv/bin/python
 
-USES_RECIPE := resolve data base train reference merge gguf parity prove verify serve ready status stop chat ask tensorboard clean
+USES_RECIPE := resolve data base train reference merge gguf parity prove verify serve vllm cluster ready status stop chat ask tensorboard clean
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
@@ -30,7 +30,7 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove verify serve status stop chat ask tensorboard test lint format lock clean
+.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove verify serve vllm cluster status stop chat ask tensorboard test lint format lock clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -96,8 +96,18 @@ verify: | .venv/.complete ## Recompute every hash from the receipts, from the da
 ready: resolve
 	@$(PYTHON) -m serve.ready $(FILE)
 
-serve: ready $(RUN)/gguf.json ## Open a chat window with the trained model, and serve its API, on 127.0.0.1
+# vLLM loads the merged weights themselves.
+serve: ready $(RUN)/$(if $(filter vllm,$(ENGINE)),merge,gguf).json ## Open a chat window with the trained model, and serve its API, on 127.0.0.1
 	@$(PYTHON) -m serve.api $(FILE)
+
+# `make ENGINE=vllm serve` without the window.
+vllm: export ENGINE := vllm
+vllm: export UI := none
+vllm: ready $(RUN)/merge.json $(RUN)/reference.json ## Serve the API of the trained model by vLLM, alone
+	@$(PYTHON) -m serve.api $(FILE)
+
+cluster: resolve ## Print the commands that serve it on several machines: HOSTS='...' WAY=replicas, nodes or ray
+	@$(PYTHON) -m serve.cluster $(FILE)
 
 status: | .venv/.complete ## Show what serves the model: services, ports, processes, restarts, memory
 	@$(PYTHON) -m serve.status $(FILE)

@@ -133,5 +133,12 @@ class Recipe:
 
     @property
     def served_type(self) -> str:
-        """The quantization that `make serve` loads."""
+        """The quantization that llama.cpp and Ollama load."""
         return self.serve.type or self.gguf.types[0]
+
+    @property
+    def served_artefact(self) -> str:
+        """What `make serve` loads: a GGUF by its type, else the merged weights or the adapter."""
+        if self.serve.engine != "vllm":
+            return self.served_type
+        return "adapter" if self.serve.vllm.adapter else "merged weights"

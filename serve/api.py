@@ -100,10 +100,11 @@ def refuse_taken_ports(recipe: Recipe) -> None:
 
 def refuse_disproved(run: Run) -> None:
     """What `make prove` found not to be the trained model is not served, unless FORCE=1 says so."""
-    proof = run.find_receipt("prove")
-    made = run.receipt("gguf").outputs
-    if proof is None or proof.metrics["passed"] or not made.items() <= proof.inputs.items():
+    proof, files, merge = (run.find_receipt(name) for name in ("prove", "gguf", "merge"))
+    if proof is None or proof.metrics["passed"] or files is None or not files.outputs.items() <= proof.inputs.items():
         return
+    if merge and not merge.outputs.items() <= files.inputs.items():
+        return  # it was merged anew, which nothing has judged yet
     problem = next(problem for row in proof.metrics["comparisons"] for problem in row["problems"])
     if os.environ.get("FORCE") == "1":
         log.warning("WARNING: serving what is NOT the model that was trained (FORCE=1): %s", problem)
@@ -116,8 +117,10 @@ def backend_of(recipe: Recipe, run: Run) -> Backend:
     match recipe.serve.engine:
         case "llamacpp":
             from serve.llamacpp import backend
+        case "vllm":
+            from serve.vllm import backend
         case other:
-            raise UserError(f"serve.engine: {other} is not there yet: choose llamacpp")
+            raise UserError(f"serve.engine: {other} is not there yet: choose llamacpp or vllm")
     return backend(recipe, run)
 
 
@@ -146,7 +149,7 @@ def start(recipe: Recipe, backend: Backend, supervisor: Supervisor) -> Receipt:
             "engine": recipe.serve.engine,
             "url": backend.endpoint.url,
             "model": backend.endpoint.model,
-            "type": recipe.served_type,
+            "type": recipe.served_artefact,
             "ui": recipe.serve.ui,
             "ui_url": ui_url(recipe),
             "pid": os.getpid(),
@@ -189,7 +192,7 @@ def welcome(recipe: Recipe, backend: Backend) -> str:
     window = {"openwebui": OPENWEBUI, "builtin": BUILTIN, "none": NONE}[recipe.serve.ui]
     return (window + ENDPOINT).format(
         name=backend.endpoint.model,
-        type=recipe.served_type,
+        type=recipe.served_artefact,
         url=backend.endpoint.url,
         key=KEY_FILE,
         ui=ui_url(recipe),

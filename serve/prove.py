@@ -5,6 +5,8 @@ Starts the engine as `make serve` does, asks it the reference's probes over HTTP
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +15,12 @@ from recipe.command import boundary, recipe_of_arguments, up_to_date
 from recipe.proof import Comparison, read_comparisons
 from recipe.reference import Reference, read_reference
 from recipe.stages import stage
-from serve.endpoint import ERRORS, free_port
-from serve.llamacpp import backend
-from serve.openwebui import proved_windows
-from serve.probe import LlamaCpp, ask_probes
+from serve.api import backend_of
+from serve.backend import Backend
+from serve.endpoint import ERRORS, free_port, with_environment
+from serve.openwebui import port_of, proved_windows
+from serve.probe import Engine, LlamaCpp, Vllm, ask_probes
+from serve.session import find
 from serve.supervisor import Supervisor
 
 SERVED = "served"
@@ -28,7 +32,8 @@ def prove(recipe: Recipe, run: Run) -> Made:
     """Judge every artefact; the receipt's metrics hold all comparisons and whether all passed."""
     reference = read_reference(run.path("reference"))
     before = read_comparisons(run.path("parity.jsonl"))
-    file = next((row for row in before if row.name == recipe.served_type), None)
+    loaded = "merge" if recipe.serve.engine == "vllm" else recipe.served_type
+    file = next((row for row in before if row.name == loaded), None)
     comparisons = [*before, prove_served(recipe, run, reference, file)]
     return Made(
         outputs=[],
@@ -44,21 +49,18 @@ def prove(recipe: Recipe, run: Run) -> Made:
 def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Comparison | None) -> Comparison:
     """The endpoint: the template's bytes and the token ids that it makes of the probes, and its greedy answers.
 
-    `file` is what was found of the served GGUF itself: its server cannot agree more, and must not agree much less.
+    `file` is what was found of the served artefact itself: its server cannot agree more, and must not much less.
     """
-    comparison = Comparison(f"{SERVED} {recipe.served_type}")
-    port, log_file = free_port(), run.path("prove.log")
-    served = backend(replace(recipe, serve=replace(recipe.serve, port=port)), run)
-    with Supervisor([replace(service, log_file=log_file) for service in served.services]) as supervisor:
-        try:
-            supervisor.start()
-            engine = LlamaCpp(port, served.endpoint.key, served.endpoint.model)
+    comparison = Comparison(f"{SERVED} {'vllm' if recipe.serve.engine == 'vllm' else recipe.served_type}")
+    backend = backend_of(replace(recipe, serve=replace(recipe.serve, port=free_port())), run)
+    try:
+        with answering(recipe, run, backend) as engine:
             ask_probes(comparison, engine, reference.probes, recipe.serve.context)
-        except UserError as error:
-            comparison.problems += error.problems
-            return comparison
-        except (*ERRORS, LookupError) as error:
-            comparison.problems.append(f"the engine fails ({error!r}): see {log_file}")
+    except UserError as error:
+        comparison.problems += error.problems
+        return comparison
+    except (*ERRORS, LookupError) as error:
+        comparison.problems.append(f"the engine fails ({error!r}): see {run.path('prove.log')}")
     agreed = comparison.measures.get("greedy_agreement")
     expected = file.measures.get("greedy_agreement", 0.0) if file else 0.0
     if agreed is not None and not comparison.problems and agreed < LEAST_OF_FILE * expected:
@@ -66,6 +68,23 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
             f"answers: {agreed:.0%} are the trained model's, of the same file read directly {expected:.0%}"
         )
     return comparison
+
+
+@contextmanager
+def answering(recipe: Recipe, run: Run, backend: Backend) -> Iterator[Engine]:
+    """A server of the recipe's model, started for the proof.
+
+    vLLM that serves these very files is asked where it is: it starts slowly, and a second has no room on its GPU.
+    """
+    kind = {"llamacpp": LlamaCpp, "vllm": Vllm}[recipe.serve.engine]
+    endpoint, session = backend.endpoint, find(run)
+    if session and session.engine == recipe.serve.engine == "vllm" and run.receipt("serve").inputs == backend.inputs:
+        yield kind(port_of(session.url), endpoint.key, endpoint.model)
+        return
+    services = [replace(service, log_file=run.path("prove.log")) for service in backend.services]
+    with Supervisor(services) as supervisor:
+        supervisor.start()
+        yield kind(port_of(endpoint.url), endpoint.key, endpoint.model)
 
 
 def notes(reference: Reference, served: Comparison) -> list[str]:
@@ -92,6 +111,8 @@ def verdict(recipe: Recipe, comparisons: list[dict[str, Any]]) -> list[str]:
 def made_from(recipe: Recipe, name: str) -> list[str]:
     """The artefacts on the way from the trained model to this one, first to last."""
     line = {"merge": [], recipe.gguf.full: ["merge"]}
+    if name.startswith(SERVED) and recipe.serve.engine == "vllm":
+        return [] if recipe.serve.vllm.adapter else ["merge"]
     if name.startswith(SERVED):
         return list(dict.fromkeys(["merge", recipe.gguf.full, recipe.served_type]))
     return line.get(name, ["merge", recipe.gguf.full])
@@ -129,7 +150,7 @@ def _number(measures: dict[str, Any], name: str, layout: str) -> str:
 if __name__ == "__main__":
     with boundary():
         this = stage("prove")
-        recipe = recipe_of_arguments(this.module, this.does)
+        recipe = with_environment(recipe_of_arguments(this.module, this.does))
         receipt = up_to_date(this, recipe, prove)
         comparisons = [*receipt.metrics["comparisons"], *proved_windows(Run(recipe.name))]
         show(comparisons, receipt.metrics["notes"])

