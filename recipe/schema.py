@@ -80,6 +80,7 @@ class Prove:
 @dataclass(frozen=True)
 class Vllm:
     adapter: bool = knob(False, "Serve the base with the adapter on it instead of the merged weights")
+    precision: Literal["auto", "float32", "bfloat16"] = knob("auto", "`auto` is what the GPU or processor does fast")
     quantization: Literal["none", "fp8"] = knob("none", "`fp8` halves the weights while loading; needs an NVIDIA GPU")
     memory: float = knob(0.9, "Share of each GPU's memory that is taken, for weights and conversations", 0.05, 1)
     tensor: int = knob(1, "GPUs that share each layer", 1)

@@ -23,6 +23,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that `--max-lora-rank` t
 BLOCK_TOKENS = 128  # the CPU build gives its cache out in blocks of so many
 LEAST_EFFECT_NATS = 0.05  # rounding and batching move a token's log probability by less, training by far more
 PROBES, PROBE_TOKENS = 4, 8
+BASE = "-base"  # the base alone answers beside the adapter under the name with this end
 END_SECONDS = 10  # for its processes, once the last answer is given
 READY_SECONDS = 1800  # many GPUs load and compile for many minutes
 SERVER = ("-m", "vllm.entrypoints.cli.main", "serve")
@@ -69,13 +70,11 @@ def backend(recipe: Recipe, run: Run) -> Backend:
     Raises:
         UserError: the weights are not there or were changed, or the recipe asks for what this machine has not.
     """
-    port = recipe.serve.port
-    machine = Machine(gpus(), fast_precision(), recipe.serve.threads or cores())
+    port, machine = recipe.serve.port, machine_for(recipe)
     if problems := impossible(recipe, machine):
         raise UserError(*problems)
-    model, inputs = model_of(recipe, run), verified(recipe, run)
+    model, inputs, key = model_of(recipe, run), verified(recipe, run), make_key()
     refuse_long_context(recipe.serve.context, model.weights)
-    key = make_key()
     service = Service(
         name="engine",
         argv=(str(python()), *arguments(recipe, model, machine, port)),
@@ -90,6 +89,12 @@ def backend(recipe: Recipe, run: Run) -> Backend:
         grace_seconds=recipe.serve.vllm.grace + END_SECONDS,
     )
     return Backend(Endpoint(f"{url_of(port)}/v1", recipe.name, key), (service,), inputs)
+
+
+def machine_for(recipe: Recipe) -> Machine:
+    """This machine, as far as the recipe lets it be used."""
+    wish = recipe.serve.vllm.precision
+    return Machine(gpus(), fast_precision() if wish == "auto" else wish, recipe.serve.threads or cores())
 
 
 def python() -> Path:
@@ -150,7 +155,7 @@ def model_arguments(recipe: Recipe, model: Model, machine: Machine) -> tuple[str
     """Those that are the same wherever the server listens and however many machines it takes."""
     serve, knobs = recipe.serve, recipe.serve.vllm
     words = [
-        *("--served-model-name", base_name(recipe) if model.adapter else recipe.name),
+        *("--served-model-name", f"{recipe.name}{BASE}" if model.adapter else recipe.name),
         *("--chat-template", str(model.template), "--chat-template-content-format", "string"),
         *("--dtype", machine.precision),
         *("--max-model-len", str(serve.context), "--max-num-seqs", str(serve.slots)),
@@ -182,11 +187,6 @@ def model_arguments(recipe: Recipe, model: Model, machine: Machine) -> tuple[str
 def settings(machine: Machine) -> dict[str, str]:
     """The environment's part of the arguments: the CPU build takes one core of each pair unless it is told."""
     return {} if machine.gpus else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(machine.cores)}
-
-
-def base_name(recipe: Recipe) -> str:
-    """The name under which the base alone answers beside the adapter."""
-    return f"{recipe.name}-base"
 
 
 def text_config(folder: Path) -> dict[str, Any]:
@@ -235,7 +235,7 @@ def adapter_effect(recipe: Recipe, run: Run, port: int, key: str) -> float:
         prompt = probe.ids + probe.continuation[:PROBE_TOKENS]
         if len(prompt) >= recipe.serve.context:
             continue
-        said = [token_logprobs(name, prompt, len(probe.ids), port, key) for name in (recipe.name, base_name(recipe))]
+        said = [token_logprobs(name, prompt, len(probe.ids), port, key) for name in (recipe.name, recipe.name + BASE)]
         effect = max(effect, *(abs(mine - other) for mine, other in zip(*said, strict=True)))
     return effect
 
