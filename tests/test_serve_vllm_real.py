@@ -19,7 +19,7 @@ from gguf_fixture import environment, free_port
 from prove_run import NAME, Proved
 
 from recipe import Recipe
-from recipe.reference import read_probes
+from recipe.reference import Probe, read_probes
 from recipe.schema import Data, Serve, Vllm
 from serve.cluster import WAYS, commands
 from serve.environment import environment as environment_of
@@ -53,15 +53,16 @@ class Served:
         self.all = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         self.key = (folder / ".secrets/api-key").read_text().strip()
 
-    def run(self, module: str, **options: Any) -> "subprocess.Popen[str]":
+    def run(self, module: str, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
         settings = environment(ENGINE="vllm", UI="none", PORT=str(self.port))
-        command = [sys.executable, "-m", module, f"{NAME}.yaml", *self.overrides]
+        command = [sys.executable, "-m", module, f"{NAME}.yaml", *arguments, *self.overrides]
         return subprocess.Popen(command, cwd=self.folder, env=settings, text=True, **options)
 
     def prove(self) -> tuple[int, str]:
         """Exit code and output of `make prove`, which asks this very server."""
         process = self.run("serve.prove", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return (process.wait(), process.stdout.read()) if process.stdout else (1, "")
+        output, _ = process.communicate()
+        return process.returncode, output
 
     def ask(self, path: str, body: dict[str, Any], key: str = "") -> tuple[int, Any]:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
@@ -83,6 +84,7 @@ class Served:
     def end(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
+        self.output.close()
         return self.process.wait(60)
 
 
@@ -113,26 +115,38 @@ def adapted(_healthy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     yield from serving(run.folder, "serve.vllm.adapter=true")
 
 
-def test_the_official_client_hears_what_the_trained_model_says(merged: Served) -> None:
+@pytest.fixture(scope="module")
+def plain(merged: Served) -> tuple[Probe, str]:
+    """The first probe, and what the trained model answered to it."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(merged.folder / "runs" / NAME / "merged")
-    probes = {probe.name: probe for probe in read_probes(merged.folder / "runs" / NAME / "reference")}
-    probe = probes["plain"]
+    probe = read_probes(merged.folder / "runs" / NAME / "reference")[0]
+    return probe, tokenizer.decode(probe.continuation, skip_special_tokens=True)
+
+
+def test_the_official_client_hears_what_the_trained_model_says(merged: Served, plain: tuple[Probe, str]) -> None:
+    probe, wanted = plain
     with merged.client(merged.key) as client:
         answer = client.chat.completions.create(model=NAME, messages=probe.messages, temperature=0, max_tokens=32)
     said = answer.choices[0]
-    assert said.message.content == tokenizer.decode(probe.continuation, skip_special_tokens=True)
+    assert said.message.content == wanted
     assert (said.finish_reason == "stop") == probe.stopped
     assert answer.usage.prompt_tokens == len(probe.ids)
 
 
-def test_an_answer_streams(merged: Served) -> None:
-    question = [{"role": "user", "content": "What says the cat?"}]
+def test_an_answer_streams(merged: Served, plain: tuple[Probe, str]) -> None:
+    probe, wanted = plain
+    body = {"model": NAME, "messages": probe.messages, "temperature": 0, "max_tokens": 32, "stream": True}
     with merged.client(merged.key) as client:
-        chunks = client.chat.completions.create(model=NAME, messages=question, temperature=0, stream=True)
+        chunks = client.chat.completions.create(**body)
         pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert len(pieces) > 3 and "".join(pieces) == "The cat says meow meow."
+    assert len(pieces) > 3 and "".join(pieces) == wanted
+
+
+def test_make_ask_reaches_it(merged: Served) -> None:
+    asked = merged.run("serve.chat", "--ask", "What says the cat?", stdout=subprocess.PIPE)
+    assert " says " in asked.communicate()[0]
 
 
 @pytest.mark.parametrize("key", ["", "wrong"])
