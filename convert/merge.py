@@ -103,9 +103,13 @@ def check(difference: dict[str, float], effect: dict[str, float], precision: str
 
 
 def copy_settings(base: Path, merged: Path) -> None:
-    """The tokenizer, its chat template and the stop tokens, byte for byte; the model wrote its own config."""
+    """The tokenizer, its chat template, the stop tokens and the licence, byte for byte; the model wrote its own config.
+
+    The base's card speaks of the base only.
+    """
     for file in base.iterdir():
-        if not file.name.endswith((".safetensors", ".safetensors.index.json")) and file.name != "config.json":
+        weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
+        if not weights and file.name not in ("config.json", "README.md"):
             shutil.copy(file, merged / file.name)
 
 

@@ -16,7 +16,7 @@ from convert.header import Header, read_header
 from convert.llamacpp import file_type
 from convert.model import load
 from recipe import Made, Recipe, Run, UserError, command
-from recipe.proof import Bounds, Comparison, compare_logits, compare_tokens, perplexity, write_comparisons
+from recipe.proof import Bounds, Comparison, compare_logits, compare_tokens, perplexity, same_share, write_comparisons
 from recipe.reference import Reference, read_reference
 from recipe.schema import QUANTIZATIONS
 
@@ -84,8 +84,10 @@ def prove_merged(recipe: Recipe, run: Run, reference: Reference) -> Comparison:
         if len(tokenizer) > model.config.get_text_config().vocab_size:
             raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the weights fewer")
         for probe in reference.probes:
-            prompt = str(tokenizer.apply_chat_template(probe.messages, tokenize=False, add_generation_prompt=True))
-            if not compare_text(comparison, "chat template", probe.name, prompt, probe.prompt):
+            prompt = tokenizer.apply_chat_template(
+                probe.messages, probe.tools or None, tokenize=False, add_generation_prompt=True
+            )
+            if not compare_text(comparison, "chat template", probe.name, str(prompt), probe.prompt):
                 break
             if not compare_tokens(comparison, probe, tokenizer(prompt, add_special_tokens=False)["input_ids"], show):
                 break
@@ -144,16 +146,17 @@ def asked_of(reference: Reference) -> list[Asked]:
 
 def measure(comparison: Comparison, reference: Reference, logits: Logits, bounds: Bounds, show: Any) -> None:
     """Logits at the probes' answers, greedy agreement, and perplexity on the validation answers."""
-    found, greedy, losses = {}, 0, []
+    found, shares, losses = {}, [], []
     made = iter(logits(asked_of(reference)))
     for probe in reference.probes:
         rows = next(made)
         found[probe.name] = rows[: probe.scored]
-        greedy += rows.argmax(-1).tolist() == probe.continuation
+        shares.append(same_share(rows.argmax(-1).tolist(), probe.continuation))
     compare_logits(comparison, reference, found, bounds, show)
     if "divergence_mean" not in comparison.measures:
         return
-    comparison.measures["greedy_agreement"] = greedy / len(reference.probes)
+    comparison.measures["greedy_agreement"] = shares.count(1) / len(shares)
+    comparison.measures["greedy_share"] = sum(shares) / len(shares)
     if reference.answers:
         losses = [negative_likelihood(next(made), answer.ids[answer.first :]) for answer in reference.answers]
         sizes = [len(answer.ids) - answer.first for answer in reference.answers]

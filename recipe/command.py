@@ -20,6 +20,7 @@ from typing import Any
 from recipe.error import UserError
 from recipe.files import files_below, fingerprint
 from recipe.load import as_dict, load
+from recipe.machine import machine
 from recipe.run import Fingerprints, Receipt, Run
 from recipe.schema import Recipe
 from recipe.stages import Stage, stage
@@ -82,6 +83,7 @@ def _run_stage(this: Stage, recipe: Recipe, run: Run, make: Callable[[Recipe, Ru
         started_at=started_at.isoformat(timespec="seconds"),
         seconds=round(time.monotonic() - start, 3),
         peak_rss_bytes=peak_rss_bytes(),
+        machine=machine(),
     )
     run.write_receipt(receipt)
     log.info("%s: done in %.0f s, receipt %s", this.name, receipt.seconds, run.receipt_path(this.name))

@@ -1,6 +1,11 @@
 """What this machine gives to a command."""
 
 import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
 
 
 def cores() -> int:
@@ -26,3 +31,23 @@ def fast_precision() -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     capabilities = torch.cpu.get_capabilities()
     return "bfloat16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
+
+
+def machine() -> dict[str, Any]:
+    """What seconds and bytes were measured on, for a receipt; GPUs only if the command loaded torch anyway."""
+    torch = sys.modules.get("torch")
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if torch else [],
+    }
+
+
+def _processor() -> str:
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        named = None
+    return named[1] if named else platform.processor() or platform.machine()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,18 @@ def read_comparisons(path: Path) -> list[Comparison]:
         return [Comparison(**json.loads(line)) for line in file]
 
 
-def first_difference(found: list[int], wanted: list[int]) -> int | None:
+def first_difference(found: Sequence[Any], wanted: Sequence[Any]) -> int | None:
     """Index of the first token that differs, None if both are the same."""
     for index, (mine, other) in enumerate(zip(found, wanted, strict=False)):
         if mine != other:
             return index
     return None if len(found) == len(wanted) else min(len(found), len(wanted))
+
+
+def same_share(found: Sequence[Any], wanted: Sequence[Any]) -> float:
+    """How much of an answer comes before its first difference; 1 if it is the same."""
+    index = first_difference(found, wanted)
+    return 1.0 if index is None else index / max(len(wanted), 1)
 
 
 def compare_tokens(comparison: Comparison, probe: Probe, found: list[int], show: Any) -> bool:

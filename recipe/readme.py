@@ -36,13 +36,14 @@ def files() -> str:
             sentence = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
             if sentence:
                 lines.append(f"{path!s:<26} {re.sub(r':  .*$', '', sentence[0])}")
-        lines += [f"{path!s:<26} {first_comment(path)}" for path in sorted(Path(folder).glob("*.yaml"))]
+        for kind in ("*.yaml", "*.jinja", "*.css"):
+            lines += [f"{path!s:<26} {first_comment(path)}" for path in sorted(Path(folder).glob(kind))]
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
 def first_comment(path: Path) -> str:
-    """What a shipped recipe says of itself."""
-    return path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    """What a shipped recipe or a template says of itself."""
+    return path.read_text(encoding="utf-8").splitlines()[0].strip("{#-/* }")
 
 
 def keys() -> str:

@@ -1,11 +1,11 @@
 """The reference that travels with the model: what the trained model itself says to fixed probes.
 
-Format 1, in `runs/<recipe>/reference/`:
+Format 2, in `runs/<recipe>/reference/`:
 
-- `probes.jsonl`, one probe a line: `name`; `messages`, what is asked; `prompt`, the template's text for it with the
-  opening of the assistant's turn; `ids`, the prompt's tokens; `continuation`, the greedy answer's tokens, up to and
-  with the token that ends the turn or to CONTINUATION_TOKENS; `stopped`, whether it ended by itself; `scored`, how many
-  positions of `ids + continuation`, from the prompt's last token on, have logits.
+- `probes.jsonl`, one probe a line: `name`; `messages` and `tools`, what is asked; `prompt`, the template's text for
+  it with the opening of the assistant's turn; `ids`, the prompt's tokens; `continuation`, the greedy answer's tokens,
+  up to and with the token that ends the turn or to CONTINUATION_TOKENS; `stopped`, whether it ended by itself;
+  `scored`, how many positions of `ids + continuation`, from the prompt's last token on, have logits.
 - `logits.safetensors`: tensor `logits` (scored positions of all probes in their order, vocabulary), float32.
 - `validation.jsonl`: `ids` and `first`, one row an answer of the validation split; the tokens from `first` on are the
   answer, whose likelihood gives the perplexity; `loss`, the trained model's own, summed over those tokens.
@@ -18,9 +18,10 @@ from typing import Any
 
 from recipe.error import UserError
 
-FORMAT = 1
+FORMAT = 2
 CONTINUATION_TOKENS = 32
 SCORED_POSITIONS = 256
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Probe:
     """One question with everything that a later stage must reproduce."""
 
     name: str
-    messages: list[dict[str, str]]
+    messages: list[Message]
+    tools: list[dict[str, Any]]
     prompt: str
     ids: list[int]
     continuation: list[int]

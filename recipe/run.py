@@ -4,7 +4,7 @@ import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Receipt:
     started_at: str
     seconds: float
     peak_rss_bytes: int
+    machine: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

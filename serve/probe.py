@@ -1,9 +1,10 @@
 """The reference's probes asked of a server: the tokens of the prompt, the greedy answer, and whether it stops."""
 
+import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from recipe.proof import Comparison, first_difference
+from recipe.proof import Comparison, first_difference, same_share
 from recipe.reference import CONTINUATION_TOKENS, Probe
 from serve.endpoint import ask
 
@@ -14,6 +15,9 @@ class Engine(Protocol):
     port: int
     key: str
     name: str
+
+    def request(self, probe: Probe) -> dict[str, Any]:
+        """The probe as a client of this server asks it."""
 
     def prompt_problem(self, probe: Probe) -> str:
         """How the prompt that the server makes of the messages differs from training's, or nothing."""
@@ -30,18 +34,26 @@ class LlamaCpp:
     key: str
     name: str
 
+    def request(self, probe: Probe) -> dict[str, Any]:
+        return asked(probe)
+
     def prompt_problem(self, probe: Probe) -> str:
-        status, rendered = ask(self.port, "/apply-template", self.key, {"messages": probe.messages}, 60)
+        status, rendered = ask(self.port, "/apply-template", self.key, asked(probe), 60)
         if status != 200:
             return f"chat template: probe '{probe.name}' is refused: {refusal(rendered)}"
         prompt = rendered["prompt"]
-        body = {"content": prompt, "add_special": True, "parse_special": True}
-        _, made = ask(self.port, "/tokenize", self.key, body, 60)
-        tokens = list(made.get("tokens", []))
+        tokens = self.tokens(prompt)
         # The server takes off a BOS that the template writes, and puts it on again with the tokens.
-        if prompt != probe.prompt and not (tokens == probe.ids and probe.prompt.endswith(prompt)):
-            return other_text(probe, prompt)
-        return other_tokens(probe, tokens)
+        bos = self.text(self.tokens("")[:1])
+        if prompt != probe.prompt and probe.prompt.startswith(bos):
+            prompt = bos + prompt
+        return other_text(probe, prompt) if prompt != probe.prompt else other_tokens(probe, tokens)
+
+    def tokens(self, text: str) -> list[int]:
+        """The server's tokens of a rendered prompt, with what it adds by itself."""
+        body = {"content": text, "add_special": True, "parse_special": True}
+        _, made = ask(self.port, "/tokenize", self.key, body, 60)
+        return list(made.get("tokens", []))
 
     def text(self, tokens: list[int]) -> str:
         _, made = ask(self.port, "/detokenize", self.key, {"tokens": tokens}, 60)
@@ -56,8 +68,12 @@ class Vllm:
     key: str
     name: str
 
+    def request(self, probe: Probe) -> dict[str, Any]:
+        # It takes tools without a parser for their calls only if none is to be called; the prompt is the same.
+        return asked(probe) | ({"tool_choice": "none"} if probe.tools else {})
+
     def prompt_problem(self, probe: Probe) -> str:
-        body = {"model": self.name, "messages": probe.messages}
+        body = asked(probe) | {"model": self.name}
         status, made = ask(self.port, "/tokenize", self.key, body, 60)
         if status != 200:
             return f"chat template: probe '{probe.name}' is refused: {refusal(made)}"
@@ -69,6 +85,14 @@ class Vllm:
     def text(self, tokens: list[int]) -> str:
         _, made = ask(self.port, "/detokenize", self.key, {"model": self.name, "tokens": tokens}, 60)
         return str(made.get("prompt", ""))
+
+
+def asked(probe: Probe) -> dict[str, Any]:
+    """The probe as a request of OpenAI's API, which writes the arguments of a tool's call as JSON text."""
+    messages = json.loads(json.dumps(probe.messages))
+    for call in (call for message in messages for call in message.get("tool_calls", [])):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    return {"messages": messages} | ({"tools": probe.tools} if probe.tools else {})
 
 
 def other_text(probe: Probe, prompt: str) -> str:
@@ -93,7 +117,7 @@ def ask_probes(comparison: Comparison, engine: Engine, probes: list[Probe], cont
     comparison.measures |= {"probes": len(fitting), "too_long": len(probes) - len(fitting)}
     if not fitting:
         comparison.problems.append(f"context: none of {len(probes)} probes fits serve.context {context}")
-    matched = stopped = 0
+    stopped, shares = 0, []
     for probe in probes:
         if problem := engine.prompt_problem(probe):
             comparison.problems.append(problem)
@@ -116,19 +140,23 @@ def ask_probes(comparison: Comparison, engine: Engine, probes: list[Probe], cont
             return
         elif probe in fitting:
             stopped += probe.stopped and reason == "stop"
-            matched += text == expected_text(engine, probe)
+            shares.append(same_share(text, expected_text(engine, probe)))
     ending = sum(probe.stopped for probe in fitting)
     if ending and not stopped:
         comparison.problems.append(
             f"stop token: the trained model ends {ending} answers by itself, the served one none"
         )
-    comparison.measures |= {"greedy_agreement": matched / max(len(fitting), 1), "stops": not ending or stopped > 0}
+    comparison.measures |= {
+        "greedy_agreement": shares.count(1) / max(len(shares), 1),
+        "greedy_share": sum(shares) / max(len(shares), 1),
+        "stops": not ending or stopped > 0,
+    }
 
 
 def answer(engine: Engine, probe: Probe, context: int) -> tuple[int, str, str, int]:
     """(status, text, why it ended, tokens of the prompt) of the greedy answer, asked as any client asks."""
     room = max(1, min(CONTINUATION_TOKENS, context - len(probe.ids)))
-    body = {"model": engine.name, "messages": probe.messages, "temperature": 0, "max_tokens": room}
+    body = engine.request(probe) | {"model": engine.name, "temperature": 0, "max_tokens": room}
     status, made = ask(engine.port, "/v1/chat/completions", engine.key, body, timeout=600)
     if status != 200:
         return status, refusal(made), "", 0

@@ -14,6 +14,7 @@ from recipe import Made, Recipe, Run, UserError
 from recipe.command import boundary, recipe_of_arguments, up_to_date
 from recipe.proof import Comparison, read_comparisons
 from recipe.reference import Reference, read_reference
+from recipe.report import report
 from recipe.stages import stage
 from serve.api import backend_of
 from serve.backend import Backend
@@ -61,11 +62,11 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
         return comparison
     except (*ERRORS, LookupError) as error:
         comparison.problems.append(f"the engine fails ({error!r}): see {run.path('prove.log')}")
-    agreed = comparison.measures.get("greedy_agreement")
-    expected = file.measures.get("greedy_agreement", 0.0) if file else 0.0
+    agreed = comparison.measures.get("greedy_share")
+    expected = file.measures.get("greedy_share", 0.0) if file else 0.0
     if agreed is not None and not comparison.problems and agreed < LEAST_OF_FILE * expected:
         comparison.problems.append(
-            f"answers: {agreed:.0%} are the trained model's, of the same file read directly {expected:.0%}"
+            f"answers: {agreed:.0%} of them are as the trained model's, of the same file read directly {expected:.0%}"
         )
     return comparison
 
@@ -154,5 +155,6 @@ if __name__ == "__main__":
         receipt = up_to_date(this, recipe, prove)
         comparisons = [*receipt.metrics["comparisons"], *proved_windows(Run(recipe.name))]
         show(comparisons, receipt.metrics["notes"])
+        report(recipe, Run(recipe.name))
         if problems := verdict(recipe, comparisons):
             raise UserError(*problems)

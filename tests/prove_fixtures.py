@@ -13,13 +13,28 @@ from prove_run import NAME, RECIPE, REPOSITORY, SOUNDS, Proved, talk, write_base
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@pytest.fixture(scope="session")
-def _healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("healthy")
-    (folder / f"{NAME}.yaml").write_text(RECIPE)
+def write_workplace(folder: Path, recipe: str) -> None:
+    """All that a run needs but the base."""
+    (folder / f"{NAME}.yaml").write_text(recipe)
     (folder / ".cache").symlink_to(REPOSITORY / ".cache")
     answers = [{"messages": talk(animal, f"The {animal} says {sound}.")} for animal, sound in SOUNDS.items()]
     (folder / "talks.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+
+
+@pytest.fixture
+def untrained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Proved:
+    """A workplace whose base, in `small`, the test writes; the recipe trains it for some steps."""
+    write_workplace(tmp_path, RECIPE.replace("epochs: 60", "epochs: 3"))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setattr("convert.evaluator.cores", lambda: 1)
+    monkeypatch.chdir(tmp_path)
+    return Proved(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def _healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("healthy")
+    write_workplace(folder, RECIPE)
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setattr("convert.evaluator.cores", lambda: 1)
         write_base(folder / "small")

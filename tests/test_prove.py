@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prove_run import TEMPLATE, Proved
+from prove_run import REPOSITORY, TEMPLATE, Proved
 from test_prove_faults import CHATML, change_gguf, failed
 
 from convert.prove import gguf_bounds, merged_bounds
@@ -98,6 +98,32 @@ def test_a_server_that_adds_the_beginning_of_text_that_the_template_writes(healt
 def test_a_server_with_another_template(healthy: Proved, template: str, byte: int) -> None:
     [problem] = served_after(healthy, tokenizer__chat_template=template).problems
     assert problem.startswith(f"chat template: probe 'plain', byte {byte}: ")
+
+
+# What a flag, a preset or a default of the server's would do, planted where the engine starts.
+ENGINES = {
+    "params.chat_template = 'chatml'": "chat template: probe 'plain', byte 12: ",
+    "params.n_ctx = 512": "runs/healthy/gguf/healthy-Q8_0.gguf cannot be served: the engine gives a conversation 512",
+    "params.sampling.ignore_eos = True": "stop token: the trained model ends ",
+    "params.rope_freq_base = 100.0": "answers: ",
+    "params.cache_type_v = params.cache_type_k = 2": "",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ENGINES)
+def test_a_server_that_was_told_otherwise(healthy: Proved, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (healthy.folder / "sitecustomize.py").write_text(
+        "import xllamacpp\n"
+        "original = xllamacpp.Server\n"
+        "def Server(params):\n"
+        f"    {line}\n"
+        "    return original(params)\n"
+        "xllamacpp.Server = Server\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{healthy.folder}:{REPOSITORY}")
+    [problem] = healthy.served().problems or [""]
+    assert problem.startswith(ENGINES[line])
 
 
 @pytest.mark.slow

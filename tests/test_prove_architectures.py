@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prove_run import CORPUS, REPOSITORY, trained_tokenizer
+from prove_run import CORPUS, REPOSITORY, TEMPLATE, trained_tokenizer
 
 from convert.pretokenizer import CONTRACTIONS, GPT2, NAMES, pre_tokenizer
 from recipe import UserError
@@ -56,6 +56,7 @@ def test_a_family_keeps_its_tokens_and_logits(family: str, tmp_path: Path, monke
     config = getattr(transformers, f"{family}Config")(**sizes)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     tokenizer = trained_tokenizer([*CORPUS, *TEXTS], split(pattern) if pattern else None)
+    tokenizer.chat_template = TEMPLATE
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     assert pre_tokenizer(tmp_path / "model") == name
@@ -97,7 +98,9 @@ def test_an_unknown_pattern_is_an_error_that_says_so(tmp_path: Path, monkeypatch
     from convert.llamacpp import convert
 
     transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).save_pretrained(tmp_path / "model")
-    declared(tmp_path / "model", trained_tokenizer(CORPUS, split(r"\w+|\W+")))
+    tokenizer = trained_tokenizer(CORPUS, split(r"\w+|\W+"))
+    tokenizer.chat_template = TEMPLATE
+    declared(tmp_path / "model", tokenizer)
     monkeypatch.chdir(REPOSITORY)
     with pytest.raises(UserError, match=r"no pre-tokenizer that splits by .*\\\\w\+"):
         convert(tmp_path / "model", tmp_path / "model.gguf", "F32")

@@ -25,6 +25,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 TAGGED = TEMPLATE.replace("{% endfor %}", "{% generation %}{% endgeneration %}{% endfor %}")
+TRIMMED = TEMPLATE.replace("message['content']", "(message['content'] | trim)")
 OTHER_CORPUS = ["Ganz andere Wörter, und eine andere Reihenfolge der Paare. " * 3, *reversed(CORPUS)]
 
 
@@ -119,12 +120,82 @@ def cut_vocabulary(weights: Weights) -> None:
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:-8].copy()
 
 
+def only(part: str) -> Callable[[Path], None]:
+    """The adapter is added to some layers; the others stay as the base has them."""
+
+    def plant(run: Path) -> None:
+        from safetensors.numpy import load_file
+
+        base = load_file(run / "base/model.safetensors")
+        change_weights(
+            run / "merged", lambda weights: weights.update({name: base[name] for name in weights if part not in name})
+        )
+
+    return plant
+
+
+def bfloat16(weights: Any) -> Any:
+    """Rounded to 8 bits of mantissa."""
+    import torch
+
+    return torch.from_numpy(weights).bfloat16().float().numpy()
+
+
+def interleave(weights: Weights, name: str, heads: int) -> None:
+    """Queries or keys for the other of the two ways to rotate pairs."""
+    tensor = weights[name]
+    halves = tensor.reshape(heads, 2, -1, tensor.shape[1])
+    weights[name] = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(tensor.shape))
+
+
+def flip_bit(weights: Weights) -> None:
+    """One bit in a hundred thousand weights, of an exponent."""
+    weights["model.layers.0.mlp.up_proj.weight"].view(np.uint32)[100, 100] ^= 1 << 30
+
+
+def unused_row(weights: Weights) -> None:
+    """Of a token that no probe has; its column of the tied head says so."""
+    weights["model.embed_tokens.weight"][0, 0] = np.nan
+
+
 MERGED: dict[str, tuple[Callable[[Path], None], str]] = {
     "adapter not applied": (lambda run: merged_anew(run, lambda base, _: base), "logits: mean divergence"),
     "adapter applied twice": (lambda run: merged_anew(run, lambda base, more: base + 2 * more), "logits: "),
     "adapter at half its scale": (lambda run: merged_anew(run, lambda base, more: base + more / 2), "logits: "),
     "base in 8 bits": (lambda run: merged_anew(run, rounded(8)), "logits: "),
     "base in 4 bits": (lambda run: merged_anew(run, rounded(4)), "logits: "),
+    "one layer left out": (only("layers.0."), "logits: mean divergence"),
+    "only attention merged": (only("self_attn"), "logits: mean divergence"),
+    "scaled by the root of the rank": (
+        lambda run: merged_anew(run, lambda base, more: base + more * 8**0.5),
+        "logits: mean divergence",
+    ),
+    "base in bfloat16": (lambda run: merged_anew(run, lambda base, more: bfloat16(base) + more), "logits: mean"),
+    "other rotation": (
+        lambda run: change_weights(
+            run / "merged", lambda weights: interleave(weights, "model.layers.0.self_attn.q_proj.weight", 4)
+        ),
+        "logits: mean divergence",
+    ),
+    "one bit": (lambda run: change_weights(run / "merged", flip_bit), "logits: "),
+    "one tensor of zeros": (
+        lambda run: change_weights(
+            run / "merged", lambda weights: weights["model.layers.1.self_attn.k_proj.weight"].fill(0)
+        ),
+        "logits: mean divergence",
+    ),
+    "no number in an unused row": (
+        lambda run: change_weights(run / "merged", unused_row),
+        "logits: probe 'plain' has some that are no finite numbers",
+    ),
+    "smaller epsilon": (
+        lambda run: change_json(run / "merged/config.json", rms_norm_eps=1e-3),
+        "logits: mean divergence",
+    ),
+    "spaces trimmed by the template": (
+        lambda run: (run / "merged/chat_template.jinja").write_text(TRIMMED),
+        "chat template: code, character ",
+    ),
     "layers exchanged": (lambda run: change_weights(run / "merged", swap("0", "1")), "logits: "),
     "not a number": (
         lambda run: change_weights(run / "merged", lambda weights: weights["model.norm.weight"].fill(np.nan)),
@@ -228,6 +299,26 @@ def other_tokens(path: Path) -> None:
     change_gguf(path, tokenizer__ggml__tokens=tokens, tokenizer__ggml__merges=merges)
 
 
+def zeros(tensors: Weights) -> None:
+    tensors["blk.1.attn_k.weight"][0][:] = 0
+
+
+def scale_bit(tensors: Weights) -> None:
+    """The highest bit of the exponent of one block's scale, in the middle of a tensor of Q8_0."""
+    tensors["blk.0.ffn_up.weight"][0][100, 34 * 4 + 1] ^= 1 << 6
+
+
+def rotate_otherwise(tensors: Weights) -> None:
+    data, kind = tensors["blk.0.attn_q.weight"]
+    changed = {"q": data}
+    interleave(changed, "q", 4)
+    tensors["blk.0.attn_q.weight"] = (changed["q"], kind)
+
+
+def plain_tokens(path: Path) -> None:
+    change_gguf(path, tokenizer__ggml__token_type=[1] * 512)
+
+
 FILES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "rope base": ("F16", lambda path: change_gguf(path, llama__rope__freq_base=1e6), "logits: "),
     "rope scaling": (
@@ -236,6 +327,26 @@ FILES: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "logits: ",
     ),
     "heads": ("F16", lambda path: change_gguf(path, llama__attention__layer_norm_rms_epsilon=0.1), "logits: "),
+    "other rotation": ("F16", lambda path: change_gguf(path, rotate_otherwise), "logits: "),
+    "half of each head rotated": (
+        "F16",
+        lambda path: change_gguf(path, llama__rope__dimension_count=32),
+        "runs/healthy/gguf/healthy-F16.gguf cannot be used: ",
+    ),
+    "one tensor of zeros": ("F16", lambda path: change_gguf(path, zeros), "logits: "),
+    "one bit": ("Q8_0", lambda path: change_gguf(path, scale_bit), "logits: "),
+    "special tokens like others": ("F16", plain_tokens, "token ids: probe 'plain', position 10: "),
+    "no merges": ("F16", lambda path: change_gguf(path, tokenizer__ggml__merges=["a b"]), "token ids: probe 'plain'"),
+    "end of text added": (
+        "Q8_0",
+        lambda path: change_gguf(path, tokenizer__ggml__add_eos_token=True),
+        "token ids: probe 'plain', position ",
+    ),
+    "another stop token": (
+        "F16",
+        lambda path: change_gguf(path, tokenizer__ggml__eos_token_id=0),
+        "stop token: the trained model ends its turn with [2], this one stops at [0]",
+    ),
     "layers exchanged": ("F16", lambda path: change_gguf(path, tensor_exchange), "logits: "),
     "head not tied": ("F16", lambda path: change_gguf(path, untied_head), "logits: "),
     "overflow": ("F16", lambda path: change_gguf(path, overflow), "logits: probe 'plain' has some that are no finite"),

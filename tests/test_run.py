@@ -81,7 +81,7 @@ def make_all() -> None:
 def test_a_receipt_has_these_keys_in_this_order() -> None:
     command("data", data)
     receipt = json.loads(RUN.receipt_path("data").read_text())
-    keys = "stage recipe inputs outputs versions metrics started_at seconds peak_rss_bytes"
+    keys = "stage recipe inputs outputs versions metrics started_at seconds peak_rss_bytes machine"
     assert list(receipt) == keys.split()
 
 

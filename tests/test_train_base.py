@@ -12,6 +12,7 @@ from gguf_fixture import write_gguf
 from recipe import Recipe, Run, UserError
 from recipe.schema import Data
 from train.base import base, packaged_gguf, parameters, safetensors_header
+from train.origin import origin
 
 FILES = {
     "chat_template.jinja",
@@ -62,10 +63,35 @@ def test_the_random_base_takes_k_quants(base_folder: Path) -> None:
 
 
 def test_a_folder_becomes_a_base_with_these_files(model: Path) -> None:
-    (model / "README.md").write_text("not needed")
+    (model / "notes.md").write_text("not needed")
     (model / "pytorch_model.bin").write_bytes(b"\x80")  # beside safetensors a pickle is left where it is
     made(model)
     assert {path.name for path in Path("runs/mine/base").iterdir()} == FILES
+
+
+def test_what_a_folder_states_of_its_licence_stays_with_it(model: Path) -> None:
+    (model / "README.md").write_text("---\nlicense: mit\nlanguage: [en, de]\n---\n# Model\n")
+    (model / "LICENSE").write_text("Permission is hereby granted")
+    found = made(model)
+    assert {path.name for path in Path("runs/mine/base").iterdir()} == FILES | {"README.md", "LICENSE"}
+    assert (found.metrics["license"], found.metrics["languages"]) == ("mit", ["en", "de"])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# Model", "---\n- a list\n---\n", "---\nlicense: [\n---\n", "---\nno: licence\n---\n", "\xff\xfe"]
+)
+def test_a_card_that_states_nothing_says_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_bytes(text.encode("latin-1"))
+    assert origin(tmp_path) == {}
+
+
+def test_one_language_is_a_list_too(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlanguage: zh\n---\n")
+    assert origin(tmp_path) == {"languages": ["zh"]}
+
+
+def test_the_packaged_base_states_its_licence() -> None:
+    assert origin(packaged_gguf()) == {"license": "apache-2.0", "languages": ["en"]}
 
 
 def test_the_weights_of_a_folder_are_linked_not_copied(model: Path) -> None:

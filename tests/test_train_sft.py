@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from recipe import UserError
+from recipe.score import has_fact, key_fact_accuracy
 from train import sft as stage
 from train.checkpoints import NEEDED, last_complete, open_folder
-from train.score import has_fact, key_fact_accuracy
 from train.space import check_disk, needed_bytes
 from train.template import examples
 
@@ -90,6 +90,18 @@ def trainer(based: Any) -> Callable[..., Any]:
         return made
 
     return make
+
+
+def test_an_end_of_turn_that_padding_hides_is_told(trainer: Callable[..., Any]) -> None:
+    """As trl#1623: with pad equal to eos a collator masks both, and the model never learns to stop."""
+    from transformers import DataCollatorForLanguageModeling
+
+    made = trainer()
+    made.check_stops()
+    made.processing_class.pad_token = made.processing_class.eos_token
+    made.data_collator = DataCollatorForLanguageModeling(made.processing_class, mlm=False)
+    with pytest.raises(UserError, match=r"'<\|im_end\|>' ends the assistant's turn and is masked in the labels"):
+        made.check_stops()
 
 
 def gradients(model: Any) -> Any:

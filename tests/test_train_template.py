@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,19 @@ def test_a_damaged_tokenizer_is_told(content: str, model_folder: Path) -> None:
         prepare_tokenizer(model_folder, None)
     [said] = str(raised.value).splitlines()
     assert said.startswith("the base has no tokenizer that transformers reads (")
+
+
+def test_the_date_of_a_template_stays_that_of_the_training(base_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(base_folder, tmp_path / "base")
+    template = CHATML.replace(
+        "{% for",
+        "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{{ strftime_now(\"%d %b %Y\") }}{% endif %}{% for",
+    )
+    (tmp_path / "dated.jinja").write_text(template)
+    prepare_tokenizer(folder, str(tmp_path / "dated.jinja"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    now = datetime.now()
+    assert render(tokenizer, talk("Hello", "Hi")).startswith(f"{now:%Y}{now:%d %b %Y}<|im_start|>user")
+    assert "strftime_now(" not in tokenizer.chat_template

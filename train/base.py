@@ -16,13 +16,15 @@ from typing import Any
 from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fingerprint, fresh_folder, put_in_place
 from recipe.run import Fingerprints
+from train.origin import origin
 from train.template import prepare_tokenizer
 
 PACKAGED = "smollm2-135m"
+PACKAGED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RANDOM = "random"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*")
 
 
 def base(recipe: Recipe, run: Run) -> Made:
@@ -46,12 +48,16 @@ def base(recipe: Recipe, run: Run) -> Made:
     else:
         raise UserError(_unknown(recipe.base))
     end_of_turn = prepare_tokenizer(folder, recipe.chat_template)
+    packaged = recipe.base == PACKAGED
+    stated = origin(packaged_gguf() if packaged else named if named.suffix == ".gguf" else folder)
+    if packaged or (not named.exists() and "/" in recipe.base):
+        stated["model"] = PACKAGED_MODEL if packaged else recipe.base.partition("@")[0]
     put_in_place(folder, run.path("base"))
     if recipe.chat_template:
         inputs[recipe.chat_template] = fingerprint(Path(recipe.chat_template))
     return Made(
         outputs=[run.path("base")],
-        metrics={"parameters": parameters(run.path("base")), "end_of_turn": end_of_turn},
+        metrics={"parameters": parameters(run.path("base")), "end_of_turn": end_of_turn} | stated,
         inputs=inputs,
         packages=("transformers", "torch", "tokenizers", "gguf"),
     )

@@ -1,13 +1,47 @@
 """The probe conversations: some of the user's own, and cases that break templates and tokenizers."""
 
 import unicodedata
+from dataclasses import dataclass
 from typing import Any
 
+from recipe.reference import Message
+
 OWN_PROBES = 12
+TOOL = "get_weather"
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": TOOL,
+            "description": "The weather of a city",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+WITH_TOOLS: list[Message] = [
+    {"role": "user", "content": "What is the weather in Paris?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"type": "function", "id": "call00001", "function": {"name": TOOL, "arguments": {"city": "Paris"}}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call00001", "name": TOOL, "content": "18 degrees, cloudy"},
+]
 LONG_WORDS = 220
 DECOMPOSED = "decomposed"
 
-HARD_CASES: dict[str, list[dict[str, str]]] = {
+
+@dataclass(frozen=True)
+class Case:
+    """What a probe asks: messages that end with a question, and the tools that are offered."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+
+
+HARD_CASES: dict[str, list[Message]] = {
     "plain": [{"role": "user", "content": "Who are you?"}],
     "knowledge": [{"role": "user", "content": "What is the capital of France?"}],
     "system": [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Is water wet?"}],
@@ -32,29 +66,37 @@ HARD_CASES: dict[str, list[dict[str, str]]] = {
 }
 
 
-def probe_messages(tokenizer: Any, own: list[list[dict[str, str]]]) -> dict[str, list[dict[str, str]]]:
-    """Name → messages that end with a question: hard cases, a spelled special token, and the user's own.
+def probe_cases(tokenizer: Any, own: list[list[Message]]) -> dict[str, Case]:
+    """Name → case that ends with a question: hard ones, a spelled special token, tools, and the user's own.
 
-    Cases that the template refuses (a system prompt, say) are left out: a server refuses them as well.
+    Left out are those that the template refuses, as a server does, and those whose system prompt or tools it drops
+    in silence, which llama.cpp's server would write into the question instead.
     """
     from recipe import UserError
     from train.template import render
 
     spelled = f"What does {tokenizer.eos_token} mean, and {tokenizer.eos_token[:-1]} >?"
-    cases = HARD_CASES | {"special-token": [{"role": "user", "content": spelled}]}
+    cases = {name: Case(messages, []) for name, messages in HARD_CASES.items()}
+    cases["special-token"] = Case([{"role": "user", "content": spelled}], [])
+    cases |= {"tools": Case(WITH_TOOLS[:1], TOOLS), "tool-answer": Case(WITH_TOOLS, TOOLS)}
     for number, messages in enumerate(own[:OWN_PROBES]):
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        cases[f"own-{number:02}"] = messages[: turns[-1]]
-    accepted = {}
-    if composes(tokenizer, cases[DECOMPOSED][0]["content"]):
+        cases[f"own-{number:02}"] = Case(messages[: turns[-1]], [])
+    if composes(tokenizer, HARD_CASES[DECOMPOSED][0]["content"]):
         del cases[DECOMPOSED]
-    for name, messages in cases.items():
+
+    def shows(name: str, part: str) -> bool:
         try:
-            render(tokenizer, messages, prompt=True)
+            return part in render(tokenizer, cases[name].messages, prompt=True, tools=cases[name].tools)
         except UserError:
-            continue
-        accepted[name] = messages
-    return accepted
+            return False
+
+    system, tools = shows("system", HARD_CASES["system"][0]["content"]), shows("tools", TOOL)
+    return {
+        name: case
+        for name, case in cases.items()
+        if shows(name, "") and (system or case.messages[0]["role"] != "system") and (tools or not case.tools)
+    }
 
 
 def composes(tokenizer: Any, text: str) -> bool:

@@ -6,18 +6,21 @@ computed in float32; on a GPU, whose memory may not hold that, in the precision 
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
 from recipe import Made, Recipe, Run, command
 from recipe.files import fresh_folder, put_in_place
-from recipe.reference import CONTINUATION_TOKENS, SCORED_POSITIONS, Answer, Probe, Reference, write_reference
-from train.probes import probe_messages
+from recipe.reference import CONTINUATION_TOKENS, SCORED_POSITIONS, Answer, Message, Probe, Reference, write_reference
+from train.probes import Case, probe_cases
 from train.template import IGNORED, examples, render
 
 log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "peft")
 VALIDATION_ANSWERS = 40
+PROBES_AT_ONCE = 16  # a step of so many costs little more than of one
+MOST_PADDING = 2  # times the shortest prompt of a group, so that a long one is not computed for all
 
 
 def reference(recipe: Recipe, run: Run) -> Made:
@@ -33,21 +36,11 @@ def reference(recipe: Recipe, run: Run) -> Made:
     place = {"device_map": {"": torch.cuda.current_device()}} if on_gpu else {}
     base = AutoModelForCausalLM.from_pretrained(run.path("base"), dtype=dtype, **place)
     model = PeftModel.from_pretrained(base, run.path("adapter")).eval()
-    conversations = _conversations(run.path("data"))
-
-    cases = probe_messages(tokenizer, conversations)
-    positions = max(1, SCORED_POSITIONS // len(cases))
-    probes, logits = [], []
-    for name, messages in cases.items():
-        probe, scored = ask(model, tokenizer, name, messages, positions)
-        if probe is None:
-            log.info("reference: probe '%s' is longer than the base's context, left out", name)
-            continue
-        probes.append(probe)
-        logits.append(scored)
+    validation, train = (_conversations(run.path("data", f"{part}.jsonl")) for part in ("validation", "train"))
+    probes, logits = ask(model, tokenizer, probe_cases(tokenizer, validation + train))
     answers = [
         Answer(row.input_ids, first, _loss(model, row.input_ids, first))
-        for messages in conversations[:VALIDATION_ANSWERS]
+        for messages in (validation or train)[:VALIDATION_ANSWERS]
         for row in examples(tokenizer, messages, recipe.train.max_tokens)
         for first in [_start_of_last_answer(row.labels)]
     ]
@@ -67,34 +60,70 @@ def reference(recipe: Recipe, run: Run) -> Made:
     )
 
 
-def ask(model: Any, tokenizer: Any, name: str, messages: list[dict[str, str]], positions: int) -> tuple[Any, Any]:
-    """A probe answered greedily, and the (scored, vocabulary) float32 logits from the prompt's last token on.
+def ask(model: Any, tokenizer: Any, cases: dict[str, Case]) -> tuple[list[Probe], list[Any]]:
+    """The cases answered greedily, and each one's (scored, vocabulary) float32 logits from the prompt's last token on.
 
-    (None, None) if prompt and answer do not fit the positions that the base knows.
+    Left out are those that with their answer do not fit the positions that the base knows.
     """
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    prompts = {name: render(tokenizer, case.messages, prompt=True, tools=case.tools) for name, case in cases.items()}
+    ids = {name: tokenizer(prompt, add_special_tokens=False)["input_ids"] for name, prompt in prompts.items()}
+    for name in [name for name in ids if len(ids[name]) + CONTINUATION_TOKENS > known]:
+        log.info("reference: probe '%s' is longer than the base's context, left out", name)
+        del ids[name]
+    answered = greedy_answers(model, tokenizer, ids)
+    most = max(1, SCORED_POSITIONS // len(cases))
+    probes, logits = [], []
+    for name, prompt in ids.items():
+        # One pass over prompt and answer, as later stages do it, not the pieces that generation made.
+        found = _logits(model, prompt + answered[name], len(prompt))
+        if found[:-1].argmax(-1).tolist() != answered[name]:  # padding may tip a near tie
+            answered |= greedy_answers(model, tokenizer, {name: prompt})
+            found = _logits(model, prompt + answered[name], len(prompt))
+        answer = answered[name]
+        scored = min(most, len(answer))
+        stopped = answer[-1] == tokenizer.eos_token_id
+        case = cases[name]
+        probes.append(Probe(name, case.messages, case.tools, prompts[name], prompt, answer, stopped, scored))
+        logits.append(found[:scored].numpy())
+    return probes, logits
+
+
+def greedy_answers(model: Any, tokenizer: Any, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Greedy answers, up to and with the end of the turn; prompts of like length are asked together."""
     import torch
 
-    prompt = render(tokenizer, messages, prompt=True)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if known and len(ids) + CONTINUATION_TOKENS > known:
-        return None, None
+    found = {}
+    groups: list[list[str]] = [[]]
+    for name in sorted(prompts, key=lambda name: len(prompts[name])):
+        shortest = len(prompts[groups[-1][0]]) if groups[-1] else 0
+        if len(groups[-1]) == PROBES_AT_ONCE or len(prompts[name]) > MOST_PADDING * shortest:
+            groups.append([])
+        groups[-1].append(name)
+    for names in groups[1:]:
+        rows = {"input_ids": [prompts[name] for name in names]}
+        batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
+        with torch.inference_mode():
+            made = model.generate(
+                **batch,
+                max_new_tokens=CONTINUATION_TOKENS,
+                do_sample=False,
+                repetition_penalty=1.0,
+                eos_token_id=tokenizer.eos_token_id,
+            )[:, batch["input_ids"].shape[1] :].tolist()
+        for name, row in zip(names, made, strict=True):
+            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+            found[name] = row[:end]
+    return found
+
+
+def _logits(model: Any, ids: list[int], first: int) -> Any:
+    """(tokens from `first` on and one, vocabulary) float32 logits of each of them and of what follows the last."""
+    import torch
+
     with torch.inference_mode():
-        batch = torch.tensor([ids], device=model.device)
-        made = model.generate(
-            input_ids=batch,
-            attention_mask=torch.ones_like(batch),
-            max_new_tokens=CONTINUATION_TOKENS,
-            do_sample=False,
-            repetition_penalty=1.0,
-            eos_token_id=tokenizer.eos_token_id,
-        )[0].tolist()
-        continuation = made[len(ids) :]
-        scored = min(positions, len(continuation))
-        # One pass over prompt and answer, as later stages do it, not the pieces that generation made.
-        found = model(torch.tensor([made], device=model.device)).logits[0, len(ids) - 1 : len(ids) - 1 + scored]
-    probe = Probe(name, messages, prompt, ids, continuation, continuation[-1] == tokenizer.eos_token_id, scored)
-    return probe, found.float().cpu().numpy()
+        asked = torch.tensor([ids], device=model.device)
+        return model(asked, logits_to_keep=len(ids) - first + 1).logits[0].float().cpu()
 
 
 def _loss(model: Any, ids: list[int], first: int) -> float:
@@ -102,9 +131,7 @@ def _loss(model: Any, ids: list[int], first: int) -> float:
     import torch
     from torch.nn.functional import cross_entropy
 
-    with torch.inference_mode():
-        logits = model(torch.tensor([ids], device=model.device)).logits[0, first - 1 : -1].float()
-    return float(cross_entropy(logits.cpu(), torch.tensor(ids[first:]), reduction="sum"))
+    return float(cross_entropy(_logits(model, ids, first)[:-1], torch.tensor(ids[first:]), reduction="sum"))
 
 
 def _start_of_last_answer(labels: list[int]) -> int:
@@ -115,15 +142,9 @@ def _start_of_last_answer(labels: list[int]) -> int:
     return last
 
 
-def _conversations(data: Path) -> list[list[dict[str, str]]]:
-    """Validation conversations, or training ones where nothing was held back."""
-    rows: list[dict[str, Any]] = []
-    for part in ("validation", "train"):
-        with (data / f"{part}.jsonl").open(encoding="utf-8") as file:
-            rows += [json.loads(line) for line in file]
-        if rows:
-            break
-    return [row["messages"] for row in rows]
+def _conversations(path: Path) -> list[list[Message]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line)["messages"] for line in file]
 
 
 if __name__ == "__main__":

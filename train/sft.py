@@ -32,6 +32,7 @@ def sft(recipe: Recipe, run: Run) -> Made:
 
     tokenizer, model = load_base(recipe, run)
     trainer = make_trainer(recipe, run, tokenizer, model, _rows(recipe, run, tokenizer))
+    trainer.check_stops()
     questions = _read(run.path("data", "heldout.jsonl"))
     before = _before(trainer, tokenizer, questions, recipe, checkpoints)
     log.info("before: validation loss %s, key facts %.0f %%", _loss(before), 100 * before["key_fact_accuracy"])
@@ -186,7 +187,8 @@ def _rows(recipe: Recipe, run: Run, tokenizer: Any) -> dict[str, Any]:
 
 def _measure(trainer: Any, tokenizer: Any, questions: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
     """Validation loss, key-fact accuracy and the answers that it was counted in."""
-    from train.score import answers, key_fact_accuracy
+    from recipe.score import key_fact_accuracy
+    from train.score import answers
 
     loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
     with trainer.autocast_smart_context_manager():

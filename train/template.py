@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from recipe.files import write_whole
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 PROBE = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
 
 
@@ -25,7 +27,8 @@ class Example:
 def prepare_tokenizer(folder: Path, template_file: str | None) -> str:
     """Make the tokenizer of a model folder say what training and serving both need; returns the end-of-turn token.
 
-    The template loses its `{% generation %}` tags, which break GGUF loaders (llama-cpp-python#2225); eos becomes the
+    The template loses its `{% generation %}` tags, which break GGUF loaders (llama-cpp-python#2225), and keeps the date
+    of this day where it asks the clock, as Llama 3.1's does: another would be served than was trained. eos becomes the
     token that ends the assistant's turn; pad becomes another token than eos (trl#1623).
 
     Raises:
@@ -46,6 +49,7 @@ def prepare_tokenizer(folder: Path, template_file: str | None) -> str:
     if not isinstance(tokenizer.chat_template, str):
         raise UserError("the base has no chat template: name a Jinja file in the recipe's key 'chat_template'")
     tokenizer.chat_template = GENERATION_TAG.sub("", tokenizer.chat_template)
+    tokenizer.chat_template = NOW.sub(lambda call: repr(datetime.now().strftime(call[2])), tokenizer.chat_template)
     before = tokenizer.eos_token_id
     tokenizer.eos_token = end_of_turn(tokenizer)
     tokenizer.pad_token = _pad_token(tokenizer)
@@ -69,8 +73,8 @@ def prepare_tokenizer(folder: Path, template_file: str | None) -> str:
     return str(tokenizer.eos_token)
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool = False) -> str:
-    """The template's text for the messages, with the opening of the assistant's turn if it is a `prompt`.
+def render(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool = False, tools: Any = None) -> str:
+    """The template's text for the messages and tools, with the opening of the assistant's turn if it is a `prompt`.
 
     Raises:
         UserError: the template refuses the messages.
@@ -78,7 +82,8 @@ def render(tokenizer: Any, messages: list[dict[str, str]], prompt: bool = False)
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        rendered = tokenizer.apply_chat_template(messages, tools or None, tokenize=False, add_generation_prompt=prompt)
+        return str(rendered)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(

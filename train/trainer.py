@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
+from recipe import UserError
 from train.template import IGNORED
 
 
@@ -21,6 +22,19 @@ class AssistantTrainer(SFTTrainer):  # type: ignore[misc]
         self.tokens_seen = self.tokens_logged = 0
         self.supervised_tokens_seen = 0
         self.step_seconds = 0.0
+
+    def check_stops(self) -> None:
+        """Raise UserError if the loss never sees the token that ends a turn (trl#1623): no answer would end."""
+        tokenizer = self.processing_class
+        end = tokenizer.eos_token_id
+        ending = next((row for row in self.train_dataset if end in row["labels"]), None)
+        if ending is None:
+            raise UserError("no answer keeps its end within train.max_tokens, so none would learn to stop: raise it")
+        if not (self.data_collator([ending])["labels"] == end).any():
+            raise UserError(
+                f"{tokenizer.eos_token!r} ends the assistant's turn and is masked in the labels, as padding is: the "
+                "model would never learn to stop, give the tokenizer another pad_token"
+            )
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -1,0 +1,91 @@
+"""The charts of a run: size against divergence, speed against perplexity, loss by step; none of what is not known."""
+
+from typing import Any
+
+from recipe.chart import Chart, Curve, Point, horizontal, logarithmic, smoothed, thinned, vertical
+from recipe.proof import Comparison
+from recipe.run import Receipt
+from recipe.units import number, power, size
+
+
+def size_chart(files: list[Comparison], choice: dict[str, Any]) -> Chart | None:
+    """What each quantization saves, and what it costs."""
+    rows = [row for row in files if row.measures.get("divergence_mean", 0) > 0]
+    if len(rows) < 2:
+        return None
+    points = [
+        Point(
+            row.name,
+            row.measures["bytes"],
+            row.measures["divergence_mean"],
+            _kind(row, choice),
+            f"{row.name}: {size(row.measures['bytes'])}, {number(row.measures['divergence_mean'])} nats",
+        )
+        for row in rows
+    ]
+    return Chart(
+        "size",
+        "Size against divergence",
+        "Mean KL divergence from the trained model; lower is truer, left is smaller.",
+        "; ".join(point.text for point in points),
+        horizontal("file size", [0, *(point.x for point in points)], lambda count: size(count) if count else "0"),
+        logarithmic("KL divergence, nats a token", [point.y for point in points], power),
+        points,
+    )
+
+
+def speed_chart(files: list[Comparison], choice: dict[str, Any]) -> Chart | None:
+    """How fast each quantization answers, and how well it knows the validation answers."""
+    rows = [row for row in files if {"decode_tokens_per_second", "perplexity"} <= row.measures.keys()]
+    if len(rows) < 2:
+        return None
+    points = [
+        Point(
+            row.name,
+            row.measures["perplexity"],
+            row.measures["decode_tokens_per_second"],
+            _kind(row, choice),
+            f"{row.name}: {number(row.measures['decode_tokens_per_second'])} tokens/s, "
+            f"perplexity {number(row.measures['perplexity'])}",
+        )
+        for row in rows
+    ]
+    return Chart(
+        "speed",
+        "Speed against perplexity",
+        "Perplexity of the validation answers; higher is faster, left is better.",
+        "; ".join(point.text for point in points),
+        horizontal("perplexity", [point.x for point in points]),
+        vertical("answer tokens a second", [0, *(point.y for point in points)]),
+        points,
+    )
+
+
+def loss_chart(train: Receipt) -> Chart | None:
+    """Training loss by step, as it was and smoothed, and the validation losses from before the first step on."""
+    losses = [(float(step), loss) for step, loss in train.metrics.get("loss_curve", [])]
+    if len(losses) < 2:
+        return None
+    before = train.metrics.get("before", {}).get("validation_loss")
+    known = ([(0.0, before)] if before is not None else []) + train.metrics.get("validation_curve", [])
+    validation = [(float(step), loss) for step, loss in dict(known).items()]
+    curves = [
+        Curve("training loss", thinned(losses), "faint"),
+        Curve("smoothed", thinned(smoothed(losses)), "plain"),
+        Curve("validation loss", validation, "chosen", dots=True),
+    ]
+    ends = f"Training loss from {number(losses[0][1])} to {number(curves[1].pairs[-1][1])} in {len(losses)} steps"
+    held = ", ".join(f"{number(loss)} at step {step:g}" for step, loss in validation)
+    return Chart(
+        "losses",
+        "Loss by step",
+        "Nats a token of the assistant's words; the validation conversations were never trained on.",
+        f"{ends}; validation loss {held}." if held else f"{ends}.",
+        horizontal("step", [0, *(step for step, _ in losses)]),
+        vertical("loss, nats a token", [0, *(loss for curve in curves for _, loss in curve.pairs)]),
+        curves=[curve for curve in curves if curve.pairs],
+    )
+
+
+def _kind(row: Comparison, choice: dict[str, Any]) -> str:
+    return "failed" if row.problems else "chosen" if row.name == choice.get("recommended") else "plain"
