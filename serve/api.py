@@ -67,7 +67,6 @@ def api(recipe: Recipe) -> None:
     """Check, start, prove, tell, watch; no process outlives this function."""
     run = Run(recipe.name)
     refuse_second(run)
-    run.receipt("gguf")
     recipe = chosen(recipe, run)
     refuse_taken_ports(recipe)
     with ExitStack() as ending:
@@ -104,11 +103,12 @@ def refuse_taken_ports(recipe: Recipe) -> None:
 
 def refuse_disproved(recipe: Recipe, run: Run) -> None:
     """What was found not to be the trained model is not served, unless FORCE=1 says so."""
-    line = ("merge", recipe.gguf.full, recipe.served_type)  # another quantization's fault is not the served one's
-    rows = read_comparisons(run.path("parity.jsonl")) if run.path("parity.jsonl").is_file() else []
+    # Another quantization's fault is not the served one's.
+    line = ("merge",) if recipe.serve.engine == "vllm" else ("merge", recipe.gguf.full, recipe.served_type)
+    rows = read_comparisons(run.path("parity.jsonl")) if judged(run, "parity") else []
     problems = [f"{row.name}: {problem}" for row in rows if row.name in line for problem in row.problems]
-    proof, made = run.find_receipt("prove"), run.receipt("gguf").outputs
-    if proof is not None and not proof.metrics["passed"] and made.items() <= proof.inputs.items():
+    proof = judged(run, "prove")
+    if proof and not proof.metrics["passed"]:
         problems += [problem for row in proof.metrics["comparisons"] for problem in row["problems"]]
     if not problems:
         return
@@ -118,13 +118,23 @@ def refuse_disproved(recipe: Recipe, run: Run) -> None:
     raise UserError(f"{run.folder} failed its proof ({problems[0]}): mend it, or serve it all the same with FORCE=1")
 
 
+def judged(run: Run, name: str) -> Receipt | None:
+    """The receipt of a comparison, if what it compared is what stands there now."""
+    receipt, files, merge = (run.find_receipt(stage) for stage in (name, "gguf", "merge"))
+    if receipt is None or files is None or not files.outputs.items() <= receipt.inputs.items():
+        return None
+    return None if merge and not merge.outputs.items() <= files.inputs.items() else receipt
+
+
 def backend_of(recipe: Recipe, run: Run) -> Backend:
     """The engine that the recipe names."""
     match recipe.serve.engine:
         case "llamacpp":
             from serve.llamacpp import backend
+        case "vllm":
+            from serve.vllm import backend
         case other:
-            raise UserError(f"serve.engine: {other} is not there yet: choose llamacpp")
+            raise UserError(f"serve.engine: {other} is not there yet: choose llamacpp or vllm")
     return backend(recipe, run)
 
 
@@ -153,7 +163,7 @@ def start(recipe: Recipe, backend: Backend, supervisor: Supervisor) -> Receipt:
             "engine": recipe.serve.engine,
             "url": backend.endpoint.url,
             "model": backend.endpoint.model,
-            "type": recipe.served_type,
+            "type": recipe.served_artefact,
             "ui": recipe.serve.ui,
             "ui_url": ui_url(recipe),
             "pid": os.getpid(),
@@ -196,7 +206,7 @@ def welcome(recipe: Recipe, backend: Backend) -> str:
     window = {"openwebui": OPENWEBUI, "builtin": BUILTIN, "none": NONE}[recipe.serve.ui]
     return (window + ENDPOINT).format(
         name=backend.endpoint.model,
-        type=recipe.served_type,
+        type=recipe.served_artefact,
         url=backend.endpoint.url,
         key=KEY_FILE,
         ui=ui_url(recipe),

@@ -28,6 +28,7 @@ class Service:
     inherits: bool = True
     port: int | None = None
     loading: str = ""  # what its progress line says while it becomes ready
+    grace_seconds: int = 5  # how long it may take to end by itself
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def connect(recipe: Recipe) -> "OpenAI":
     if not is_healthy(port):
         raise UserError(f"nothing answers on {url_of(port)}: run 'make serve' in another terminal first")
     key = read_key()
-    name = served_model(port, key)["id"]
+    name = served_model(port, key, recipe.name)["id"]
     if name != recipe.name:
         raise UserError(
             f"{url_of(port)} serves {name!r}, not {recipe.name!r}: stop it or set the PORT of {recipe.name!r}"

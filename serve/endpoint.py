@@ -80,7 +80,7 @@ def free_port() -> int:
 def ask(
     port: int, path: str, key: str = "", body: dict[str, Any] | None = None, timeout: float = 10
 ) -> tuple[int, Any]:
-    """HTTP status and JSON of one request.
+    """HTTP status and JSON of one request, None for an answer without content.
 
     Raises:
         OSError, HTTPException, ValueError: (ERRORS) nothing answered, or not in JSON.
@@ -90,7 +90,8 @@ def ask(
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         connection.request("POST" if body else "GET", path, json.dumps(body) if body else None, headers)
         response = connection.getresponse()
-        return response.status, json.loads(response.read())
+        content = response.read()
+        return response.status, json.loads(content) if content else None
     finally:
         connection.close()
 
@@ -101,11 +102,13 @@ def is_healthy(port: int, timeout: float = 10) -> bool:
         status, answer = ask(port, "/health", timeout=timeout)
     except ERRORS:
         return False
-    return status == 200 and answer == {"status": "ok"}
+    return status == 200 and answer in ({"status": "ok"}, None)  # llama.cpp's and vLLM's
 
 
-def served_model(port: int, key: str) -> dict[str, Any]:
-    """What `/v1/models` says of the model there: `id` is its name, `meta.n_ctx` each conversation's tokens.
+def served_model(port: int, key: str, name: str = "") -> dict[str, Any]:
+    """What `/v1/models` says of the model of that name there, else of the first: `id` is its name.
+
+    `meta.n_ctx` is the number of each conversation's tokens; vLLM calls it otherwise, and knows none of an adapter.
 
     Raises:
         UserError: the server does not take the key, or is not one of ours.
@@ -114,7 +117,8 @@ def served_model(port: int, key: str) -> dict[str, Any]:
         status, answer = ask(port, "/v1/models", key)
         if status == 401:
             raise UserError(f"{url_of(port)} refuses the key: stop that server and start it with 'make serve'")
-        model: dict[str, Any] = answer["data"][0]
-        return {"id": model["id"], "meta": model["meta"]}
+        models: list[dict[str, Any]] = answer["data"]
+        model = next((model for model in models if model["id"] == name), models[0])
+        return {"id": model["id"], "meta": model.get("meta") or {"n_ctx": model["max_model_len"]}}
     except (*ERRORS, LookupError, TypeError) as error:
         raise UserError(f"{url_of(port)} is no model's server ({error!r}): stop it or set another PORT") from None

@@ -4,21 +4,25 @@ Starts the engine as `make serve` does, asks it the reference's probes over HTTP
 `convert.prove` found before. Exits 1 if anything that was made is not the model that was trained.
 """
 
-import json
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from recipe import Made, Recipe, Run, UserError
 from recipe.command import boundary, recipe_of_arguments, up_to_date
-from recipe.proof import Comparison, first_difference, read_comparisons, same_share
+from recipe.proof import Comparison, read_comparisons
 from recipe.recommend import chosen
-from recipe.reference import CONTINUATION_TOKENS, Probe, Reference, read_reference
+from recipe.reference import Reference, read_reference
 from recipe.report import report
 from recipe.stages import stage
-from serve.endpoint import ERRORS, ask, free_port
-from serve.llamacpp import backend
-from serve.openwebui import proved_windows
+from serve.api import backend_of
+from serve.backend import Backend
+from serve.endpoint import ERRORS, free_port, with_environment
+from serve.openwebui import port_of, proved_windows
+from serve.probe import Engine, LlamaCpp, Vllm, ask_probes
+from serve.session import find
 from serve.supervisor import Supervisor
 
 SERVED = "served"
@@ -27,25 +31,13 @@ COLUMNS = ("artefact", "verdict", "MB", "bits", "divergence", "99th pct", "top-1
            "prompt t/s", "decode t/s", "RSS MB")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Engine:
-    """Where the engine listens, and the name of its model."""
-
-    port: int
-    key: str
-    name: str
-
-    def ask(self, path: str, body: dict[str, Any], timeout: float = 60) -> tuple[int, Any]:
-        """HTTP status and JSON."""
-        return ask(self.port, path, self.key, body, timeout)
-
-
 def prove(recipe: Recipe, run: Run) -> Made:
     """Judge every artefact; the receipt's metrics hold all comparisons and whether all passed."""
     reference = read_reference(run.path("reference"))
     before = read_comparisons(run.path("parity.jsonl"))
     recipe = chosen(recipe, run)
-    file = next((row for row in before if row.name == recipe.served_type), None)
+    loaded = "merge" if recipe.serve.engine == "vllm" else recipe.served_type
+    file = next((row for row in before if row.name == loaded), None)
     comparisons = [*before, prove_served(recipe, run, reference, file)]
     return Made(
         outputs=[],
@@ -62,21 +54,18 @@ def prove(recipe: Recipe, run: Run) -> Made:
 def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Comparison | None) -> Comparison:
     """The endpoint: the template's bytes and the token ids that it makes of the probes, and its greedy answers.
 
-    `file` is what was found of the served GGUF itself: its server cannot agree more, and must not agree much less.
+    `file` is what was found of the served artefact itself: its server cannot agree more, and must not much less.
     """
-    comparison = Comparison(f"{SERVED} {recipe.served_type}")
-    port, log_file = free_port(), run.path("prove.log")
-    served = backend(replace(recipe, serve=replace(recipe.serve, port=port)), run)
-    with Supervisor([replace(service, log_file=log_file) for service in served.services]) as supervisor:
-        try:
-            supervisor.start()
-            engine = Engine(port, served.endpoint.key, served.endpoint.model)
-            ask_probes(comparison, engine, reference, recipe.serve.context)
-        except UserError as error:
-            comparison.problems += error.problems
-            return comparison
-        except (*ERRORS, LookupError) as error:
-            comparison.problems.append(f"the engine fails ({error!r}): see {log_file}")
+    comparison = Comparison(f"{SERVED} {'vllm' if recipe.serve.engine == 'vllm' else recipe.served_type}")
+    backend = backend_of(replace(recipe, serve=replace(recipe.serve, port=free_port())), run)
+    try:
+        with answering(recipe, run, backend) as engine:
+            ask_probes(comparison, engine, reference.probes, recipe.serve.context)
+    except UserError as error:
+        comparison.problems += error.problems
+        return comparison
+    except (*ERRORS, LookupError) as error:
+        comparison.problems.append(f"the engine fails ({error!r}): see {run.path('prove.log')}")
     agreed = comparison.measures.get("greedy_share")
     expected = file.measures.get("greedy_share", 0.0) if file else 0.0
     if agreed is not None and not comparison.problems and agreed < LEAST_OF_FILE * expected:
@@ -86,45 +75,21 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
     return comparison
 
 
-def ask_probes(comparison: Comparison, engine: Engine, reference: Reference, context: int) -> None:
-    """Ask all probes that fit the context; of one that does not, the engine must say so instead of cutting it."""
-    fitting = [probe for probe in reference.probes if len(probe.ids) + CONTINUATION_TOKENS <= context]
-    comparison.measures |= {"probes": len(fitting), "too_long": len(reference.probes) - len(fitting)}
-    if not fitting:
-        comparison.problems.append(f"context: none of {len(reference.probes)} probes fits serve.context {context}")
-    stopped, shares = 0, []
-    for probe in reference.probes:
-        if not same_prompt(comparison, engine, probe):
-            return
-        status, text, reason, prompt_tokens = answer(engine, probe)
-        if len(probe.ids) >= context:
-            if status == 200 and prompt_tokens < len(probe.ids):
-                comparison.problems.append(
-                    f"context: probe '{probe.name}' has {len(probe.ids)} tokens, more than {context}, "
-                    f"and was cut to {prompt_tokens} without a word"
-                )
-                return
-        elif status != 200:
-            comparison.problems.append(f"probe '{probe.name}' is refused: {text}")
-            return
-        elif prompt_tokens != len(probe.ids):
-            comparison.problems.append(
-                f"token ids: probe '{probe.name}' has {prompt_tokens} when chatting, trained with {len(probe.ids)}"
-            )
-            return
-        elif probe in fitting:
-            stopped += probe.stopped and reason == "stop"
-            shares.append(same_share(text, expected_text(engine, probe)))
-    ending = sum(probe.stopped for probe in fitting)
-    if ending and not stopped:
-        comparison.problems.append(
-            f"stop token: the trained model ends {ending} answers by itself, the served one none"
-        )
-    comparison.measures |= {
-        "greedy_agreement": shares.count(1) / max(len(shares), 1),
-        "greedy_share": sum(shares) / max(len(shares), 1),
-        "stops": not ending or stopped > 0,
-    }
+@contextmanager
+def answering(recipe: Recipe, run: Run, backend: Backend) -> Iterator[Engine]:
+    """A server of the recipe's model, started for the proof.
+
+    vLLM that serves these very files is asked where it is: it starts slowly, and a second has no room on its GPU.
+    """
+    kind = {"llamacpp": LlamaCpp, "vllm": Vllm}[recipe.serve.engine]
+    endpoint, session = backend.endpoint, find(run)
+    if session and session.engine == recipe.serve.engine == "vllm" and run.receipt("serve").inputs == backend.inputs:
+        yield kind(port_of(session.url), endpoint.key, endpoint.model)
+        return
+    services = [replace(service, log_file=run.path("prove.log")) for service in backend.services]
+    with Supervisor(services) as supervisor:
+        supervisor.start()
+        yield kind(port_of(endpoint.url), endpoint.key, endpoint.model)
 
 
 def notes(reference: Reference, served: Comparison) -> list[str]:
@@ -143,76 +108,6 @@ def advice(parity: dict[str, Any]) -> list[str]:
     return [f"recommended is {parity['recommended']}: {parity['rule']}", *lines]
 
 
-def same_prompt(comparison: Comparison, engine: Engine, probe: Probe) -> bool:
-    """Whether the server renders and tokenizes the messages as training did."""
-    status, rendered = engine.ask("/apply-template", asked(probe))
-    if status != 200:
-        comparison.problems.append(f"chat template: probe '{probe.name}' is refused: {refusal(rendered)}")
-        return False
-    prompt = rendered["prompt"]
-    ids = tokens(engine, prompt)
-    # The server takes off a BOS that the template writes, and puts it on again with the tokens.
-    bos = text_of(engine, tokens(engine, "")[:1])
-    if prompt != probe.prompt and probe.prompt.startswith(bos):
-        prompt = bos + prompt
-    if prompt != probe.prompt:
-        at = first_difference(list(prompt.encode()), list(probe.prompt.encode())) or 0
-        comparison.problems.append(
-            f"chat template: probe '{probe.name}', byte {at}: "
-            f"{prompt.encode()[at : at + 20]!r}, trained with {probe.prompt.encode()[at : at + 20]!r}"
-        )
-        return False
-    position = first_difference(ids, probe.ids)
-    if position is not None:
-        found, wanted = ids[position : position + 1], probe.ids[position : position + 1]
-        comparison.problems.append(
-            f"token ids: probe '{probe.name}', position {position}: {found}, trained with {wanted}"
-        )
-    return position is None
-
-
-def asked(probe: Probe) -> dict[str, Any]:
-    """The probe as a request of OpenAI's API, which writes the arguments of a tool's call as JSON text."""
-    messages = json.loads(json.dumps(probe.messages))
-    for call in (call for message in messages for call in message.get("tool_calls", [])):
-        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-    return {"messages": messages} | ({"tools": probe.tools} if probe.tools else {})
-
-
-def tokens(engine: Engine, text: str) -> list[int]:
-    """The server's tokens of a rendered prompt, with what it adds by itself."""
-    _, made = engine.ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})
-    return list(made.get("tokens", []))
-
-
-def answer(engine: Engine, probe: Probe) -> tuple[int, str, str, int]:
-    """(status, text, why it ended, tokens of the prompt) of the greedy answer, asked as any client asks."""
-    body = asked(probe) | {"model": engine.name, "temperature": 0, "max_tokens": CONTINUATION_TOKENS}
-    status, made = engine.ask("/v1/chat/completions", body, timeout=600)
-    if status != 200:
-        return status, refusal(made), "", 0
-    choice = made["choices"][0]
-    text = (choice["message"].get("reasoning_content") or "") + (choice["message"].get("content") or "")
-    return status, text, choice["finish_reason"], made["usage"]["prompt_tokens"]
-
-
-def refusal(made: dict[str, Any]) -> str:
-    """What the server says is wrong."""
-    error = made.get("error", made)
-    return str(error.get("message", error) if isinstance(error, dict) else error).splitlines()[0]
-
-
-def expected_text(engine: Engine, probe: Probe) -> str:
-    """The reference's answer as text, without the token that ends the turn."""
-    return text_of(engine, probe.continuation[:-1] if probe.stopped else probe.continuation)
-
-
-def text_of(engine: Engine, ids: list[int]) -> str:
-    """The server's text of tokens."""
-    _, made = engine.ask("/detokenize", {"tokens": ids})
-    return str(made.get("content", ""))
-
-
 def verdict(recipe: Recipe, comparisons: list[dict[str, Any]]) -> list[str]:
     """What is wrong, each with where the model was lost: in the artefact itself or in one that it is made from."""
     failed = [row["name"] for row in comparisons if row["problems"]]
@@ -227,6 +122,8 @@ def verdict(recipe: Recipe, comparisons: list[dict[str, Any]]) -> list[str]:
 def made_from(recipe: Recipe, name: str) -> list[str]:
     """The artefacts on the way from the trained model to this one, first to last."""
     line = {"merge": [], recipe.gguf.full: ["merge"]}
+    if name.startswith(SERVED) and recipe.serve.engine == "vllm":
+        return [] if recipe.serve.vllm.adapter else ["merge"]
     if name.startswith(SERVED):
         return list(dict.fromkeys(["merge", recipe.gguf.full, name.removeprefix(f"{SERVED} ")]))
     return line.get(name, ["merge", recipe.gguf.full])
@@ -269,7 +166,7 @@ def _number(measures: dict[str, Any], name: str, layout: str, unit: float = 1) -
 if __name__ == "__main__":
     with boundary():
         this = stage("prove")
-        recipe = recipe_of_arguments(this.module, this.does)
+        recipe = with_environment(recipe_of_arguments(this.module, this.does))
         receipt = up_to_date(this, recipe, prove)
         comparisons = [*receipt.metrics["comparisons"], *proved_windows(Run(recipe.name))]
         show(comparisons, receipt.metrics["notes"], receipt.metrics["recommended"])

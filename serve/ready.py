@@ -2,9 +2,9 @@
 
 from recipe.command import boundary, recipe_of_arguments
 from recipe.run import Run
+from serve import openwebui, vllm
 from serve.api import refuse_taken_ports
 from serve.endpoint import with_environment
-from serve.openwebui import python
 from serve.session import refuse_second
 
 if __name__ == "__main__":
@@ -13,4 +13,6 @@ if __name__ == "__main__":
         refuse_second(Run(recipe.name))
         refuse_taken_ports(recipe)
         if recipe.serve.ui == "openwebui":
-            python()
+            openwebui.python()
+        if recipe.serve.engine == "vllm":
+            vllm.python()

@@ -26,7 +26,6 @@ MISSES = 3
 FAILURES = 5
 STEADY_SECONDS = 60
 LONGEST_PAUSE_SECONDS = 30
-GRACE_SECONDS = 5
 LOG_BYTES = 10_000_000
 # What a service that inherits nothing still needs to run as any program does.
 PLAIN = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
@@ -156,7 +155,7 @@ class Keeper:
         if process.poll() is None:
             process.terminate()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
+            process.wait(self.service.grace_seconds)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -62,7 +62,7 @@ def load_base(recipe: Recipe, run: Run) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from train.precision import fast_precision
+    from recipe.machine import fast_precision
 
     options: dict[str, Any] = {"dtype": torch.float32}
     if torch.cuda.is_available():
@@ -91,7 +91,7 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
     from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTConfig
 
-    from train.precision import fast_precision
+    from recipe.machine import fast_precision
     from train.progress import TrainingProgress
     from train.trainer import AssistantTrainer
 

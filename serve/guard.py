@@ -1,0 +1,38 @@
+"""A middleware in vLLM's server: nothing but its health is told without the key, and a refusal says when to come back.
+
+vLLM's own key guards `/v1` alone: `/invocations` would answer a chat, `/tokenize` and `/metrics` tell what is asked.
+Runs in vLLM's environment: standard library only. Source: vLLM's docs/usage/security.md.
+"""
+
+import os
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+OPEN = ("/health",)
+REFUSAL = b'{"error": {"message": "the API key is missing or wrong", "type": "invalid_request_error", "code": 401}}'
+RETRY_SECONDS = b"2"
+
+
+class Guard:
+    """ASGI middleware; the key is compared in constant time."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+        self.wanted = f"Bearer {os.environ['VLLM_API_KEY']}".encode()
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        async def sending(message: dict[str, Any]) -> None:
+            if message.get("status") == 503:  # the queue is full, which vLLM says without a time
+                message["headers"] = [*message.get("headers", ()), (b"retry-after", RETRY_SECONDS)]
+            await send(message)
+
+        given = dict(scope.get("headers", ())).get(b"authorization", b"")
+        if scope["type"] == "lifespan" or scope["path"] in OPEN or secrets.compare_digest(given, self.wanted):
+            await self.app(scope, receive, sending)
+        elif scope["type"] == "http":
+            headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+            await send({"type": "http.response.start", "status": 401, "headers": headers})
+            await send({"type": "http.response.body", "body": REFUSAL})
+        else:
+            await send({"type": "websocket.close", "code": 1008})

@@ -1,0 +1,177 @@
+"""The reference's probes asked of a server: the tokens of the prompt, the greedy answer, and whether it stops."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from recipe.proof import Comparison, first_difference, same_share
+from recipe.reference import CONTINUATION_TOKENS, Probe
+from serve.endpoint import ask
+
+
+class Engine(Protocol):
+    """A server that answers under `name`, and what only servers of its kind tell."""
+
+    port: int
+    key: str
+    name: str
+
+    def request(self, probe: Probe) -> dict[str, Any]:
+        """The probe as a client of this server asks it."""
+
+    def prompt_problem(self, probe: Probe) -> str:
+        """How the prompt that the server makes of the messages differs from training's, or nothing."""
+
+    def text(self, tokens: list[int]) -> str:
+        """The server's text of tokens."""
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """llama.cpp's server, which shows the text and the tokens of a prompt."""
+
+    port: int
+    key: str
+    name: str
+
+    def request(self, probe: Probe) -> dict[str, Any]:
+        return asked(probe)
+
+    def prompt_problem(self, probe: Probe) -> str:
+        status, rendered = ask(self.port, "/apply-template", self.key, asked(probe), 60)
+        if status != 200:
+            return f"chat template: probe '{probe.name}' is refused: {refusal(rendered)}"
+        prompt = rendered["prompt"]
+        tokens = self.tokens(prompt)
+        # The server takes off a BOS that the template writes, and puts it on again with the tokens.
+        bos = self.text(self.tokens("")[:1])
+        if prompt != probe.prompt and probe.prompt.startswith(bos):
+            prompt = bos + prompt
+        return other_text(probe, prompt) if prompt != probe.prompt else other_tokens(probe, tokens)
+
+    def tokens(self, text: str) -> list[int]:
+        """The server's tokens of a rendered prompt, with what it adds by itself."""
+        body = {"content": text, "add_special": True, "parse_special": True}
+        _, made = ask(self.port, "/tokenize", self.key, body, 60)
+        return list(made.get("tokens", []))
+
+    def text(self, tokens: list[int]) -> str:
+        _, made = ask(self.port, "/detokenize", self.key, {"tokens": tokens}, 60)
+        return str(made.get("content", ""))
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """vLLM's server, which shows the tokens of a prompt only."""
+
+    port: int
+    key: str
+    name: str
+
+    def request(self, probe: Probe) -> dict[str, Any]:
+        # It takes tools without a parser for their calls only if none is to be called; the prompt is the same.
+        return asked(probe) | ({"tool_choice": "none"} if probe.tools else {})
+
+    def prompt_problem(self, probe: Probe) -> str:
+        body = asked(probe) | {"model": self.name}
+        status, made = ask(self.port, "/tokenize", self.key, body, 60)
+        if status != 200:
+            return f"chat template: probe '{probe.name}' is refused: {refusal(made)}"
+        tokens = list(made["tokens"])
+        if tokens != probe.ids and (text := self.text(tokens)) != self.text(probe.ids):
+            return other_text(probe, text)
+        return other_tokens(probe, tokens)
+
+    def text(self, tokens: list[int]) -> str:
+        _, made = ask(self.port, "/detokenize", self.key, {"model": self.name, "tokens": tokens}, 60)
+        return str(made.get("prompt", ""))
+
+
+def asked(probe: Probe) -> dict[str, Any]:
+    """The probe as a request of OpenAI's API, which writes the arguments of a tool's call as JSON text."""
+    messages = json.loads(json.dumps(probe.messages))
+    for call in (call for message in messages for call in message.get("tool_calls", [])):
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+    return {"messages": messages} | ({"tools": probe.tools} if probe.tools else {})
+
+
+def other_text(probe: Probe, prompt: str) -> str:
+    """Where the rendered text differs."""
+    at = first_difference(list(prompt.encode()), list(probe.prompt.encode())) or 0
+    found, wanted = prompt.encode()[at : at + 20], probe.prompt.encode()[at : at + 20]
+    return f"chat template: probe '{probe.name}', byte {at}: {found!r}, trained with {wanted!r}"
+
+
+def other_tokens(probe: Probe, tokens: list[int]) -> str:
+    """Where the tokens differ, or nothing."""
+    at = first_difference(tokens, probe.ids)
+    if at is None:
+        return ""
+    found, wanted = tokens[at : at + 1], probe.ids[at : at + 1]
+    return f"token ids: probe '{probe.name}', position {at}: {found}, trained with {wanted}"
+
+
+def ask_probes(comparison: Comparison, engine: Engine, probes: list[Probe], context: int) -> None:
+    """Ask all probes that fit the context; of one that does not, the engine must say so instead of cutting it."""
+    fitting = [probe for probe in probes if len(probe.ids) + CONTINUATION_TOKENS <= context]
+    comparison.measures |= {"probes": len(fitting), "too_long": len(probes) - len(fitting)}
+    if not fitting:
+        comparison.problems.append(f"context: none of {len(probes)} probes fits serve.context {context}")
+    stopped, shares = 0, []
+    for probe in probes:
+        if problem := engine.prompt_problem(probe):
+            comparison.problems.append(problem)
+            return
+        status, text, reason, prompt_tokens = answer(engine, probe, context)
+        if len(probe.ids) >= context:
+            if status == 200 and prompt_tokens < len(probe.ids):
+                comparison.problems.append(
+                    f"context: probe '{probe.name}' has {len(probe.ids)} tokens, more than {context}, "
+                    f"and was cut to {prompt_tokens} without a word"
+                )
+                return
+        elif status != 200:
+            comparison.problems.append(f"probe '{probe.name}' is refused: {text}")
+            return
+        elif prompt_tokens != len(probe.ids):
+            comparison.problems.append(
+                f"token ids: probe '{probe.name}' has {prompt_tokens} when chatting, trained with {len(probe.ids)}"
+            )
+            return
+        elif probe in fitting:
+            stopped += probe.stopped and reason == "stop"
+            shares.append(same_share(text, expected_text(engine, probe)))
+    ending = sum(probe.stopped for probe in fitting)
+    if ending and not stopped:
+        comparison.problems.append(
+            f"stop token: the trained model ends {ending} answers by itself, the served one none"
+        )
+    comparison.measures |= {
+        "greedy_agreement": shares.count(1) / max(len(shares), 1),
+        "greedy_share": sum(shares) / max(len(shares), 1),
+        "stops": not ending or stopped > 0,
+    }
+
+
+def answer(engine: Engine, probe: Probe, context: int) -> tuple[int, str, str, int]:
+    """(status, text, why it ended, tokens of the prompt) of the greedy answer, asked as any client asks."""
+    room = max(1, min(CONTINUATION_TOKENS, context - len(probe.ids)))
+    body = engine.request(probe) | {"model": engine.name, "temperature": 0, "max_tokens": room}
+    status, made = ask(engine.port, "/v1/chat/completions", engine.key, body, timeout=600)
+    if status != 200:
+        return status, refusal(made), "", 0
+    choice = made["choices"][0]
+    said = choice["message"]
+    text = (said.get("reasoning_content") or said.get("reasoning") or "") + (said.get("content") or "")
+    return status, text, choice["finish_reason"], made["usage"]["prompt_tokens"]
+
+
+def refusal(made: dict[str, Any]) -> str:
+    """What the server says is wrong."""
+    error = made.get("error", made)
+    return str(error.get("message", error) if isinstance(error, dict) else error).splitlines()[0]
+
+
+def expected_text(engine: Engine, probe: Probe) -> str:
+    """The reference's answer as text, without the token that ends the turn."""
+    return engine.text(probe.continuation[:-1] if probe.stopped else probe.continuation)
