@@ -160,7 +160,8 @@ def ask_window(comparison: Comparison, run: Run, engine: int, window: int) -> No
         probe
         for probe in read_reference(run.path("reference")).probes
         if len(probe.ids) + CONTINUATION_TOKENS <= receipt["context"]
-        and all(turn["role"] != "system" and turn["content"].strip() for turn in probe.messages)
+        and not probe.tools
+        and all(turn["role"] != "system" and (turn.get("content") or "").strip() for turn in probe.messages)
     ]
     probes = sorted(fitting, key=lambda probe: len(probe.ids))[:PROBES]
     matched = 0

@@ -130,7 +130,7 @@ def write_probes(window: Window, *added: int) -> None:
     probes = []
     for number, talk in enumerate(talks):
         prompt, ids = rendered(window, talk)
-        probes.append(Probe(f"talk {number}", talk, prompt, [*ids, *added], [1], False, 1))
+        probes.append(Probe(f"talk {number}", talk, [], prompt, [*ids, *added], [1], False, 1))
     folder = Run(NAME).path("reference")
     folder.mkdir(exist_ok=True)
     write_reference(folder, Reference(probes, np.zeros((len(probes), 1), dtype=np.float16), []))
