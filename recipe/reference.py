@@ -84,6 +84,19 @@ def write_reference(folder: Path, reference: Reference) -> None:
     save_file({"logits": reference.logits}, folder / "logits.safetensors")
 
 
+def read_probes(folder: Path) -> list[Probe]:
+    """The probes of a run's reference, without their logits.
+
+    Raises:
+        UserError: they were written in another format.
+    """
+    rows = _read_rows(folder / "probes.jsonl")
+    formats = {row.pop("format", None) for row in rows}
+    if formats != {FORMAT}:
+        raise UserError(f"{folder} has format {formats}, this Truetune reads {FORMAT}: run 'make train' again")
+    return [Probe(**row) for row in rows]
+
+
 def read_reference(folder: Path) -> Reference:
     """The reference of a run.
 
@@ -92,12 +105,8 @@ def read_reference(folder: Path) -> Reference:
     """
     from safetensors.numpy import load_file
 
-    rows = _read_rows(folder / "probes.jsonl")
-    formats = {row.pop("format", None) for row in rows}
-    if formats != {FORMAT}:
-        raise UserError(f"{folder} has format {formats}, this Truetune reads {FORMAT}: run 'make train' again")
     return Reference(
-        probes=[Probe(**row) for row in rows],
+        probes=read_probes(folder),
         logits=load_file(folder / "logits.safetensors")["logits"],
         answers=[Answer(**row) for row in _read_rows(folder / "validation.jsonl")],
     )

@@ -37,6 +37,13 @@ STAGES = (
         ("reference", "gguf", "parity"),
         ("serve",),
     ),
+    Stage(
+        "register",
+        "serve.register",
+        "Register the model with Ollama and prove it there",
+        ("reference", "gguf", "parity"),
+        (),
+    ),
     Stage("serve", "serve.api", "Serve an OpenAI-compatible API", ("gguf", "parity"), ("serve",)),
 )
 

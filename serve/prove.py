@@ -19,6 +19,7 @@ from recipe.stages import stage
 from serve.api import served_file, settings_of
 from serve.endpoint import ERRORS, ask, free_port
 from serve.key import make_key
+from serve.register import row as registered_row
 from serve.supervisor import Supervisor
 
 SERVED = "served"
@@ -269,7 +270,10 @@ if __name__ == "__main__":
         this = stage("prove")
         recipe = recipe_of_arguments(this.module, this.does)
         receipt = up_to_date(this, recipe, prove)
-        show(receipt.metrics["comparisons"], receipt.metrics["notes"], receipt.metrics["recommended"])
+        comparisons = list(receipt.metrics["comparisons"])
+        if ollama := registered_row(recipe, Run(recipe.name)):
+            comparisons.append(vars(ollama))
+        show(comparisons, receipt.metrics["notes"], receipt.metrics["recommended"])
         report(recipe, Run(recipe.name))
-        if not receipt.metrics["passed"]:
-            raise UserError(*verdict(recipe, receipt.metrics["comparisons"]))
+        if any(row["problems"] for row in comparisons):
+            raise UserError(*verdict(recipe, comparisons))
