@@ -18,7 +18,8 @@ from recipe.stages import stage
 
 # Before a library reads them. The tests may run under make, whose variables must not reach the one under test.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-for leaked in ("SET", "PORT", "RECIPE", "Q", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL"):
+LEAKED = "SET PORT RECIPE Q MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL OLLAMA_HOST OLLAMA_API_KEY"
+for leaked in LEAKED.split():
     os.environ.pop(leaked, None)
 
 REPOSITORY = Path(__file__).parent.parent
