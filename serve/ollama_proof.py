@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from recipe.error import UserError
-from recipe.proof import Comparison, first_difference
+from recipe.proof import Comparison, first_difference, same_share
 from recipe.reference import CONTINUATION_TOKENS, Probe
 from serve.ollama_server import OllamaServer
 from serve.vocabulary import Vocabulary
@@ -14,13 +14,26 @@ LEAST_OF_FILE = 0.5  # near ties fall otherwise in the server, whose cache has 1
 def prove_prompts(
     comparison: Comparison, server: OllamaServer, name: str, vocabulary: Vocabulary, probes: list[Probe]
 ) -> None:
-    """Whether the server renders every probe's messages as training did, byte by byte."""
+    """Whether the server renders every probe's messages as training did, byte by byte.
+
+    Ollama writes the definitions of tools anew, with their keys in another order: the measure `tools` tells what comes
+    of it, which is no fault of the model.
+    """
     for probe in probes:
-        rendered = server.rendered(name, probe.messages)
+        try:
+            rendered = server.rendered(name, probe.messages, probe.tools)
+        except UserError as error:
+            if not probe.tools:
+                raise
+            comparison.measures["tools"] = str(error)
+            continue
         # llama.cpp writes the BOS itself where the file says so; the tokens are counted with the answers.
-        if probe.prompt not in (rendered, vocabulary.bos + rendered if vocabulary.adds_bos else rendered):
+        if probe.prompt in (rendered, vocabulary.bos + rendered if vocabulary.adds_bos else rendered):
+            continue
+        if not probe.tools:
             comparison.problems.append(other_text(probe, rendered))
             return
+        comparison.measures["tools"] = other_text(probe, rendered)
 
 
 def prove_answers(
@@ -34,15 +47,16 @@ def prove_answers(
 ) -> None:
     """Ask all probes that fit the context: each prompt's number of tokens, the answer, and that it stops.
 
-    The measure `greedy_agreement` of the GGUF itself, read directly, stands in `comparison` before, if it is known.
+    The measure `greedy_share` of the GGUF itself, read directly, stands in `comparison` before, if it is known.
     """
-    expected = comparison.measures.pop("greedy_agreement", 0.0)
+    expected = comparison.measures.pop("greedy_share", 0.0)
+    probes = [probe for probe in probes if not probe.tools]
     fitting = [probe for probe in probes if len(probe.ids) + CONTINUATION_TOKENS <= context]
     comparison.measures |= {"probes": len(fitting), "too_long": len(probes) - len(fitting)}
     if not fitting:
         comparison.problems.append(f"context: none of {len(probes)} probes fits serve.context {context}")
         return
-    matched = stopped = 0
+    stopped, shares = 0, []
     for number, probe in enumerate(fitting):
         text, reason, tokens = server.answer(name, probe.messages)
         if tokens != len(probe.ids):
@@ -51,24 +65,27 @@ def prove_answers(
             )
             return
         stopped += probe.stopped and reason == "stop"
-        matched += words(text) == words(
-            vocabulary.text(probe.continuation[:-1] if probe.stopped else probe.continuation)
-        )
+        spoken = vocabulary.text(probe.continuation[:-1] if probe.stopped else probe.continuation)
+        shares.append(same_share(words(text), words(spoken)))
         tell(number + 1)
     ending = sum(probe.stopped for probe in fitting)
-    agreed = matched / len(fitting)
-    comparison.measures |= {"greedy_agreement": agreed, "stops": not ending or stopped > 0}
+    agreed = sum(shares) / len(shares)
+    comparison.measures |= {
+        "greedy_agreement": shares.count(1) / len(shares),
+        "greedy_share": agreed,
+        "stops": not ending or stopped > 0,
+    }
     if ending and not stopped:
         comparison.problems.append(f"stop token: the trained model ends {ending} answers by itself, Ollama's none")
     if agreed < LEAST_OF_FILE * expected:
         comparison.problems.append(
-            f"answers: {agreed:.0%} are the trained model's, of the same file read directly {expected:.0%}"
+            f"answers: {agreed:.0%} of them are as the trained model's, of the same file read directly {expected:.0%}"
         )
 
 
-def words(answer: str) -> list[str]:
+def words(answer: str) -> str:
     """An answer without the marks and white space that a server drops when it parts a model's thoughts from it."""
-    return answer.replace("<think>", " ").replace("</think>", " ").split()
+    return " ".join(answer.replace("<think>", " ").replace("</think>", " ").split())
 
 
 def other_text(probe: Probe, rendered: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.error import UserError
-from recipe.reference import CONTINUATION_TOKENS
+from recipe.reference import CONTINUATION_TOKENS, Message
 
 DEFAULT_PORT = 11434
 OLDEST = (0, 17, 1)  # before it, a crafted GGUF reads the server's memory: CVE-2026-7482
@@ -150,14 +150,15 @@ class OllamaServer:
         with self._told(f"load {name}"):
             self._patiently(lambda: self.client.generate(model=name))
 
-    def rendered(self, name: str, messages: list[dict[str, str]]) -> str:
+    def rendered(self, name: str, messages: list[Message], tools: list[dict[str, Any]]) -> str:
         """The prompt that the server makes of the messages, whole."""
         body = {"model": name, "messages": messages, "stream": False, "truncate": False, "_debug_render_only": True}
+        body |= {"tools": tools} if tools else {}
         with self._told(f"render a prompt of {name}"):
             made = self._patiently(lambda: self.http.post("/api/chat", json=body).raise_for_status())
             return str(made.json()["_debug_info"]["rendered_template"])
 
-    def answer(self, name: str, messages: list[dict[str, str]]) -> tuple[str, str, int]:
+    def answer(self, name: str, messages: list[Message]) -> tuple[str, str, int]:
         """(text, why it ended, tokens of the prompt) of the greedy answer."""
         body = {"model": name, "messages": messages, "stream": False, "truncate": False, "shift": False}
         with self._told(f"answer as {name}"):

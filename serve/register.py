@@ -149,6 +149,8 @@ def prove(server: OllamaServer, name: str, vocabulary: Vocabulary, recipe: Recip
     log.info("register: loading %s", name)
     server.load(name)
     prove_prompts(comparison, server, name, vocabulary, probes)
+    if other := comparison.measures.get("tools"):
+        log.warning("register: with tools, Ollama does not say what training said: %s", other)
     if not comparison.problems:
         log.info("register: asking %d probes", len(probes))
         with progress("asking probes", len(probes), "probes") as tell:
@@ -157,11 +159,11 @@ def prove(server: OllamaServer, name: str, vocabulary: Vocabulary, recipe: Recip
 
 
 def measured(run: Run, kind: str) -> dict[str, Any]:
-    """The greedy agreement of the same file read directly, if `make parity` has measured it."""
+    """How much of the greedy answers the same file gives when it is read directly, if `make parity` has measured it."""
     if run.find_receipt("parity") is None:
         return {}
     rows = (row for row in read_comparisons(run.path("parity.jsonl")) if row.name == kind)
-    return next(({"greedy_agreement": row.measures.get("greedy_agreement", 0.0)} for row in rows), {})
+    return next(({"greedy_share": row.measures.get("greedy_share", 0.0)} for row in rows), {})
 
 
 def remove(server: OllamaServer, modelfile: Modelfile, digest: str) -> None:

@@ -119,5 +119,5 @@ def answered(path: Path, template: str) -> list[Probe]:
         fits = len(ids) + CONTINUATION_TOKENS <= CONTEXT
         answer, reason = greedy(model, ids, CONTINUATION_TOKENS) if fits else ([], "length")
         stopped = reason == "stop"
-        probes.append(Probe(name, messages, prompt, ids, [*answer, 2] if stopped else answer, stopped, 1))
+        probes.append(Probe(name, messages, [], prompt, ids, [*answer, 2] if stopped else answer, stopped, 1))
     return probes

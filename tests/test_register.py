@@ -33,7 +33,8 @@ def test_what_is_registered_renders_every_prompt_as_trained(registering: Registe
     receipt = ensure(registering.recipe, registering.run)
     for probe in registering.probes:  # llama.cpp adds the BOS itself
         assert registering.rendered(probe.messages) == probe.prompt.removeprefix("<s>")
-    assert receipt.metrics["measures"] == {"probes": 7, "too_long": 1, "greedy_agreement": 1.0, "stops": True}
+    measures = {"probes": 7, "too_long": 1, "greedy_agreement": 1.0, "greedy_share": 1.0, "stops": True}
+    assert receipt.metrics["measures"] == measures
 
 
 def test_the_moving_tag_is_the_versioned_one(registering: Registering) -> None:
@@ -103,6 +104,20 @@ def test_another_model_under_the_same_template_is_refused(registering: Registeri
     with pytest.raises(UserError, match="token ids: probe 'plain' has 118 when chatting, trained with 119"):
         ensure(registering.recipe, registering.run)
     assert registering.tags() == {}
+
+
+def test_tools_that_ollama_writes_otherwise_are_told(
+    registering: Registering, caplog: pytest.LogCaptureFixture
+) -> None:
+    registering.write()
+    path = registering.run.path("reference", "probes.jsonl")
+    probe = json.loads(path.read_text().splitlines()[0])
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    probe |= {"name": "tools", "tools": [tool], "prompt": "f"}
+    path.write_text(path.read_text() + json.dumps(probe) + "\n")
+    registering.sign("reference")
+    assert ensure(registering.recipe, registering.run).metrics["measures"]["probes"] == 7
+    assert "with tools, Ollama does not say what training said" in caplog.text
 
 
 def test_the_licence_is_the_base_s(registering: Registering) -> None:
