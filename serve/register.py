@@ -51,6 +51,7 @@ def register(recipe: Recipe, run: Run) -> Made:
             whose tag is then removed again.
     """
     refuse_disproved(run)
+    read_probes(run.path("reference"))  # one that cannot be read is told before anything is sent
     modelfile, vocabulary = modelfile_of(recipe, run)
     with OllamaServer(server_url()) as server:
         version = server.version()
