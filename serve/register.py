@@ -15,6 +15,7 @@ from recipe import Made, Recipe, Run, UserError
 from recipe.command import boundary, recipe_of_arguments, up_to_date_within
 from recipe.files import write_whole
 from recipe.proof import Comparison, read_comparisons
+from recipe.recommend import chosen
 from recipe.reference import read_probes
 from recipe.run import Receipt
 from recipe.stages import stage
@@ -50,7 +51,8 @@ def register(recipe: Recipe, run: Run) -> Made:
         UserError: Ollama is absent, too old, busy, full or breaks off; or what it serves is not the trained model,
             whose tag is then removed again.
     """
-    refuse_disproved(run)
+    recipe = chosen(recipe, run)
+    refuse_disproved(recipe, run)
     read_probes(run.path("reference"))  # one that cannot be read is told before anything is sent
     modelfile, vocabulary = modelfile_of(recipe, run)
     with OllamaServer(server_url()) as server:
@@ -178,7 +180,7 @@ def remove(server: OllamaServer, modelfile: Modelfile, digest: str) -> None:
 
 def ensure(recipe: Recipe, run: Run) -> Receipt:
     """The registration's receipt, made now unless the server still holds what it says; the caller has the lock."""
-    receipt = run.find_receipt("register")
+    receipt, recipe = run.find_receipt("register"), chosen(recipe, run)
     if receipt is not None:
         with OllamaServer(server_url()) as server:
             now = {"url": server.url, "version": server.version(), "tag": modelfile_of(recipe, run)[0].tag}
@@ -199,6 +201,7 @@ def row(recipe: Recipe, run: Run) -> Comparison | None:
     receipt = run.find_receipt("register")
     if receipt is None and (os.environ.get("ENGINE") or recipe.serve.engine) != "ollama":
         return None
+    recipe = chosen(recipe, run)
     comparison = Comparison(f"served {recipe.served_type} by Ollama")
     if receipt is None:
         comparison.problems.append(f"it is not registered: run 'make register RECIPE={recipe.name}'")
