@@ -15,7 +15,7 @@ NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
 PYTHON := .venv/bin/python
 
-USES_RECIPE := resolve data base train reference merge gguf parity prove report verify serve vllm cluster ready status stop chat ask playground tensorboard clean
+USES_RECIPE := resolve data base train reference merge gguf parity prove report verify serve register vllm cluster ready status stop chat ask playground tensorboard clean
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
@@ -30,16 +30,17 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove report verify serve vllm cluster status stop chat ask playground tensorboard test lint format lock clean
+.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove report verify serve register vllm cluster status stop chat ask playground tensorboard test test-ollama lint format lock clean
 
 help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  RECIPE=tiny                     a recipe of recipe/, or the path of your own .yaml (now: $(RECIPE))"
 	@echo "  SET='train.epochs=1 seed=2'     changes keys of the recipe and keeps them for this run; SET= drops them"
 	@echo "  PORT=8080                       for serve, chat and ask; UI_PORT=3001 for the chat window"
 	@echo "  PLAYGROUND_PORT=7861            for playground"
 	@echo "  UI=none                         for serve: the API alone; UI=builtin is llama.cpp's own page"
+	@echo "  OLLAMA_HOST=gpu-box:11434       for register and test-ollama; OLLAMA_API_KEY if it wants one"
 	@echo "  Q='What is a receipt?'          for ask"
 	@echo "  FORCE=1                         for serve: serve even what failed its proof"
 
@@ -95,6 +96,7 @@ report: | .venv/.complete ## Write the run's page, report.html, and its model ca
 
 verify: | .venv/.complete ## Recompute every hash from the receipts, from the data to what is served
 	@$(PYTHON) -m recipe.verify $(FILE)
+	@test ! -f $(RUN)/register.json || $(PYTHON) -m serve.registered $(FILE)
 
 # Before the stages: a taken port is told, and Open WebUI installed, now and not after minutes of training.
 ready: resolve
@@ -103,6 +105,9 @@ ready: resolve
 # vLLM loads the merged weights themselves.
 serve: ready $(RUN)/$(if $(filter vllm,$(ENGINE)),merge,parity).json ## Open a chat window with the trained model, and serve its API, on 127.0.0.1
 	@$(PYTHON) -m serve.api $(FILE)
+
+register: resolve $(RUN)/parity.json ## Register the model with the Ollama at OLLAMA_HOST and prove it there
+	@$(PYTHON) -m serve.register $(FILE)
 
 # `make ENGINE=vllm serve` without the window.
 vllm: export ENGINE := vllm
@@ -134,6 +139,10 @@ tensorboard: | .venv/.complete ## Show the loss curves in the browser, on 127.0.
 
 test: | .venv/.complete ## Run the tests; ARGS='-k name' goes to pytest
 	@$(PYTHON) -m pytest $(ARGS)
+
+test-ollama: | .venv/.complete ## Run the tests of `make register` against the real Ollama at OLLAMA_HOST
+	@test -n "$$OLLAMA_HOST" || { echo "error: OLLAMA_HOST is not set: name a running Ollama" >&2; exit 1; }
+	@TEST_OLLAMA_HOST="$$OLLAMA_HOST" $(PYTHON) -m pytest tests/test_register.py $(ARGS)
 
 lint: | .venv/.complete ## Check style and types
 	@$(PYTHON) -m ruff check

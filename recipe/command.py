@@ -58,12 +58,17 @@ def up_to_date(this: Stage, recipe: Recipe, make: Callable[[Recipe, Run], Made])
     """The stage's receipt, made now unless the one that is there still holds."""
     run = Run(recipe.name)
     with run.lock():
-        keys = {key: _plain(as_dict(recipe)[key]) for key in this.keys}
-        if run.is_current(this.name, keys):
-            log.info("%s: up to date", this.name)
-            run.receipt_path(this.name).touch()
-            return run.receipt(this.name)
-        return _run_stage(this, recipe, run, make)
+        return up_to_date_within(run, this, recipe, make)
+
+
+def up_to_date_within(run: Run, this: Stage, recipe: Recipe, make: Callable[[Recipe, Run], Made]) -> Receipt:
+    """The same for who holds the run folder's lock."""
+    keys = {key: _plain(as_dict(recipe)[key]) for key in this.keys}
+    if run.is_current(this.name, keys):
+        log.info("%s: up to date", this.name)
+        run.receipt_path(this.name).touch()
+        return run.receipt(this.name)
+    return _run_stage(this, recipe, run, make)
 
 
 def _run_stage(this: Stage, recipe: Recipe, run: Run, make: Callable[[Recipe, Run], Made]) -> Receipt:

@@ -38,6 +38,13 @@ STAGES = (
         ("serve",),
     ),
     Stage(
+        "register",
+        "serve.register",
+        "Register the model with Ollama and prove it there",
+        ("reference", "gguf", "parity"),
+        (),
+    ),
+    Stage(
         "serve",
         "serve.api",
         "Serve in a chat window and over an OpenAI-compatible API",

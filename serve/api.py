@@ -49,15 +49,15 @@ NONE = """
 ENDPOINT = """
   URL    {url}
   model  {name}
-  key    in {key}
+  key    {known_by}
 
 Try it in another terminal, from this folder:
 
-  curl -s {url}/chat/completions -H "Authorization: Bearer $(cat {key})" \
+  curl -s {url}/chat/completions {authorization}\
 -H 'Content-Type: application/json' -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
 
-or chat with it: make chat RECIPE={name}
-Ctrl-C stops it, or in another terminal: make stop RECIPE={name}
+or chat with it: make chat RECIPE={recipe}
+Ctrl-C stops it, or in another terminal: make stop RECIPE={recipe}
 """
 
 log = logging.getLogger("truetune")
@@ -133,8 +133,8 @@ def backend_of(recipe: Recipe, run: Run) -> Backend:
             from serve.llamacpp import backend
         case "vllm":
             from serve.vllm import backend
-        case other:
-            raise UserError(f"serve.engine: {other} is not there yet: choose llamacpp or vllm")
+        case "ollama":
+            from serve.register import backend
     return backend(recipe, run)
 
 
@@ -204,7 +204,11 @@ def welcome(recipe: Recipe, backend: Backend) -> str:
     from serve.openwebui import EMAIL, PASSWORD_FILE
 
     window = {"openwebui": OPENWEBUI, "builtin": BUILTIN, "none": NONE}[recipe.serve.ui]
+    guarded = bool(backend.services)  # Ollama asks for no key
     return (window + ENDPOINT).format(
+        recipe=recipe.name,
+        known_by=f"in {KEY_FILE}" if guarded else "none: Ollama asks for none",
+        authorization=f'-H "Authorization: Bearer $(cat {KEY_FILE})" ' if guarded else "",
         name=backend.endpoint.model,
         type=recipe.served_artefact,
         url=backend.endpoint.url,

@@ -67,13 +67,21 @@ class Answer:
         return f"{self.tokens} tokens, {rate:.1f} a second, the first after {self.first_at - self.asked_at:.2f} s"
 
 
-def connect(recipe: Recipe) -> "OpenAI":
-    """The official client of the served model, once it is proved to be the recipe's.
+def connect(recipe: Recipe) -> "tuple[OpenAI, str]":
+    """The official client, and the served model's name, once it is proved to be the recipe's.
 
     Raises:
         UserError: nothing answers, it refuses the key, or it is another model.
     """
-    port = port_of_environment(Run(recipe.name).receipt("serve").metrics["port"])
+    from openai import DefaultHttpxClient, OpenAI
+
+    # A proxy of the environment must never see what is said to this machine, nor the key.
+    http = DefaultHttpxClient(trust_env=False)
+    served = Run(recipe.name).receipt("serve").metrics
+    if served.get("engine") == "ollama":  # not our server: what it holds was proved when it was registered
+        key = os.environ.get("OLLAMA_API_KEY") or "none"
+        return OpenAI(base_url=served["url"], api_key=key, http_client=http), served["model"]
+    port = port_of_environment(served["port"])
     if not is_healthy(port):
         raise UserError(f"nothing answers on {url_of(port)}: run 'make serve' in another terminal first")
     key = read_key()
@@ -82,10 +90,7 @@ def connect(recipe: Recipe) -> "OpenAI":
         raise UserError(
             f"{url_of(port)} serves {name!r}, not {recipe.name!r}: stop it or set the PORT of {recipe.name!r}"
         )
-    from openai import DefaultHttpxClient, OpenAI
-
-    # A proxy of the environment must never see what is said to this machine, nor the key.
-    return OpenAI(base_url=f"{url_of(port)}/v1", api_key=key, http_client=DefaultHttpxClient(trust_env=False))
+    return OpenAI(base_url=f"{url_of(port)}/v1", api_key=key, http_client=http), name
 
 
 def ask(client: "OpenAI", model: str, question: str) -> None:
@@ -202,8 +207,8 @@ if __name__ == "__main__":
     with boundary():
         question = question_of_arguments()
         recipe = recipe_of_arguments("serve.chat", DOES)
-        client = connect(recipe)
+        client, model = connect(recipe)
         if question is None:
-            chat(client, recipe.name)
+            chat(client, model)
         else:
-            ask(client, recipe.name, question)
+            ask(client, model, question)

@@ -22,6 +22,7 @@ from serve.backend import Backend
 from serve.endpoint import ERRORS, free_port, with_environment
 from serve.openwebui import port_of, proved_windows
 from serve.probe import Engine, LlamaCpp, Vllm, ask_probes
+from serve.register import row as registered_row
 from serve.session import find
 from serve.supervisor import Supervisor
 
@@ -57,7 +58,10 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
     `file` is what was found of the served artefact itself: its server cannot agree more, and must not much less.
     """
     comparison = Comparison(f"{SERVED} {'vllm' if recipe.serve.engine == 'vllm' else recipe.served_type}")
-    backend = backend_of(replace(recipe, serve=replace(recipe.serve, port=free_port())), run)
+    # Ollama, whose server is not ours, has a row of its own beside that of llama.cpp.
+    engine_name = "vllm" if recipe.serve.engine == "vllm" else "llamacpp"
+    recipe = replace(recipe, serve=replace(recipe.serve, engine=engine_name, port=free_port()))
+    backend = backend_of(recipe, run)
     try:
         with answering(recipe, run, backend) as engine:
             ask_probes(comparison, engine, reference.probes, recipe.serve.context)
@@ -125,7 +129,7 @@ def made_from(recipe: Recipe, name: str) -> list[str]:
     if name.startswith(SERVED) and recipe.serve.engine == "vllm":
         return [] if recipe.serve.vllm.adapter else ["merge"]
     if name.startswith(SERVED):
-        return list(dict.fromkeys(["merge", recipe.gguf.full, name.removeprefix(f"{SERVED} ")]))
+        return list(dict.fromkeys(["merge", recipe.gguf.full, name.split()[1]]))
     return line.get(name, ["merge", recipe.gguf.full])
 
 
@@ -169,6 +173,8 @@ if __name__ == "__main__":
         recipe = with_environment(recipe_of_arguments(this.module, this.does))
         receipt = up_to_date(this, recipe, prove)
         comparisons = [*receipt.metrics["comparisons"], *proved_windows(Run(recipe.name))]
+        if ollama := registered_row(recipe, Run(recipe.name)):
+            comparisons.append(vars(ollama))
         show(comparisons, receipt.metrics["notes"], receipt.metrics["recommended"])
         report(recipe, Run(recipe.name))
         if problems := verdict(recipe, comparisons):

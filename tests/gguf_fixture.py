@@ -26,8 +26,8 @@ WORDS = ["apple", "bread", "cloud", "delta", "eagle", "flame", "grape", "house"]
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
 
-def write_gguf(path: Path) -> None:
-    """A Llama that answers with words of `WORDS` until its context is full."""
+def write_gguf(path: Path, template: str = TEMPLATE, ends: bool = False) -> None:
+    """A Llama that answers with words of `WORDS` until its context is full, or `ends` some answers by itself."""
     random, width, hidden = np.random.default_rng(0), 32, 64
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"▁{word}" for word in WORDS)]
     words = slice(len(tokens) - len(WORDS), len(tokens))
@@ -50,7 +50,7 @@ def write_gguf(path: Path) -> None:
     writer.add_token_types(kinds)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template)
 
     def add(name: str, *shape: int) -> None:
         weights = np.ones(shape) if len(shape) == 1 else random.normal(0, 0.5, shape)
@@ -58,6 +58,7 @@ def write_gguf(path: Path) -> None:
             half = random.normal(0, 2, (len(WORDS) // 2, width))
             weights[:] = 0
             weights[words] = np.concatenate([half, -half])
+            weights[2] = np.roll(half[0], 1) if ends else 0
         writer.add_tensor(f"{name}.weight", weights.astype(np.float32))
 
     for name in ("token_embd", "output"):
