@@ -15,7 +15,7 @@ NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
 PYTHON := .venv/bin/python
 
-USES_RECIPE := resolve data base train reference merge gguf parity prove report verify serve register vllm cluster ready status stop chat ask playground tensorboard clean
+USES_RECIPE := resolve data base train reference merge gguf parity prove report verify serve register vllm cluster ready status stop docker up chat ask playground tensorboard clean
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
@@ -30,7 +30,7 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove report verify serve register vllm cluster status stop chat ask playground tensorboard test test-ollama lint format lock clean
+.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard test test-ollama lint format lock clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,7 @@ help: ## Show this list
 	@echo "  PLAYGROUND_PORT=7861            for playground"
 	@echo "  UI=none                         for serve: the API alone; UI=builtin is llama.cpp's own page"
 	@echo "  OLLAMA_HOST=gpu-box:11434       for register and test-ollama; OLLAMA_API_KEY if it wants one"
+	@echo "  PROFILE='llamacpp playground'   for up: ollama (the default), gpu, llamacpp or vllm; playground; train"
 	@echo "  Q='What is a receipt?'          for ask"
 	@echo "  FORCE=1                         for serve: serve even what failed its proof"
 
@@ -123,6 +124,16 @@ status: | .venv/.complete ## Show what serves the model: services, ports, proces
 
 stop: | .venv/.complete ## Stop what serves the model
 	@$(PYTHON) -m serve.stop $(FILE)
+
+# As `ready`, for the containers.
+docker: resolve
+	@$(PYTHON) -m serve.compose $(FILE) --check
+
+up: docker $(if $(filter train,$(PROFILE)),,$(RUN)/gguf.json) ## Start the stack in containers: PROFILE='llamacpp playground'
+	@$(PYTHON) -m serve.compose $(FILE)
+
+down: | .venv/.complete ## Stop the containers; what their volumes hold stays
+	@$(PYTHON) -m serve.compose --down
 
 chat: | .venv/.complete ## Talk with the served model in the terminal
 	@$(PYTHON) -m serve.chat $(FILE)

@@ -1,7 +1,7 @@
 """The engine: llama.cpp's own HTTP server around one GGUF:  python -m serve.engine SETTINGS
 
-Started by `serve.api` only. It is a process of its own so that a crash in native code, or the system's taking
-its memory, ends the engine alone; its supervisor starts it again.
+Started by `serve.api` and in a container. It is a process of its own so that a crash in native code, or the
+system's taking its memory, ends the engine alone; its supervisor starts it again.
 """
 
 import json
@@ -29,6 +29,7 @@ class Settings:
     threads: int
     temperature: float
     ui: bool = False
+    host: str = HOST  # a container's engine listens on its network, which no one outside reaches
 
 
 def engine(settings: Settings) -> None:
@@ -53,7 +54,7 @@ def parameters(settings: Settings) -> Any:
     params.model_alias = {settings.name}
     params.use_jinja = True
     params.offline = True
-    params.hostnames = [HOST]
+    params.hostnames = [settings.host]
     params.port = settings.port
     params.api_keys = [read_key(Path(settings.key_file))]
     params.cors_origins = url_of(settings.port)  # the default, '*', lets any web page ask
