@@ -16,8 +16,15 @@ from serve.api import refuse_disproved, refuse_long_context, served_file
 from serve.endpoint import port_problem, url_of
 from serve.key import KEY_FILE, make_key
 from serve.stack import (
-    has_window, hand_over, machine, ports, profiles_of_environment, services, settings, write_settings,
-)  # fmt: skip
+    hand_over,
+    has_window,
+    machine,
+    ports,
+    profiles_of_environment,
+    services,
+    settings,
+    write_settings,
+)
 
 DOES = "Start the stack in containers; with --down, stop it"
 READY_SECONDS = 1800
