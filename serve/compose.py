@@ -10,21 +10,13 @@ import sys
 
 from recipe.command import boundary, recipe_of_arguments
 from recipe.error import UserError
+from recipe.load import find
 from recipe.run import Run
 from recipe.schema import Recipe
+from serve import stack
 from serve.api import refuse_disproved, refuse_long_context, served_file
 from serve.endpoint import port_problem, url_of
 from serve.key import KEY_FILE, make_key
-from serve.stack import (
-    hand_over,
-    has_window,
-    machine,
-    ports,
-    profiles_of_environment,
-    services,
-    settings,
-    write_settings,
-)
 
 DOES = "Start the stack in containers; with --down, stop it"
 READY_SECONDS = 1800
@@ -32,7 +24,7 @@ OLDEST_COMPOSE = (2, 20)  # the first with dependencies that may be absent
 
 STARTED = """
 {name} ({type}) runs in containers
-{window}
+{windows}
   API    {url}/v1
   model  {name}
   key    in {key}
@@ -40,28 +32,56 @@ STARTED = """
 docker compose logs --follow    shows what they say
 make down                       stops them
 """
+WINDOW = """
+  chat   {url}
+         as {email}, password in {password}
+"""
+PLAYGROUND = """
+  play   {url}/?token=$(cat {token})
+"""
 
 
-def up(recipe: Recipe, profiles: list[str]) -> None:
+def up(recipe: Recipe, file: str, profiles: list[str]) -> None:
     """Prove the model's file, write what the containers need, start them, wait until all are healthy, tell."""
-    run, published = Run(recipe.name), ports(recipe, profiles)
+    run, published = Run(recipe.name), stack.ports(recipe, profiles)
     with run.lock():
         path, known = served_file(recipe, run)
         refuse_disproved(run)
         refuse_long_context(recipe.serve.context, path)
-        make_key()
-        hand_over(KEY_FILE)
-        write_settings(settings(recipe, profiles, path, str(known["sha256"])))
-    compose("up", "--detach", "--build", "--wait", "--wait-timeout", str(READY_SECONDS), *services(recipe, profiles))
-    window = f"\n  chat   {url_of(published['UI_PORT'])}" if has_window(recipe) else ""
-    url = url_of(published["PORT"])
-    sys.stdout.write(STARTED.format(name=recipe.name, type=recipe.served_type, window=window, url=url, key=KEY_FILE))
+        if "vllm" in profiles:
+            run.verified("merge")
+        for secret in stack.secrets(recipe, profiles):
+            make_key(secret)
+            stack.hand_over(secret)
+        stack.hand_over(run.folder)
+        stack.write_settings(stack.settings(recipe, find(file), profiles, path, str(known["sha256"])))
+    started = stack.services(recipe, profiles)
+    stop_others({*answer("config", "--services")} - ({"openwebui", "playground"} - {*started}))
+    compose("up", "--detach", "--build", "--wait", "--wait-timeout", str(READY_SECONDS), *started)
+    sys.stdout.write(told(recipe, published))
+
+
+def stop_others(wanted: set[str]) -> None:
+    """Remove what an earlier start with other profiles left running."""
+    if others := sorted({*answer("--profile", "*", "ps", "--services")} - wanted):
+        compose("--profile", "*", "rm", "--stop", "--force", *others)
+
+
+def told(recipe: Recipe, published: dict[str, int]) -> str:
+    """Where to find what runs."""
+    windows, urls = "", {variable: url_of(port) for variable, port in published.items()}
+    if "UI_PORT" in urls:
+        windows += WINDOW.format(url=urls["UI_PORT"], email=stack.EMAIL, password=stack.PASSWORD)
+    if "PLAYGROUND_PORT" in urls:
+        windows += PLAYGROUND.format(url=urls["PLAYGROUND_PORT"], token=stack.PLAYGROUND_TOKEN)
+    served, url = recipe.served_type, urls["PORT"]
+    return STARTED.format(name=recipe.name, type=served, windows=windows, url=url, key=KEY_FILE)
 
 
 def train(recipe: Recipe, file: str, profiles: list[str]) -> None:
     """Run `make train` in a container, on the GPU where PROFILE says so; its progress goes to this terminal."""
-    write_settings(machine())
-    hand_over(Run(recipe.name).folder)
+    stack.write_settings(stack.machine())
+    stack.hand_over(Run(recipe.name).folder)
     compose("run", "--rm", "--build", "train-gpu" if "gpu" in profiles else "train", "train", f"RECIPE={file}")
 
 
@@ -74,7 +94,7 @@ def check(recipe: Recipe, profiles: list[str]) -> None:
     refuse_without_docker()
     if "train" in profiles or answer("ps", "--quiet", "gateway"):
         return  # nothing is published, or what holds the ports is about to be replaced
-    for variable, port in ports(recipe, profiles).items():
+    for variable, port in stack.ports(recipe, profiles).items():
         if problem := port_problem(port):
             raise UserError(f"port {port} {problem}: stop the other program or choose another, {variable}={port + 1}")
 
@@ -128,13 +148,13 @@ def main() -> None:
         refuse_without_docker()
         compose("--profile", "*", "down", "--remove-orphans")
         return
-    recipe, profiles = recipe_of_arguments("serve.compose", DOES), profiles_of_environment()
+    recipe, profiles = recipe_of_arguments("serve.compose", DOES), stack.profiles_of_environment()
     if "--check" in wanted:
         check(recipe, profiles)
     elif "train" in profiles:
         train(recipe, sys.argv[1], profiles)
     else:
-        up(recipe, profiles)
+        up(recipe, sys.argv[1], profiles)
 
 
 if __name__ == "__main__":

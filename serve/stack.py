@@ -8,8 +8,11 @@ from recipe.error import UserError
 from recipe.files import write_whole
 from recipe.schema import Recipe
 from serve.endpoint import port_of_environment
+from serve.key import KEY_FILE
 
 SETTINGS = Path(".env")
+EMAIL, PASSWORD, SESSIONS = "admin@localhost", Path(".secrets/openwebui-password"), Path(".secrets/openwebui-secret")
+PLAYGROUND_TOKEN = Path(".secrets/playground-token")
 # Who the containers are where root starts them: none of them runs as root.
 NOBODY = 10001
 
@@ -50,7 +53,7 @@ def profiles_of_environment() -> list[str]:
     return named if engines else ["ollama", *named]
 
 
-def settings(recipe: Recipe, profiles: list[str], model: Path, sha256: str) -> dict[str, str]:
+def settings(recipe: Recipe, file: Path, profiles: list[str], model: Path, sha256: str) -> dict[str, str]:
     """What compose.yaml asks for to serve this model, by name."""
     engine = next(ENGINES[name] for name in profiles if name in ENGINES)
     return {
@@ -59,6 +62,7 @@ def settings(recipe: Recipe, profiles: list[str], model: Path, sha256: str) -> d
         "TRUETUNE_ENGINE": engine.address,
         "TRUETUNE_HEALTH": engine.health,
         "TRUETUNE_NAME": recipe.name,
+        "TRUETUNE_RECIPE": os.path.relpath(file),
         "TRUETUNE_MODEL": str(model),
         "TRUETUNE_MODEL_SHA256": sha256,
         "TRUETUNE_CONTEXT": str(recipe.serve.context),
@@ -85,6 +89,8 @@ def ports(recipe: Recipe, profiles: list[str]) -> dict[str, int]:
     found = {"PORT": port_of_environment(recipe.serve.port)}
     if has_window(recipe):
         found["UI_PORT"] = port_of_environment(recipe.serve.ui_port, "UI_PORT")
+    if "playground" in profiles:
+        found["PLAYGROUND_PORT"] = port_of_environment(recipe.serve.playground_port, "PLAYGROUND_PORT")
     if len(set(found.values())) < len(found):
         raise UserError(f"{' and '.join(found)} are the same port, {found['PORT']}: change one")
     return found
@@ -95,9 +101,22 @@ def services(recipe: Recipe, profiles: list[str]) -> list[str]:
     return ["gateway", *["openwebui"] * has_window(recipe), *["playground"] * ("playground" in profiles)]
 
 
+def secrets(recipe: Recipe, profiles: list[str]) -> list[Path]:
+    """The files that the started containers read their secrets from; each has one."""
+    window, playground = has_window(recipe), "playground" in profiles
+    return [KEY_FILE, *[PASSWORD, SESSIONS] * window, *[PLAYGROUND_TOKEN] * playground]
+
+
 def has_window(recipe: Recipe) -> bool:
-    """Whether Open WebUI is wanted; `UI=none` does without."""
-    return (os.environ.get("UI") or recipe.serve.ui) == "openwebui"
+    """Whether Open WebUI is wanted; `UI=none` does without.
+
+    Raises:
+        UserError: it is another window, which the gateway would not let through.
+    """
+    wanted = os.environ.get("UI") or recipe.serve.ui
+    if wanted not in ("openwebui", "none"):
+        raise UserError(f"UI={wanted!r} is no window of the containers: choose openwebui or none")
+    return wanted == "openwebui"
 
 
 def write_settings(values: dict[str, str]) -> None:
