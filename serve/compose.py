@@ -14,9 +14,11 @@ from recipe.load import find
 from recipe.run import Run
 from recipe.schema import Recipe
 from serve import stack
-from serve.api import refuse_disproved, refuse_long_context, served_file
-from serve.endpoint import port_problem, url_of
+from serve.api import refuse_disproved
+from serve.endpoint import port_problem, url_of, with_environment
 from serve.key import KEY_FILE, make_key
+from serve.llamacpp import refuse_long_context, served_file
+from serve.openwebui import EMAIL, PASSWORD_FILE
 
 DOES = "Start the stack in containers; with --down, stop it"
 READY_SECONDS = 1800
@@ -71,7 +73,7 @@ def told(recipe: Recipe, published: dict[str, int]) -> str:
     """Where to find what runs."""
     windows, urls = "", {variable: url_of(port) for variable, port in published.items()}
     if "UI_PORT" in urls:
-        windows += WINDOW.format(url=urls["UI_PORT"], email=stack.EMAIL, password=stack.PASSWORD)
+        windows += WINDOW.format(url=urls["UI_PORT"], email=EMAIL, password=PASSWORD_FILE)
     if "PLAYGROUND_PORT" in urls:
         windows += PLAYGROUND.format(url=urls["PLAYGROUND_PORT"], token=stack.PLAYGROUND_TOKEN)
     served, url = recipe.served_type, urls["PORT"]
@@ -148,7 +150,8 @@ def main() -> None:
         refuse_without_docker()
         compose("--profile", "*", "down", "--remove-orphans")
         return
-    recipe, profiles = recipe_of_arguments("serve.compose", DOES), stack.profiles_of_environment()
+    recipe = with_environment(recipe_of_arguments("serve.compose", DOES))
+    profiles = stack.profiles_of_environment()
     if "--check" in wanted:
         check(recipe, profiles)
     elif "train" in profiles:

@@ -9,9 +9,9 @@ from recipe.files import write_whole
 from recipe.schema import Recipe
 from serve.endpoint import port_of_environment
 from serve.key import KEY_FILE
+from serve.openwebui import PASSWORD_FILE, SECRET_FILE
 
 SETTINGS = Path(".env")
-EMAIL, PASSWORD, SESSIONS = "admin@localhost", Path(".secrets/openwebui-password"), Path(".secrets/openwebui-secret")
 PLAYGROUND_TOKEN = Path(".secrets/playground-token")
 # Who the containers are where root starts them: none of them runs as root.
 NOBODY = 10001
@@ -86,9 +86,9 @@ def ports(recipe: Recipe, profiles: list[str]) -> dict[str, int]:
     Raises:
         UserError: one is no port, or two are the same.
     """
-    found = {"PORT": port_of_environment(recipe.serve.port)}
+    found = {"PORT": recipe.serve.port}
     if has_window(recipe):
-        found["UI_PORT"] = port_of_environment(recipe.serve.ui_port, "UI_PORT")
+        found["UI_PORT"] = recipe.serve.ui_port
     if "playground" in profiles:
         found["PLAYGROUND_PORT"] = port_of_environment(recipe.serve.playground_port, "PLAYGROUND_PORT")
     if len(set(found.values())) < len(found):
@@ -104,7 +104,7 @@ def services(recipe: Recipe, profiles: list[str]) -> list[str]:
 def secrets(recipe: Recipe, profiles: list[str]) -> list[Path]:
     """The files that the started containers read their secrets from; each has one."""
     window, playground = has_window(recipe), "playground" in profiles
-    return [KEY_FILE, *[PASSWORD, SESSIONS] * window, *[PLAYGROUND_TOKEN] * playground]
+    return [KEY_FILE, *[PASSWORD_FILE, SECRET_FILE] * window, *[PLAYGROUND_TOKEN] * playground]
 
 
 def has_window(recipe: Recipe) -> bool:
@@ -113,10 +113,9 @@ def has_window(recipe: Recipe) -> bool:
     Raises:
         UserError: it is another window, which the gateway would not let through.
     """
-    wanted = os.environ.get("UI") or recipe.serve.ui
-    if wanted not in ("openwebui", "none"):
-        raise UserError(f"UI={wanted!r} is no window of the containers: choose openwebui or none")
-    return wanted == "openwebui"
+    if recipe.serve.ui == "builtin":
+        raise UserError("UI=builtin is no window of the containers: choose openwebui or none")
+    return recipe.serve.ui == "openwebui"
 
 
 def write_settings(values: dict[str, str]) -> None:

@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from recipe import UserError, environment, load
-from serve import stack
+from serve import openwebui, stack
+from serve.backend import Endpoint
 from serve.compose import check, refuse_without_docker
+from serve.endpoint import with_environment
 
 TEXT = Path("compose.yaml").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load(TEXT)
@@ -103,6 +105,17 @@ def test_secrets_come_as_files_and_never_as_variables(name: str) -> None:
 def env_file(name: str) -> list[str]:
     file = SERVICES[name].get("env_file")
     return Path(file).read_text(encoding="utf-8").splitlines() if file else []
+
+
+def test_open_webui_is_told_what_make_serve_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = SERVICES["openwebui"]
+    lines = [line.partition("=")[::2] for line in env_file("openwebui") if not line.startswith("#")]
+    told = {key: value.strip("'") for key, value in lines}
+    monkeypatch.chdir(tmp_path)
+    native = openwebui.settings(Endpoint("url", "model", "key"), 3000, tmp_path)
+    here = set(service["environment"]) | {secret["target"] for secret in service["secrets"]}
+    assert told == {key: value for key, value in native.items() if key not in here}
+    assert here <= set(native)
 
 
 def test_every_secret_is_a_file_below_the_secrets() -> None:
@@ -237,4 +250,4 @@ def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path, monkeypatch
         port = taken.getsockname()[1]
         monkeypatch.setenv("PORT", str(port))
         with pytest.raises(UserError, match=f"port {port} is in use: .* PORT={port + 1}"):
-            check(load("tiny", []), ["llamacpp"])
+            check(with_environment(load("tiny", [])), ["llamacpp"])
