@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).parent.parent
 PARTS = (".dockerignore", "compose.yaml", "recipe", "requirements.lock", "serve")
 PROJECT = f"truetune-test-{os.getpid()}"
 CHAT = "/v1/chat/completions"
-QUESTION = {"model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": "Hello"}]}
+QUESTION = {"model": NAME, "max_tokens": 4, "temperature": 0, "messages": [{"role": "user", "content": "Hello"}]}
 CONTAINERS = ("gateway", "llamacpp")
 
 
