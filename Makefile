@@ -129,7 +129,7 @@ stop: | .venv/.complete ## Stop what serves the model
 docker: resolve
 	@$(PYTHON) -m serve.compose $(FILE) --check
 
-up: docker $(if $(filter train,$(PROFILE)),,$(RUN)/gguf.json) ## Start the stack in containers: PROFILE='llamacpp playground'
+up: docker $(if $(filter train,$(PROFILE)),,$(RUN)/parity.json) ## Start the stack in containers: PROFILE='llamacpp playground'
 	@$(PYTHON) -m serve.compose $(FILE)
 
 down: | .venv/.complete ## Stop the containers; what their volumes hold stays

@@ -11,6 +11,7 @@ import sys
 from recipe.command import boundary, recipe_of_arguments
 from recipe.error import UserError
 from recipe.load import find
+from recipe.recommend import chosen
 from recipe.run import Run
 from recipe.schema import Recipe
 from serve import stack
@@ -47,8 +48,9 @@ def up(recipe: Recipe, file: str, profiles: list[str]) -> None:
     """Prove the model's file, write what the containers need, start them, wait until all are healthy, tell."""
     run, published = Run(recipe.name), stack.ports(recipe, profiles)
     with run.lock():
+        recipe = chosen(recipe, run)
+        refuse_disproved(recipe, run)
         path, known = served_file(recipe, run)
-        refuse_disproved(run)
         refuse_long_context(recipe.serve.context, path)
         if "vllm" in profiles:
             run.verified("merge")

@@ -19,8 +19,6 @@ def make_key(path: Path = KEY_FILE) -> str:
     if not path.exists():
         _create(path)
     for place, mode in ((path.parent, 0o700), (path, 0o600)):
-<<<<<<< HEAD
-<<<<<<< HEAD
         if place.stat().st_mode & 0o777 != mode:
             try:
                 place.chmod(mode)
@@ -28,15 +26,6 @@ def make_key(path: Path = KEY_FILE) -> str:
                 log.warning("%s is open to others and stays so: %s", place, error.strerror)
             else:
                 log.warning("%s was open to others: its mode is now %o", place, mode)
-=======
-        status = place.stat()
-        if status.st_mode & 0o777 != mode and status.st_uid == os.getuid():  # in a container the folder is another's
-=======
-        if place.stat().st_mode & 0o777 != mode:
->>>>>>> e08b6cb (compose: the playground's style sheet reaches its image)
-            log.warning("%s was open to others: its mode is now %o", place, mode)
-            place.chmod(mode)
->>>>>>> 2d3cecd (serve: register, playground, training and Open WebUI in containers; what make up tells them)
     return read_key(path)
 
 
