@@ -7,7 +7,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from prove_run import CORPUS, REPOSITORY, trained_tokenizer
+from prove_run import CORPUS, REPOSITORY, TEMPLATE, trained_tokenizer
 
 from convert.header import read_header
 from convert.imatrix import Importance, Tensor, chunks, imatrix, training_tokens, write_imatrix
@@ -33,7 +33,9 @@ def made(folder: Path, kind: str, **sizes: Any) -> Any:
     config = getattr(transformers, f"{kind}Config")(**SIZES, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(folder / "model")
-    trained_tokenizer(CORPUS).save_pretrained(folder / "model")
+    tokenizer = trained_tokenizer(CORPUS)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPOSITORY)  # where .cache is
         convert(folder / "model", folder / "full.gguf", "F32")
