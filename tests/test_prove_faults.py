@@ -335,7 +335,7 @@ FILES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     ),
     "one tensor of zeros": ("F16", lambda path: change_gguf(path, zeros), "logits: "),
     "one bit": ("Q8_0", lambda path: change_gguf(path, scale_bit), "logits: "),
-    "special tokens like others": ("F16", plain_tokens, "token ids: probe 'plain', position 10: "),
+    "special tokens like others": ("F16", plain_tokens, "token ids: probe 'plain', position 0: "),
     "no merges": ("F16", lambda path: change_gguf(path, tokenizer__ggml__merges=["a b"]), "token ids: probe 'plain'"),
     "end of text added": (
         "Q8_0",
