@@ -245,7 +245,7 @@ def test_a_gguf_becomes_a_base_with_the_same_weights() -> None:
 
     result = made("smollm2-135m")
     assert {path.name for path in Path("runs/mine/base").iterdir()} == FILES
-    assert result.metrics == {"parameters": 134_515_008, "end_of_turn": "<|im_end|>"}
+    assert {"parameters": 134_515_008, "end_of_turn": "<|im_end|>"}.items() <= result.metrics.items()
     assert "quantization_config" not in json.loads(Path("runs/mine/base/config.json").read_text())
 
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(packaged_gguf()).tensors}
