@@ -23,7 +23,7 @@ from recipe.load import as_dict, load
 from recipe.machine import machine
 from recipe.run import Fingerprints, Receipt, Run
 from recipe.schema import Recipe
-from recipe.stages import Stage, stage
+from recipe.stages import Stage, stage, value_at
 
 USAGE = """usage: python -m {module} RECIPE [key=value ...]
 
@@ -63,7 +63,8 @@ def up_to_date(this: Stage, recipe: Recipe, make: Callable[[Recipe, Run], Made])
 
 def up_to_date_within(run: Run, this: Stage, recipe: Recipe, make: Callable[[Recipe, Run], Made]) -> Receipt:
     """The same for who holds the run folder's lock."""
-    keys = {key: _plain(as_dict(recipe)[key]) for key in this.keys}
+    everything = _plain(as_dict(recipe))
+    keys = {key: value_at(everything, key) for key in this.keys}
     if run.is_current(this.name, keys):
         log.info("%s: up to date", this.name)
         run.receipt_path(this.name).touch()

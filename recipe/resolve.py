@@ -12,14 +12,14 @@ from recipe.files import write_whole
 from recipe.load import as_dict, environment_overrides, find, kept_overrides, load
 from recipe.run import Run
 from recipe.schema import Recipe
-from recipe.stages import STAGES
+from recipe.stages import STAGES, value_at
 
 
 def resolve(recipe: Recipe) -> None:
     """Write what each stage depends on, leaving files that need no change untouched."""
     everything = as_dict(recipe)
     for stage in STAGES:
-        watched = {key: everything[key] for key in stage.keys}
+        watched = {key: value_at(everything, key) for key in stage.keys}
         names = (
             (*recipe.data.train, recipe.data.heldout) if stage.name == "data" else (recipe.base, recipe.chat_template)
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from recipe.error import UserError
 from recipe.files import fingerprint, write_whole
-from recipe.stages import stage
+from recipe.stages import stage, value_at
 
 Fingerprints = dict[str, dict[str, str | int]]
 
@@ -96,7 +96,7 @@ class Run:
     def is_current(self, name: str, keys: dict[str, Any]) -> bool:
         """Whether the stage's receipt was made from these keys and these very inputs, and its outputs are there."""
         found = self.find_receipt(name)
-        if found is None or any(found.recipe.get(key) != value for key, value in keys.items()):
+        if found is None or any(value_at(found.recipe, key) != value for key, value in keys.items()):
             return False
         known: Fingerprints = {}
         for before in stage(name).after:

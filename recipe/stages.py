@@ -1,11 +1,13 @@
 """The line from data to chat: which stage follows which, and which keys of the recipe each one reads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A step that reads the outputs of the stages `after` which it comes and writes one receipt."""
+    """A step that reads the outputs of the stages `after` which it comes, and `keys` or sections of the recipe."""
 
     name: str
     module: str
@@ -35,7 +37,7 @@ STAGES = (
         "serve.prove",
         "Prove that what is served is the model that was trained",
         ("reference", "gguf", "parity"),
-        ("serve",),
+        ("serve.type", "serve.engine", "serve.context", "serve.temperature", "serve.vllm"),
     ),
     Stage(
         "register",
@@ -57,6 +59,14 @@ STAGES = (
 def stage(name: str) -> Stage:
     """The stage of that name."""
     return next(stage for stage in STAGES if stage.name == name)
+
+
+def value_at(recipe: Mapping[str, Any], key: str) -> Any:
+    """What a resolved recipe says of a dotted key; None where it is not known, as in a receipt of an older version."""
+    value: Any = recipe
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def mermaid() -> str:

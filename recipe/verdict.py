@@ -7,7 +7,7 @@ from recipe.load import as_dict
 from recipe.proof import Comparison, read_comparisons
 from recipe.run import Run
 from recipe.schema import Recipe
-from recipe.stages import Stage, stage
+from recipe.stages import Stage, stage, value_at
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def outdated(recipe: Recipe, run: Run, name: str) -> str | None:
         if receipt is None:
             return f"'{link.name}' has not run"
         for key in link.keys:
-            if receipt.recipe.get(key) != wanted[key]:
+            if value_at(receipt.recipe, key) != value_at(wanted, key):
                 return f"the recipe's {key} has changed since '{link.name}'"
         for before in link.after:
             upstream = run.find_receipt(before)

@@ -86,7 +86,13 @@ def test_files_proved_again_stand_for_themselves_while_the_endpoint_waits(told: 
     Path(f"{NAME}.yaml").write_text(RECIPE + "serve: {context: 512}\n")
     found = verdict(run.recipe, run.run)
     assert (found.answer, found.outdated, len(found.rows)) == ("open", False, 8)
-    assert "the recipe's serve has changed since 'prove'" in found.reasons[0]
+    assert "the recipe's serve.context has changed since 'prove'" in found.reasons[0]
+
+
+def test_another_port_or_window_changes_nothing_that_was_proved(told: Callable[..., Told]) -> None:
+    run = told()
+    Path(f"{NAME}.yaml").write_text(RECIPE + "serve: {ui: none, port: 8001}\n")
+    assert verdict(run.recipe, run.run).answer == "yes"
 
 
 def test_comparisons_that_are_gone_prove_nothing(told: Callable[..., Told]) -> None:
