@@ -58,6 +58,7 @@ doctor: ## Show what this machine has, and what is missing for which target
 data: $(RUN)/data.json ## Read, check and split the conversations
 base: $(RUN)/base.json ## Bring the base model into one plain folder
 train: $(RUN)/train.json $(RUN)/reference.json ## Fine-tune a LoRA adapter on the assistant's words
+	@$(PYTHON) -m recipe.report $(FILE)
 reference: $(RUN)/reference.json ## Let the trained model answer the probes
 merge: $(RUN)/merge.json ## Add the adapter to the full-precision base
 gguf: $(RUN)/gguf.json ## Convert to GGUF and quantize
@@ -105,6 +106,7 @@ ready: resolve
 
 # vLLM loads the merged weights themselves.
 serve: ready $(RUN)/$(if $(filter vllm,$(ENGINE)),merge,parity).json ## Open a chat window with the trained model, and serve its API, on 127.0.0.1
+	@$(PYTHON) -m recipe.report $(FILE)
 	@$(PYTHON) -m serve.api $(FILE)
 
 register: resolve $(RUN)/parity.json ## Register the model with the Ollama at OLLAMA_HOST and prove it there
