@@ -15,6 +15,7 @@ from typing import Any
 
 from recipe import Recipe, Run, load
 from recipe.command import boundary
+from recipe.rows import rows as kept
 
 ROUNDS, STEPS = 2, 4
 
@@ -101,9 +102,8 @@ def rows(recipe: Recipe, run: Run, tokenizer: Any) -> dict[str, Any]:
 
     from train.template import examples
 
-    with run.path("data", "train.jsonl").open(encoding="utf-8") as file:
-        conversations = [json.loads(line)["messages"] for line in file]
-    found = [asdict(e) for m in conversations for e in examples(tokenizer, m, recipe.train.max_tokens)]
+    conversations = kept(run.path("data"), "train")
+    found = [asdict(e) for row in conversations for e in examples(tokenizer, row["messages"], recipe.train.max_tokens)]
     return {"train": Dataset.from_list(found), "validation": []}
 
 

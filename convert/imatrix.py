@@ -5,7 +5,6 @@ taken by the callback that its scheduler calls for each node of the graph, and w
 """
 
 import ctypes
-import json
 import logging
 import random
 import time
@@ -15,11 +14,12 @@ from typing import Any
 
 from convert.evaluator import PASS_TOKENS, Evaluator
 from recipe import UserError
+from recipe.rows import count, picked
 
 log = logging.getLogger("truetune")
 SECONDS_BETWEEN_LINES = 5.0
 IMATRIX = "imatrix.gguf"
-DATASET = "data/train.jsonl"  # what the files say that it was computed from
+DATASET = "data/train.arrow"  # what the files say that it was computed from
 FLOAT32 = 0  # GGML_TYPE_F32
 LAST = b"result_norm"  # what follows, the logits, is a fifth of a small model's work and of no use here
 
@@ -76,12 +76,11 @@ def training_tokens(merged: Path, data: Path, tokens: int, longest: int) -> list
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    with (data / "train.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    random.Random(0).shuffle(rows)
+    order = list(range(count(data, "train")))
+    random.Random(0).shuffle(order)
     sequences: list[list[int]] = []
     left = tokens
-    for row in rows:
+    for row in picked(data, "train", order):
         text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][: min(longest, left)]
         sequences.append(ids)

@@ -4,15 +4,16 @@ The base is read from its safetensors in the recipe's precision, whatever it was
 base loses the adapter's small values (peft#2321). What is on disk afterwards is compared with the adapter's logits.
 """
 
-import json
 import logging
 import shutil
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from convert.model import load
 from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fresh_folder, put_in_place
+from recipe.rows import rows
 
 log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "peft", "safetensors")
@@ -67,11 +68,8 @@ def merge(recipe: Recipe, run: Run) -> Made:
 
 def probe_ids(tokenizer: Any, data: Path) -> list[list[int]]:
     """Token ids of a few rendered conversations, of the validation split where there is one."""
-    rows: list[dict[str, Any]] = []
-    for part in ("validation", "train"):
-        with (data / f"{part}.jsonl").open(encoding="utf-8") as file:
-            rows += [json.loads(line) for line, _ in zip(file, range(PROBES), strict=False)]
-    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows[:PROBES]]
+    found = islice(chain(rows(data, "validation"), rows(data, "train")), PROBES)
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in found]
     return [tokenizer(text, add_special_tokens=False)["input_ids"][:PROBE_TOKENS] for text in texts]
 
 

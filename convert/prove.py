@@ -23,6 +23,7 @@ from recipe.machine import cores, free_bytes
 from recipe.proof import Bounds, Comparison, compare_tokens, write_comparisons
 from recipe.recommend import loss, recommend
 from recipe.reference import Reference, read_reference
+from recipe.rows import heldout
 from recipe.schema import NEEDS_IMATRIX, QUANTIZATIONS
 from recipe.score import facts_in
 
@@ -75,15 +76,13 @@ def parity(recipe: Recipe, run: Run) -> Made:
 
 def questions_of(run: Run, tokenizer: Any) -> list[dict[str, Any]]:
     """The held-out questions: `question`, `prompt` as the template renders it, `facts`."""
-    with run.path("data", "heldout.jsonl").open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
     return [
         {
             "question": row["messages"][-1]["content"],
             "prompt": tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True),
             "facts": row["facts"],
         }
-        for row in rows
+        for row in heldout(run.path("data"))
     ]
 
 

@@ -13,6 +13,7 @@ from convert.header import read_header
 from convert.imatrix import Importance, Tensor, chunks, imatrix, training_tokens, write_imatrix
 from convert.llamacpp import convert, file_type, quantize
 from recipe import UserError
+from recipe.rows import count
 from recipe.schema import NEEDS_IMATRIX, QUANTIZATIONS, WITHOUT_IMATRIX
 
 SIZES = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -115,7 +116,7 @@ def test_the_file_has_llama_cpp_s_format(tmp_path: Path, matrix: dict[str, Impor
     reader = gguf.GGUFReader(tmp_path / "imatrix.gguf")
     values = {name: field.contents() for name, field in reader.fields.items()}
     assert values["general.type"] == "imatrix"
-    assert values["imatrix.datasets"] == ["data/train.jsonl"]
+    assert values["imatrix.datasets"] == ["data/train.arrow"]
     assert (values["imatrix.chunk_count"], values["imatrix.chunk_size"]) == (1, 512)
     tensors = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
     name = "blk.1.ffn_down.weight"
@@ -164,7 +165,7 @@ def test_the_text_is_the_training_s_within_the_limit(converted: Any) -> None:
     some = training_tokens(merged, data, 50, 160)
     assert sum(map(len, some)) == 50
     every = training_tokens(merged, data, 10**6, 160)
-    assert len(every) == len((data / "train.jsonl").read_text().splitlines())
+    assert len(every) == count(data, "train")
     assert every[: len(some) - 1] == some[:-1]
     assert max(map(len, training_tokens(merged, data, 10**6, 7))) == 7
 

@@ -10,6 +10,7 @@ import pytest
 
 from convert.merge import BOUNDS, check, compare, logits, merge, probe_ids
 from recipe import UserError
+from recipe.rows import rows
 
 FILES = {
     "chat_template.jinja",
@@ -150,6 +151,6 @@ def test_logits_are_compared_by_norm_and_first_choice() -> None:
 
 def test_the_probes_are_whole_conversations_of_the_validation_split_first(trained: Any, tokenizer: Any) -> None:
     probes = probe_ids(tokenizer, trained.run.path("data"))
-    row = trained.run.path("data", "validation.jsonl").read_text().splitlines()[0]
+    [row] = rows(trained.run.path("data"), "validation", first=1)
     assert len(probes) == 4 and all(10 < len(probe) <= 128 for probe in probes)
-    assert row.split("What says the ")[1].split("?")[0] in tokenizer.decode(probes[0])
+    assert row["messages"][0]["content"] in tokenizer.decode(probes[0])

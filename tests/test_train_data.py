@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from recipe import Run, UserError, load
+from recipe.rows import heldout
+from recipe.rows import rows as written
 from train.data import Row, conversation, data, question, read, split
 
 REPOSITORY = Path(__file__).parent.parent
@@ -244,10 +246,8 @@ def test_the_stage_writes_every_conversation_once_with_its_place() -> None:
     rows = numbered(*range(1, 41))
     write_recipe("".join(json.dumps(row.value) + "\n" for row in rows), messages(USER, facts=["x|y"]) + "\n")
     made = data(load("r.yaml"), Run("r"))
-    parts = {
-        name: [json.loads(line) for line in Path(f"runs/r/data/{name}.jsonl").read_text().splitlines()]
-        for name in ("train", "validation", "heldout")
-    }
+    folder = Path("runs/r/data")
+    parts = {part: list(written(folder, part)) for part in ("train", "validation")} | {"heldout": heldout(folder)}
     assert sorted(row["source"] for row in parts["train"] + parts["validation"]) == sorted(places(rows))
     assert parts["heldout"] == [{"messages": [USER], "answer": "", "facts": ["x|y"], "source": "questions.jsonl:1"}]
     assert made.metrics == {name: len(part) for name, part in parts.items()} | {"duplicates": 0}

@@ -1,11 +1,11 @@
 """The reference: what the trained model itself says, whatever else was asked together with it."""
 
-import json
 from typing import Any
 
 import pytest
 
 from recipe.reference import CONTINUATION_TOKENS, read_reference
+from recipe.rows import rows
 from train import reference as stage
 from train.probes import OWN_PROBES, TOOL, probe_cases
 
@@ -55,9 +55,9 @@ def test_answers_are_the_most_likely_tokens_of_one_pass_each(asked: Any, tokeniz
     cases = probe_cases(tokenizer, TALKS)
     probes, logits = stage.ask(asked, tokenizer, cases)
     assert {probe.name for probe in probes} == set(cases) - {"long"}, "it has more tokens than the model has positions"
-    for probe, rows in zip(probes, logits, strict=True):
+    for probe, found in zip(probes, logits, strict=True):
         assert probe.stopped or len(probe.continuation) == CONTINUATION_TOKENS
-        assert rows.argmax(-1).tolist() == probe.continuation[: probe.scored]
+        assert found.argmax(-1).tolist() == probe.continuation[: probe.scored]
 
 
 def test_what_padding_tips_is_asked_again_alone(asked: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +78,7 @@ def test_the_stage_writes_what_the_format_says(trained: Any) -> None:
     reference = read_reference(trained.run.path("reference"))
     assert len(reference.probes) >= 24
     assert reference.logits.shape == (sum(probe.scored for probe in reference.probes), 49152)
-    heldback = trained.run.path("data/validation.jsonl").read_text().splitlines()
+    heldback = list(rows(trained.run.path("data"), "validation"))
     assert len(reference.answers) == len(heldback)
     own = [probe for probe in reference.probes if probe.name.startswith("own-")]
-    assert own[0].messages == json.loads(heldback[0])["messages"][:-1]
+    assert own[0].messages == heldback[0]["messages"][:-1]

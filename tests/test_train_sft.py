@@ -1,5 +1,6 @@
 """Training: it learns, packing changes nothing, and a killed training goes on from its last whole checkpoint."""
 
+import json
 import logging
 import math
 import os
@@ -55,7 +56,7 @@ def test_the_adapter_has_these_files(trained: Any) -> None:
 
 
 def test_the_answers_stand_beside_the_questions(trained: Any) -> None:
-    [row] = stage._read(trained.run.path("answers.jsonl"))
+    [row] = [json.loads(line) for line in trained.run.path("answers.jsonl").read_text().splitlines()]
     assert list(row) == ["question", "facts", "before", "after"]
     assert (row["question"], row["facts"]) == ("Who says moo?", ["cow|bull"])
 

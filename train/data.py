@@ -13,6 +13,7 @@ from typing import Any
 
 from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fingerprint, fresh_folder, put_in_place
+from recipe.rows import RowWriter
 
 ROLES = ("system", "user", "assistant")
 PROBLEMS_SHOWN = 20
@@ -27,7 +28,7 @@ class Row:
 
 
 def data(recipe: Recipe, run: Run) -> Made:
-    """Write `data/{train,validation,heldout}.jsonl` below the run folder.
+    """Write `data/train.arrow`, `data/validation.arrow` (recipe.rows) and `data/heldout.jsonl` below the run folder.
 
     Raises:
         UserError: every problem of every file, each with file and line.
@@ -42,9 +43,12 @@ def data(recipe: Recipe, run: Run) -> Made:
 
     parts = {"train": train, "validation": validation, "heldout": questions}
     folder = fresh_folder(run.path(".data.tmp"))
-    for name, part in parts.items():
-        lines = [json.dumps(row.value | {"source": row.place}, ensure_ascii=False) + "\n" for row in part]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    for name in ("train", "validation"):
+        with RowWriter(folder / f"{name}.arrow") as writer:
+            for row in parts[name]:
+                writer.add(json.dumps(row.value, ensure_ascii=False), row.place)
+    lines = [json.dumps(row.value | {"source": row.place}, ensure_ascii=False) + "\n" for row in questions]
+    (folder / "heldout.jsonl").write_text("".join(lines), encoding="utf-8")
     put_in_place(folder, run.path("data"))
 
     sources = [*recipe.data.train, *([recipe.data.heldout] if recipe.data.heldout else [])]

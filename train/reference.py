@@ -4,15 +4,14 @@ The adapter lies on the base, unmerged: this is the model that was trained, befo
 computed in float32; on a GPU, whose memory may not hold that, in the precision of the recipe's merge.
 """
 
-import json
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
 from recipe import Made, Recipe, Run, command
 from recipe.files import fresh_folder, put_in_place
 from recipe.reference import CONTINUATION_TOKENS, SCORED_POSITIONS, Answer, Message, Probe, Reference, write_reference
+from recipe.rows import rows
 from train.probes import Case, probe_cases
 from train.template import IGNORED, examples, render
 
@@ -36,11 +35,11 @@ def reference(recipe: Recipe, run: Run) -> Made:
     place = {"device_map": {"": torch.cuda.current_device()}} if on_gpu else {}
     base = AutoModelForCausalLM.from_pretrained(run.path("base"), dtype=dtype, **place)
     model = PeftModel.from_pretrained(base, run.path("adapter")).eval()
-    validation, train = (_conversations(run.path("data", f"{part}.jsonl")) for part in ("validation", "train"))
+    validation, train = (_conversations(run, part) for part in ("validation", "train"))
     probes, logits = ask(model, tokenizer, probe_cases(tokenizer, validation + train))
     answers = [
         Answer(row.input_ids, first, _loss(model, row.input_ids, first))
-        for messages in (validation or train)[:VALIDATION_ANSWERS]
+        for messages in validation or train
         for row in examples(tokenizer, messages, recipe.train.max_tokens)
         for first in [_start_of_last_answer(row.labels)]
     ]
@@ -142,9 +141,8 @@ def _start_of_last_answer(labels: list[int]) -> int:
     return last
 
 
-def _conversations(path: Path) -> list[list[Message]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line)["messages"] for line in file]
+def _conversations(run: Run, part: str) -> list[list[Message]]:
+    return [row["messages"] for row in rows(run.path("data"), part, first=VALIDATION_ANSWERS)]
 
 
 if __name__ == "__main__":

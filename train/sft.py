@@ -14,6 +14,7 @@ from typing import Any
 
 from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fresh_folder, put_in_place, write_whole
+from recipe.rows import heldout, rows
 from train.base import parameters
 from train.checkpoints import last_complete, open_folder
 from train.space import check_disk
@@ -33,7 +34,7 @@ def sft(recipe: Recipe, run: Run) -> Made:
     tokenizer, model = load_base(recipe, run)
     trainer = make_trainer(recipe, run, tokenizer, model, _rows(recipe, run, tokenizer))
     trainer.check_stops()
-    questions = _read(run.path("data", "heldout.jsonl"))
+    questions = heldout(run.path("data"))
     before = _before(trainer, tokenizer, questions, recipe, checkpoints)
     log.info("before: validation loss %s, key facts %.0f %%", _loss(before), 100 * before["key_fact_accuracy"])
 
@@ -165,9 +166,8 @@ def _rows(recipe: Recipe, run: Run, tokenizer: Any) -> dict[str, Any]:
 
     made = {}
     for part in ("train", "validation"):
-        conversations = _read(run.path("data", f"{part}.jsonl"))
         found, longest, dropped = [], 0, 0
-        for row in conversations:
+        for row in rows(run.path("data"), part):
             parts = examples(tokenizer, row["messages"], recipe.train.max_tokens)
             dropped += not parts
             longest += any(len(example.input_ids) == recipe.train.max_tokens for example in parts)
@@ -234,11 +234,6 @@ def _save_answers(path: Path, questions: list[dict[str, Any]], before: list[str]
         for question, old, new in zip(questions, before, after, strict=True)
     ]
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def _loss(measured: dict[str, Any]) -> str:

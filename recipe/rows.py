@@ -1,0 +1,95 @@
+"""The conversations that `data` kept, in Arrow files that no stage has to hold in memory.
+
+`train.arrow` and `validation.arrow` are Arrow IPC streams, which `datasets.Dataset.from_file` maps too. They have
+`row`, the conversation as JSON text, so that tools of different schemas lie side by side, and `source`, its place.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROWS_A_BATCH, BYTES_A_BATCH = 1000, 1 << 22
+
+
+class RowWriter:
+    """Writes rows one by one, a batch at a time: the same rows give the same bytes."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow  # type: ignore[import-untyped]
+
+        self.schema = pyarrow.schema([("row", pyarrow.string()), ("source", pyarrow.string())])
+        self.stream = pyarrow.ipc.new_stream(str(path), self.schema)
+        self.texts: list[str] = []
+        self.sources: list[str] = []
+        self.bytes = self.count = 0
+
+    def add(self, text: str, source: str) -> None:
+        self.texts.append(text)
+        self.sources.append(source)
+        self.bytes += len(text)
+        self.count += 1
+        if len(self.texts) == ROWS_A_BATCH or self.bytes >= BYTES_A_BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow
+
+        self.stream.write_batch(pyarrow.record_batch([self.texts, self.sources], schema=self.schema))
+        self.texts, self.sources, self.bytes = [], [], 0
+
+    def __enter__(self) -> "RowWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.texts and kind is None:
+            self._flush()
+        self.stream.close()
+
+
+def rows(data: Path, part: str, first: int | None = None) -> Iterator[dict[str, Any]]:
+    """The conversations of a part of the data folder, or the `first` of them, with a batch in memory at a time."""
+    import pyarrow
+
+    left = first
+    with pyarrow.OSFile(str(_path(data, part))) as file:
+        for batch in pyarrow.ipc.open_stream(file):
+            for text, source in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                if left is not None:
+                    if left == 0:
+                        return
+                    left -= 1
+                yield json.loads(text) | {"source": source}
+
+
+def count(data: Path, part: str) -> int:
+    """How many conversations a part has."""
+    return int(_table(data, part).num_rows)
+
+
+def picked(data: Path, part: str, indexes: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """The conversations at these places of a part, in the order of the indexes."""
+    table = _table(data, part)
+    for index in indexes:
+        row = table.slice(index, 1).to_pylist()[0]
+        yield json.loads(row["row"]) | {"source": row["source"]}
+
+
+def heldout(data: Path) -> list[dict[str, Any]]:
+    """The held-out questions: `messages`, `answer`, `facts`."""
+    with (data / "heldout.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _table(data: Path, part: str) -> Any:
+    """A part as a table over the mapped file: nothing is read before it is asked for."""
+    import pyarrow
+
+    return pyarrow.ipc.open_stream(pyarrow.memory_map(str(_path(data, part)))).read_all()
+
+
+def _path(data: Path, part: str) -> Path:
+    return data / f"{part}.arrow"
