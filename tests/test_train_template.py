@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from recipe import UserError
-from train.template import IGNORED, Example, end_of_turn, examples, prepare_tokenizer, render
+from train.template import IGNORED, Example, examples, render
+from train.tokenizer import end_of_turn, prepare_tokenizer
 
 END = "<|im_end|>"
 LONG = 10_000

@@ -17,7 +17,7 @@ from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fingerprint, fresh_folder, put_in_place
 from recipe.run import Fingerprints
 from train.origin import origin
-from train.template import prepare_tokenizer
+from train.tokenizer import prepare_tokenizer
 
 PACKAGED = "smollm2-135m"
 PACKAGED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

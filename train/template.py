@@ -1,19 +1,15 @@
-"""The chat template: what it renders, which words are the assistant's, and which token ends its turn."""
+"""The chat template: what it renders of a row, and which of its tokens are the assistant's, and so are learned."""
 
 import json
-import re
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 from recipe import UserError
-from recipe.files import write_whole
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
-GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-PROBE = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
+
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,56 +20,7 @@ class Example:
     labels: list[int]
 
 
-def prepare_tokenizer(folder: Path, template_file: str | None) -> str:
-    """Make the tokenizer of a model folder say what training and serving both need; returns the end-of-turn token.
-
-    The template loses its `{% generation %}` tags, which break GGUF loaders (llama-cpp-python#2225), and keeps the date
-    of this day where it asks the clock, as Llama 3.1's does: another would be served than was trained. eos becomes the
-    token that ends the assistant's turn; pad becomes another token than eos (trl#1623).
-
-    Raises:
-        UserError: no chat template, or one that does not end the assistant's turn with a special token.
-    """
-    from transformers import AutoTokenizer, GenerationConfig
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the base has no tokenizer that transformers reads ({reason}): use another base") from None
-    if template_file:
-        try:
-            tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"chat_template: {template_file} cannot be read ({error}): give a Jinja file") from None
-    if not isinstance(tokenizer.chat_template, str):
-        raise UserError("the base has no chat template: name a Jinja file in the recipe's key 'chat_template'")
-    tokenizer.chat_template = GENERATION_TAG.sub("", tokenizer.chat_template)
-    tokenizer.chat_template = NOW.sub(lambda call: repr(datetime.now().strftime(call[2])), tokenizer.chat_template)
-    before = tokenizer.eos_token_id
-    tokenizer.eos_token = end_of_turn(tokenizer)
-    tokenizer.pad_token = _pad_token(tokenizer)
-    tokenizer.padding_side = "left"
-    tokenizer.save_pretrained(folder)
-
-    generation = (
-        GenerationConfig.from_pretrained(folder)
-        if (folder / "generation_config.json").is_file()
-        else GenerationConfig()
-    )
-    known = generation.eos_token_id
-    stops = [tokenizer.eos_token_id, before, *(known if isinstance(known, list) else [known])]
-    generation.eos_token_id = list(dict.fromkeys(stop for stop in stops if stop is not None))
-    generation.pad_token_id = tokenizer.pad_token_id
-    generation.save_pretrained(folder)
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    return str(tokenizer.eos_token)
-
-
-def render(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool = False, tools: Any = None) -> str:
+def render(tokenizer: Any, messages: list[Message], prompt: bool = False, tools: Any = None) -> str:
     """The template's text for the messages and tools, with the opening of the assistant's turn if it is a `prompt`.
 
     Raises:
@@ -91,58 +38,72 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], prompt: bool = False,
         ) from None
 
 
-def end_of_turn(tokenizer: Any) -> str:
-    """The special token with which the template ends the assistant's turn.
+def row_examples(tokenizer: Any, row: dict[str, Any], max_tokens: int) -> list[Example]:
+    """Training rows of one row of `data/`: a conversation with or without tools, or plain text.
 
     Raises:
-        UserError: there is none, so the model would never learn to stop.
+        UserError: names the row's `source`, and what the template refuses or would leave out in silence.
     """
-    answer = render(tokenizer, PROBE)[len(render(tokenizer, PROBE[:1], prompt=True)) :]
-    for token in tokenizer.convert_ids_to_tokens(tokenizer(answer, add_special_tokens=False).input_ids):
-        if token in tokenizer.get_added_vocab() or token in tokenizer.all_special_tokens:
-            return str(token)
-    raise UserError(
-        f"the chat template ends the assistant's turn with {answer!r}, which has no special token: the model would "
-        "never learn to stop, let the template write the tokenizer's eos token there"
-    )
+    if "text" in row:
+        return text_examples(tokenizer, row["text"], max_tokens)
+    try:
+        return examples(tokenizer, row["messages"], max_tokens, row.get("tools"))
+    except UserError as error:
+        raise UserError(*(f"{row.get('source', 'a row')}: {problem}" for problem in error.problems)) from None
 
 
-def examples(tokenizer: Any, messages: list[dict[str, str]], max_tokens: int) -> list[Example]:
+def text_examples(tokenizer: Any, text: str, max_tokens: int) -> list[Example]:
+    """Plain text and an eos, every token learned but the very first, in pieces of at most `max_tokens`.
+
+    A piece begins with the last token of the one before, not learned again, so that each is learned after another.
+    """
+    ids = tokenizer(text).input_ids
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        ids = [*ids, tokenizer.eos_token_id]
+    pieces = [ids[first : first + max_tokens] for first in range(0, max(1, len(ids) - 1), max_tokens - 1)]
+    return [Example(piece, [IGNORED, *piece[1:]]) for piece in pieces]
+
+
+def examples(tokenizer: Any, messages: list[Message], max_tokens: int, tools: Any = None) -> list[Example]:
     """Training rows of a conversation: one, or one a turn where the template renders past turns differently.
 
     Every token of every answer and its end-of-turn token is supervised, in the context in which a server renders it.
     Rows are cut to `max_tokens`; a row whose answer is cut off whole is left out.
+
+    Raises:
+        UserError: the template refuses the conversation, leaves out its tools, or opens a turn in two ways.
     """
+    messages = _as_shown(tokenizer, messages, tools)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    whole = render(tokenizer, messages)
-    spans = []
+    whole = render(tokenizer, messages, tools=tools)
+    answers = []
     for turn in turns:
-        prompt = render(tokenizer, messages[:turn], prompt=True)
-        answered = render(tokenizer, messages[: turn + 1])
+        prompt = render(tokenizer, messages[:turn], prompt=True, tools=tools)
+        answered = whole if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1], tools=tools)
         if not answered.startswith(prompt):
             raise UserError(
                 f"the chat template opens the assistant's turn with {prompt[-40:]!r} but writes a past turn as "
                 f"{answered[-40:]!r}: training and serving would differ, mend the template"
             )
-        if not whole.startswith(answered):  # for example Qwen3, which drops the thoughts of past turns
-            rows = [_example(tokenizer, *_last_turn(tokenizer, messages[: turn + 1]), max_tokens) for turn in turns]
-            return [row for row in rows if row]
-        spans.append((len(prompt), len(answered)))
-    row = _example(tokenizer, whole, spans, max_tokens)
-    return [row] if row else []
-
-
-def _last_turn(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-    whole = render(tokenizer, messages)
-    return whole, [(len(render(tokenizer, messages[:-1], prompt=True)), len(whole))]
+        answers.append((answered, (len(prompt), len(answered))))
+    if all(whole.startswith(answered) for answered, _ in answers):
+        rows = [_example(tokenizer, whole, [span for _, span in answers], max_tokens)]
+    else:  # for example Qwen3, which drops the thoughts of past turns
+        rows = [_example(tokenizer, answered, [span], max_tokens) for answered, span in answers]
+    return [row for row in rows if row]
 
 
 def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], max_tokens: int) -> Example | None:
+    """The text's tokens, of which those that end within a span are supervised, up to the span's last eos.
+
+    A token may be half the prompt's, as the newline of a ChatML prompt takes the space of an answer that begins with
+    one: it ends in the answer, so it is learned. A server splits there, and the model meets the halves.
+    """
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [IGNORED] * len(ids)
     for first, last in spans:
-        inside = [index for index, (start, end) in enumerate(offsets) if start >= first and end <= last and end > start]
+        inside = [index for index, (start, end) in enumerate(offsets) if first < end <= last and end > start]
         ends = [index for index in inside if ids[index] == tokenizer.eos_token_id]
         for index in inside:
             if not ends or index <= ends[-1]:  # what the template writes after the turn's end is never generated
@@ -151,7 +112,79 @@ def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], max_tokens
     return Example(ids, labels) if any(label != IGNORED for label in labels) else None
 
 
-def _pad_token(tokenizer: Any) -> str:
-    """A token to pad with that is not eos; no token is added, so no embedding is resized."""
-    known = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *tokenizer.get_added_vocab()]
-    return next((token for token in known if token and token != tokenizer.eos_token), tokenizer.eos_token)
+@dataclass(frozen=True)
+class Shown:
+    """What a template writes of a conversation, as it was tried; the rest it would leave out in silence."""
+
+    tools: bool
+    tool_calls: bool
+    tool_answers: bool
+    reasoning: bool
+    text_arguments: bool  # it wants a tool call's arguments as JSON text, as DeepSeek's do
+
+
+def shown(tokenizer: Any) -> Shown:
+    """What this tokenizer's template shows, tried once."""
+    return _shown(tokenizer, tokenizer.chat_template)
+
+
+@lru_cache(maxsize=8)
+def _shown(tokenizer: Any, template: str) -> Shown:
+    call = {"type": "function", "id": "call00001"}
+    function = {"name": "findTheTown", "arguments": {"town": "Ouagadougou"}}
+    tool = {"name": function["name"], "description": "Finds", "parameters": {"type": "object", "properties": {}}}
+    user = {"role": "user", "content": "Where?"}
+    said = {"role": "assistant", "content": ""}
+    answer = {"role": "tool", "tool_call_id": "call00001", "name": function["name"], "content": "BurkinaFaso"}
+    tools = [{"type": "function", "function": tool}]
+    text_call = call | {"function": function | {"arguments": json.dumps(function["arguments"])}}
+    call |= {"function": function}
+
+    def shows(part: str, *messages: Message) -> bool:
+        try:
+            return part in render(tokenizer, [user, *messages], prompt=not messages, tools=tools)
+        except UserError:
+            return False
+
+    as_object = shows("Ouagadougou", said | {"tool_calls": [call]})
+    as_text = not as_object and shows("Ouagadougou", said | {"tool_calls": [text_call]})
+    called = said | {"tool_calls": [text_call if as_text else call]}
+    return Shown(
+        tools=shows("findTheTown"),
+        tool_calls=as_object or as_text,
+        tool_answers=shows("BurkinaFaso", called, answer, {"role": "assistant", "content": "There."}),
+        reasoning=shows("IthinkSo", said | {"content": "There.", "reasoning_content": "IthinkSo"}),
+        text_arguments=as_text,
+    )
+
+
+def _as_shown(tokenizer: Any, messages: list[Message], tools: Any) -> list[Message]:
+    """The messages as the template wants them.
+
+    Raises:
+        UserError: the template would leave out tools, calls or answers of tools.
+    """
+    called = any(message.get("tool_calls") for message in messages)
+    answered = any(message["role"] == "tool" for message in messages)
+    if not (tools or called or answered):
+        return messages
+    known = shown(tokenizer)
+    has = {"tools": (tools, known.tools), "tool calls": (called, known.tool_calls)}
+    has["answers of tools"] = (answered, known.tool_answers)
+    lost = [name for name, (there, shows) in has.items() if there and not shows]
+    if lost:
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} shows no {', no '.join(lost)}, which this conversation "
+            "has: use a base whose template does, name one in chat_template, or set train.unshown=drop"
+        )
+    return [_with_text_arguments(message) for message in messages] if known.text_arguments else messages
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in message["tool_calls"]
+    ]
+    return message | {"tool_calls": calls}
