@@ -14,7 +14,7 @@ from typing import Any
 
 from convert.evaluator import PASS_TOKENS, Evaluator
 from recipe import UserError
-from recipe.rows import count, picked
+from recipe.rows import count, picked, rendered
 
 log = logging.getLogger("truetune")
 SECONDS_BETWEEN_LINES = 5.0
@@ -81,7 +81,7 @@ def training_tokens(merged: Path, data: Path, tokens: int, longest: int) -> list
     sequences: list[list[int]] = []
     left = tokens
     for row in picked(data, "train", order):
-        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        text = rendered(tokenizer, row)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][: min(longest, left)]
         sequences.append(ids)
         left -= len(ids)

@@ -78,6 +78,31 @@ def picked(data: Path, part: str, indexes: Iterable[int]) -> Iterator[dict[str, 
         yield json.loads(row["row"]) | {"source": row["source"]}
 
 
+def rendered(tokenizer: Any, row: dict[str, Any]) -> str:
+    """A conversation, or plain text, as training read it."""
+    if "text" in row:
+        return str(row["text"])
+    try:
+        return str(tokenizer.apply_chat_template(row["messages"], row.get("tools"), tokenize=False))
+    except TypeError:  # DeepSeek's templates
+        return str(tokenizer.apply_chat_template(text_arguments(row["messages"]), row.get("tools"), tokenize=False))
+
+
+def text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the arguments of tool calls as JSON text, which some templates want, not as an object."""
+
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        return call | {"function": call["function"] | {"arguments": arguments}}
+
+    return [
+        message | {"tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
 def heldout(data: Path) -> list[dict[str, Any]]:
     """The held-out questions: `messages`, `answer`, `facts`."""
     with (data / "heldout.jsonl").open(encoding="utf-8") as file:

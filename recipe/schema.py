@@ -53,6 +53,7 @@ class Train:
     schedule: Literal["cosine", "linear", "constant"] = knob("cosine", "How the learning rate falls after warm-up")
     warmup: float = knob(0.05, "Share of the steps in which the learning rate rises", 0, 1)
     max_tokens: int = knob(1024, "Longest conversation, the rest is cut and counted; most tokens of a packed row", 16)
+    unshown: Literal["error", "drop"] = knob("error", "What becomes of a row that the chat template refuses or cuts")
     rows: int = knob(1, "Packed rows a step on each device", 1)
     accumulate: int = knob(1, "Steps whose gradients are added up before the weights move", 1)
     evaluations: int = knob(1, "Validation losses and checkpoints an epoch", 1)

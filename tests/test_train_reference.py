@@ -20,7 +20,7 @@ CASES = {"multi-turn", "plain", "system", "empty-system", "unicode", "emoji", "c
 
 
 def test_there_are_enough_probes_of_every_kind(tokenizer: Any) -> None:
-    cases = probe_cases(tokenizer, TALKS)
+    cases = probe_cases(tokenizer, [{"messages": talk} for talk in TALKS])
     assert CASES <= set(cases) and len(cases) >= 24
     assert sum(name.startswith("own-") for name in cases) == OWN_PROBES
 
@@ -35,7 +35,7 @@ def test_tools_are_probed_where_the_template_has_them(tokenizer: Any) -> None:
 
 def test_a_system_prompt_that_the_template_drops_in_silence_is_not_probed(tokenizer: Any) -> None:
     tokenizer.chat_template = NO_SYSTEM
-    cases = probe_cases(tokenizer, [[{"role": "system", "content": "Be short."}, *TALKS[0]]])
+    cases = probe_cases(tokenizer, [{"messages": [{"role": "system", "content": "Be short."}, *TALKS[0]]}])
     assert "plain" in cases and not any(case.messages[0]["role"] == "system" for case in cases.values())
 
 
@@ -52,7 +52,7 @@ def asked() -> Any:
 
 
 def test_answers_are_the_most_likely_tokens_of_one_pass_each(asked: Any, tokenizer: Any) -> None:
-    cases = probe_cases(tokenizer, TALKS)
+    cases = probe_cases(tokenizer, [{"messages": talk} for talk in TALKS])
     probes, logits = stage.ask(asked, tokenizer, cases)
     assert {probe.name for probe in probes} == set(cases) - {"long"}, "it has more tokens than the model has positions"
     for probe, found in zip(probes, logits, strict=True):

@@ -66,8 +66,8 @@ HARD_CASES: dict[str, list[Message]] = {
 }
 
 
-def probe_cases(tokenizer: Any, own: list[list[Message]]) -> dict[str, Case]:
-    """Name → case that ends with a question: hard ones, a spelled special token, tools, and the user's own.
+def probe_cases(tokenizer: Any, own: list[dict[str, Any]]) -> dict[str, Case]:
+    """Name → case that ends with a question: hard ones, a spelled special token, tools, and the user's own rows.
 
     Left out are those that the template refuses, as a server does, and those whose system prompt or tools it drops
     in silence, which llama.cpp's server would write into the question instead.
@@ -79,9 +79,9 @@ def probe_cases(tokenizer: Any, own: list[list[Message]]) -> dict[str, Case]:
     cases = {name: Case(messages, []) for name, messages in HARD_CASES.items()}
     cases["special-token"] = Case([{"role": "user", "content": spelled}], [])
     cases |= {"tools": Case(WITH_TOOLS[:1], TOOLS), "tool-answer": Case(WITH_TOOLS, TOOLS)}
-    for number, messages in enumerate(own[:OWN_PROBES]):
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        cases[f"own-{number:02}"] = Case(messages[: turns[-1]], [])
+    for number, row in enumerate([row for row in own if "messages" in row][:OWN_PROBES]):
+        turns = [index for index, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+        cases[f"own-{number:02}"] = Case(row["messages"][: turns[-1]], row.get("tools") or [])
     if composes(tokenizer, HARD_CASES[DECOMPOSED][0]["content"]):
         del cases[DECOMPOSED]
 

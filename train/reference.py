@@ -6,14 +6,17 @@ computed in float32; on a GPU, whose memory may not hold that, in the precision 
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from typing import Any
 
-from recipe import Made, Recipe, Run, command
+from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fresh_folder, put_in_place
-from recipe.reference import CONTINUATION_TOKENS, SCORED_POSITIONS, Answer, Message, Probe, Reference, write_reference
+from recipe.reference import CONTINUATION_TOKENS, SCORED_POSITIONS, Answer, Probe, Reference, write_reference
 from recipe.rows import rows
 from train.probes import Case, probe_cases
-from train.template import IGNORED, examples, render
+from train.template import IGNORED, Example, render, row_examples
 
 log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "peft")
@@ -35,12 +38,11 @@ def reference(recipe: Recipe, run: Run) -> Made:
     place = {"device_map": {"": torch.cuda.current_device()}} if on_gpu else {}
     base = AutoModelForCausalLM.from_pretrained(run.path("base"), dtype=dtype, **place)
     model = PeftModel.from_pretrained(base, run.path("adapter")).eval()
-    validation, train = (_conversations(run, part) for part in ("validation", "train"))
+    validation, train = (list(rows(run.path("data"), part, VALIDATION_ANSWERS)) for part in ("validation", "train"))
     probes, logits = ask(model, tokenizer, probe_cases(tokenizer, validation + train))
     answers = [
         Answer(row.input_ids, first, _loss(model, row.input_ids, first))
-        for messages in validation or train
-        for row in examples(tokenizer, messages, recipe.train.max_tokens)
+        for row in islice(_examples(tokenizer, validation or train, recipe.train.max_tokens), VALIDATION_ANSWERS)
         for first in [_start_of_last_answer(row.labels)]
     ]
     folder = fresh_folder(run.path(".reference.tmp"))
@@ -141,8 +143,11 @@ def _start_of_last_answer(labels: list[int]) -> int:
     return last
 
 
-def _conversations(run: Run, part: str) -> list[list[Message]]:
-    return [row["messages"] for row in rows(run.path("data"), part, first=VALIDATION_ANSWERS)]
+def _examples(tokenizer: Any, rows: list[dict[str, Any]], max_tokens: int) -> Iterator[Example]:
+    """The rows as training read them; what it left out, as `train.unshown` wishes, is left out here."""
+    for row in rows:
+        with suppress(UserError):
+            yield from row_examples(tokenizer, row, max_tokens)
 
 
 if __name__ == "__main__":

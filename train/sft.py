@@ -22,6 +22,7 @@ from train.space import check_disk
 log = logging.getLogger("truetune")
 SHORTEST_ROW_TOKENS = 256
 STEPS_AN_EPOCH = 100
+PROBLEMS_SHOWN = 20
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
@@ -162,16 +163,25 @@ def _rows(recipe: Recipe, run: Run, tokenizer: Any) -> dict[str, Any]:
 
     from datasets import Dataset
 
-    from train.template import examples
+    from train.template import row_examples
 
     made = {}
     for part in ("train", "validation"):
         found, longest, dropped = [], 0, 0
+        unshown: list[str] = []
         for row in rows(run.path("data"), part):
-            parts = examples(tokenizer, row["messages"], recipe.train.max_tokens)
+            try:
+                parts = row_examples(tokenizer, row, recipe.train.max_tokens)
+            except UserError as error:
+                unshown += error.problems
+                continue
             dropped += not parts
             longest += any(len(example.input_ids) == recipe.train.max_tokens for example in parts)
             found += [asdict(example) for example in parts]
+        if unshown and recipe.train.unshown == "error":
+            raise UserError(*unshown[:PROBLEMS_SHOWN])
+        if unshown:
+            log.warning("%s: %d conversation(s) left out, the first: %s", part, len(unshown), unshown[0])
         if longest or dropped:
             log.warning(
                 "%s: %d conversation(s) cut to %d tokens, %d dropped because no answer is left: raise train.max_tokens",

@@ -3,9 +3,11 @@
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 from recipe import UserError
+from recipe.rows import text_arguments
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -80,17 +82,31 @@ def examples(tokenizer: Any, messages: list[Message], max_tokens: int, tools: An
     for turn in turns:
         prompt = render(tokenizer, messages[:turn], prompt=True, tools=tools)
         answered = whole if turn == len(messages) - 1 else render(tokenizer, messages[: turn + 1], tools=tools)
-        if not answered.startswith(prompt):
-            raise UserError(
-                f"the chat template opens the assistant's turn with {prompt[-40:]!r} but writes a past turn as "
-                f"{answered[-40:]!r}: training and serving would differ, mend the template"
-            )
+        answered = _as_served(prompt, answered)
         answers.append((answered, (len(prompt), len(answered))))
     if all(whole.startswith(answered) for answered, _ in answers):
         rows = [_example(tokenizer, whole, [span for _, span in answers], max_tokens)]
     else:  # for example Qwen3, which drops the thoughts of past turns
         rows = [_example(tokenizer, answered, [span], max_tokens) for answered, span in answers]
     return [row for row in rows if row]
+
+
+def _as_served(prompt: str, answered: str) -> str:
+    """The conversation up to a turn, opened as in the prompt: Hermes' template writes a past turn after a newline more.
+
+    Raises:
+        UserError: they differ in more than white space.
+    """
+    if answered.startswith(prompt):
+        return answered
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, answered, strict=False)))
+    opening, turn = prompt[same:].lstrip(), answered[same:].lstrip()
+    if not turn.startswith(opening):
+        raise UserError(
+            f"the chat template opens the assistant's turn with {prompt[-40:]!r} but writes a past turn as "
+            f"{answered[-40:]!r}: training and serving would differ, mend the template"
+        )
+    return prompt + turn.removeprefix(opening)
 
 
 def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], max_tokens: int) -> Example | None:
@@ -121,6 +137,7 @@ class Shown:
     tool_answers: bool
     reasoning: bool
     text_arguments: bool  # it wants a tool call's arguments as JSON text, as DeepSeek's do
+    short_ids: bool  # it refuses a tool call's id that has not 9 characters, as Mistral's do
 
 
 def shown(tokenizer: Any) -> Shown:
@@ -130,31 +147,37 @@ def shown(tokenizer: Any) -> Shown:
 
 @lru_cache(maxsize=8)
 def _shown(tokenizer: Any, template: str) -> Shown:
-    call = {"type": "function", "id": "call00001"}
-    function = {"name": "findTheTown", "arguments": {"town": "Ouagadougou"}}
-    tool = {"name": function["name"], "description": "Finds", "parameters": {"type": "object", "properties": {}}}
-    user = {"role": "user", "content": "Where?"}
-    said = {"role": "assistant", "content": ""}
-    answer = {"role": "tool", "tool_call_id": "call00001", "name": function["name"], "content": "BurkinaFaso"}
+    tool = {"name": "findTheTown", "description": "Finds", "parameters": {"type": "object", "properties": {}}}
     tools = [{"type": "function", "function": tool}]
-    text_call = call | {"function": function | {"arguments": json.dumps(function["arguments"])}}
-    call |= {"function": function}
 
     def shows(part: str, *messages: Message) -> bool:
         try:
-            return part in render(tokenizer, [user, *messages], prompt=not messages, tools=tools)
+            asked = {"role": "user", "content": "Where?"}
+            return part in render(tokenizer, [asked, *messages], prompt=not messages, tools=tools)
         except UserError:
             return False
 
-    as_object = shows("Ouagadougou", said | {"tool_calls": [call]})
-    as_text = not as_object and shows("Ouagadougou", said | {"tool_calls": [text_call]})
-    called = said | {"tool_calls": [text_call if as_text else call]}
+    def called(id: str, arguments: Any) -> Message:
+        function = {"name": tool["name"], "arguments": arguments}
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "id": id, "function": function}],
+        }
+
+    town = "Ouagadougou"
+    ways = [(id, kind) for kind in (dict, json.dumps) for id in ("call_00000001", "call00001")]
+    way = next(((id, kind) for id, kind in ways if shows(town, called(id, kind({"town": town})))), None)
+    id, kind = way or ways[0]
+    found = {"role": "tool", "tool_call_id": id, "name": tool["name"], "content": "BurkinaFaso"}
+    said = {"role": "assistant", "content": "There."}
     return Shown(
         tools=shows("findTheTown"),
-        tool_calls=as_object or as_text,
-        tool_answers=shows("BurkinaFaso", called, answer, {"role": "assistant", "content": "There."}),
-        reasoning=shows("IthinkSo", said | {"content": "There.", "reasoning_content": "IthinkSo"}),
-        text_arguments=as_text,
+        tool_calls=way is not None,
+        tool_answers=shows("BurkinaFaso", called(id, kind({"town": town})), found, said),
+        reasoning=shows("IthinkSo", said | {"reasoning_content": "IthinkSo"}),
+        text_arguments=kind is not dict,
+        short_ids=id == "call00001",
     )
 
 
@@ -177,14 +200,19 @@ def _as_shown(tokenizer: Any, messages: list[Message], tools: Any) -> list[Messa
             f"the chat template of {tokenizer.name_or_path} shows no {', no '.join(lost)}, which this conversation "
             "has: use a base whose template does, name one in chat_template, or set train.unshown=drop"
         )
-    return [_with_text_arguments(message) for message in messages] if known.text_arguments else messages
+    if known.short_ids:
+        messages = [_with_short_ids(message) for message in messages]
+    return text_arguments(messages) if known.text_arguments else messages
 
 
-def _with_text_arguments(message: Message) -> Message:
-    if not message.get("tool_calls"):
-        return message
-    calls = [
-        call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
-        for call in message["tool_calls"]
-    ]
-    return message | {"tool_calls": calls}
+def _with_short_ids(message: Message) -> Message:
+    """The message with the last nine letters and digits of its tool calls' ids, as vLLM gives Mistral's templates."""
+
+    def short(id: str) -> str:
+        return "".join(filter(str.isalnum, id))[-9:].rjust(9, "0")
+
+    if message.get("tool_call_id"):
+        message = message | {"tool_call_id": short(message["tool_call_id"])}
+    if message.get("tool_calls"):
+        message = message | {"tool_calls": [call | {"id": short(call.get("id", ""))} for call in message["tool_calls"]]}
+    return message

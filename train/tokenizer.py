@@ -37,9 +37,9 @@ def prepare_tokenizer(folder: Path, template_file: str | None) -> str:
             tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"chat_template: {template_file} cannot be read ({error}): give a Jinja file") from None
-    if not isinstance(tokenizer.chat_template, str):
+    if not tokenizer.chat_template:
         raise UserError("the base has no chat template: name a Jinja file in the recipe's key 'chat_template'")
-    tokenizer.chat_template = GENERATION_TAG.sub("", tokenizer.chat_template)
+    tokenizer.chat_template = GENERATION_TAG.sub("", one_template(tokenizer.chat_template))
     tokenizer.chat_template = NOW.sub(lambda call: repr(datetime.now().strftime(call[2])), tokenizer.chat_template)
     before = tokenizer.eos_token_id
     tokenizer.eos_token = end_of_turn(tokenizer)
@@ -64,20 +64,34 @@ def prepare_tokenizer(folder: Path, template_file: str | None) -> str:
     return str(tokenizer.eos_token)
 
 
+def one_template(template: str | dict[str, str]) -> str:
+    """The template, or the one that chooses between a base's `default` and its `tool_use`, as Hermes has them."""
+    if isinstance(template, str):
+        return template
+    if "tool_use" not in template:
+        return template["default"]
+    return f"{{% if tools %}}{template['tool_use']}{{% else %}}{template['default']}{{% endif %}}"
+
+
 def end_of_turn(tokenizer: Any) -> str:
     """The special token with which the template ends the assistant's turn.
+
+    It is the tokenizer's eos where the template writes that after the answer's words, else the last special token:
+    gpt-oss has others before the words, Cohere's has one more before the end.
 
     Raises:
         UserError: there is none, so the model would never learn to stop.
     """
-    answer = render(tokenizer, PROBE)[len(render(tokenizer, PROBE[:1], prompt=True)) :]
-    for token in tokenizer.convert_ids_to_tokens(tokenizer(answer, add_special_tokens=False).input_ids):
-        if token in tokenizer.get_added_vocab() or token in tokenizer.all_special_tokens:
-            return str(token)
-    raise UserError(
-        f"the chat template ends the assistant's turn with {answer!r}, which has no special token: the model would "
-        "never learn to stop, let the template write the tokenizer's eos token there"
-    )
+    whole, prompt = render(tokenizer, PROBE), render(tokenizer, PROBE[:1], prompt=True)
+    after = whole.rpartition(PROBE[-1]["content"])[2]
+    known = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    special = [token for token in tokenizer.tokenize(after) if token in known]
+    if not special:
+        raise UserError(
+            f"the chat template ends the assistant's turn with {whole[len(prompt) :]!r}, which has no special token: "
+            "the model would never learn to stop, let the template write the tokenizer's eos token there"
+        )
+    return str(tokenizer.eos_token if tokenizer.eos_token in special else special[-1])
 
 
 def _pad_token(tokenizer: Any) -> str:
