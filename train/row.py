@@ -1,0 +1,50 @@
+"""One row of training data with its place, and the two ways in which a row does not become one."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the data stage writes, and `file:line` (of a table: `file:row`) where it comes from.
+
+    `value` is one of
+    - a conversation `{"messages": [...]}` with `tools` where given. It ends with an assistant's turn. A message has
+      `role` (system, user, assistant, tool), `content` (text, possibly empty) and where given `reasoning_content`,
+      `tool_calls` (OpenAI's form with `arguments` as an object), `tool_call_id`, `name`, and `weight` 0 for an answer
+      that is not to be learned;
+    - a preference pair, with `rejected` beside `messages`: the same opening with the worse answer;
+    - a judged answer, with `label` beside `messages`: whether it is a good one;
+    - plain text `{"text": ...}`.
+    """
+
+    value: dict[str, Any]
+    place: str
+
+
+class Rejection(Exception):
+    """Why a row is left out: it is not wrong, only of no use. It goes to `rejected.jsonl` and is counted."""
+
+    def __init__(self, reason: str, step: str = "format") -> None:
+        super().__init__(reason, step)
+        self.reason = reason
+        self.step = step
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that is left out: `value` as it was read."""
+
+    value: Any
+    place: str
+    rejection: Rejection
+
+
+class Problem(NamedTuple):
+    """What is wrong with a file or a line of it, and what mends it; the user has to."""
+
+    place: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.text}"
