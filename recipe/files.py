@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and the fingerprints that identify them."""
 
+import glob
 import hashlib
 import os
 import shutil
@@ -50,6 +51,15 @@ def fingerprint(path: Path) -> dict[str, str | int]:
 def files_below(path: Path) -> list[Path]:
     """`path` itself if it is a file, else every file below it, sorted."""
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def matching(name: str) -> list[Path]:
+    """The files that a path, a folder (with all below it) or a glob names, sorted; hidden ones are left out."""
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    found = glob.glob(glob.escape(name) + "/**" if path.is_dir() else name, recursive=True)
+    return sorted(file for file in map(Path, found) if file.is_file())
 
 
 def remove(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from recipe.error import UserError
+from recipe.files import matching
 from recipe.schema import Recipe
 
 SHIPPED = Path("recipe")
@@ -83,7 +84,7 @@ def _locate(recipe: Recipe, beside: Path) -> Recipe:
 
     def located(name: str) -> str:
         path = Path(name).expanduser()
-        return str(beside / path) if not path.exists() and (beside / path).exists() else str(path)
+        return str(beside / path) if not matching(str(path)) and matching(str(beside / path)) else str(path)
 
     data = dataclasses.replace(
         recipe.data,
@@ -215,7 +216,7 @@ def _coerce(value: Any, kind: Any, rules: Any) -> Any:
         return value
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list) else [value]
-        return tuple(_coerce(item, str, rules) for item in items)
+        return tuple(_coerce(item, get_args(kind)[0], rules) for item in items)
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{value!r} is not true or false")

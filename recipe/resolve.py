@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from recipe.command import boundary, log, recipe_of_arguments
-from recipe.files import write_whole
+from recipe.files import matching, write_whole
 from recipe.load import as_dict, environment_overrides, find, kept_overrides, load
 from recipe.run import Run
 from recipe.schema import Recipe
@@ -24,18 +24,13 @@ def resolve(recipe: Recipe) -> None:
             (*recipe.data.train, recipe.data.heldout) if stage.name == "data" else (recipe.base, recipe.chat_template)
         )
         if not stage.after:
-            watched["files"] = {str(file): _stamp(file) for name in names if name for file in _files(Path(name))}
+            watched["files"] = {str(file): _stamp(file) for name in names if name for file in matching(name)}
         _write_if_changed(Run(recipe.name).path("keys", f"{stage.name}.json"), json.dumps(watched, indent=2) + "\n")
 
 
 def keep_overrides(name: str, overrides: list[str]) -> None:
     """Make `SET=` stick to the run, so that `make serve` serves what `make train SET=...` trained."""
     _write_if_changed(Run(name).path("overrides"), "".join(f"{override}\n" for override in overrides))
-
-
-def _files(named: Path) -> list[Path]:
-    """The file that is named, or those in the folder; none for a model's id."""
-    return sorted(file for file in (named.iterdir() if named.is_dir() else [named]) if file.is_file())
 
 
 def _stamp(path: Path) -> list[int]:

@@ -31,7 +31,10 @@ def knob(
 
 @dataclass(frozen=True)
 class Data:
-    train: tuple[str, ...] = knob((), "JSONL file(s) of conversations in OpenAI's `messages` format")
+    train: tuple[str, ...] = knob((), "Files, folders, globs or Hub ids of conversations, of any of the known formats")
+    weights: tuple[float, ...] = knob(
+        (), "How often each row of each of `train` is taken: 2 twice, 0.5 half of them", 0
+    )
     validation: float = knob(0.1, "Share of the conversations held back to measure the loss on", 0, 0.5)
     heldout: str | None = knob(None, "JSONL file of questions with key facts that score the model before and after")
 
@@ -137,6 +140,9 @@ class Recipe:
         found = []
         if not self.data.train:
             found.append(("data.train", "missing: name a JSONL file of conversations"))
+        if self.data.weights and len(self.data.weights) != len(self.data.train):
+            given, wanted = len(self.data.weights), len(self.data.train)
+            found.append(("data.weights", f"{given} of them for {wanted} in data.train: give one to each"))
         if not self.gguf.types:
             found.append(("gguf.types", f"empty: name at least one of {', '.join(QUANTIZATIONS)}"))
         if not self.gguf.imatrix_tokens and (needing := NEEDS_IMATRIX.intersection(self.gguf.types)):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from recipe.load import load
 from recipe.readme import rendered
 from recipe.schema import Recipe
-from train.data import conversation, question
+from train.data import question
+from train.shapes import talk
 
 README = Path("README.md").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z]+):", Path("Makefile").read_text(encoding="utf-8"), re.MULTILINE))
@@ -44,7 +46,8 @@ def test_the_recipe_of_the_readme_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", [line for block in blocks("json") for line in block.splitlines()])
 def test_the_data_of_the_readme_passes_the_checks(line: str) -> None:
     row = json.loads(line)
-    assert (question if "facts" in row else conversation)(row)["messages"] == row["messages"]
+    value = question(row) if "facts" in row else talk(row, Counter())
+    assert value["messages"] == row["messages"]
 
 
 def test_the_overrides_of_the_readme_are_keys(tmp_path: Path) -> None:

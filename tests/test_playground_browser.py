@@ -19,7 +19,8 @@ import pytest
 from conftest import REPOSITORY, Workplace
 
 from serve.endpoint import free_port
-from train.data import conversation, read
+from train.data import read
+from train.sources import Source
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -158,7 +159,7 @@ def test_a_chat_with_the_adapter_is_streamed_rated_and_exported(
         page.locator("#left").get_by_role("button", name="Export").click()
     path, problems = tmp_path / "exported.jsonl", []  # type: ignore[var-annotated]
     download.value.save_as(path)
-    (row,) = read(path, conversation, problems)
+    (row,) = read(Source(str(path)), problems)[0].rows
     assert problems == [] and [turn["role"] for turn in row.value["messages"]] == ["user", "assistant"]
     assert page.foreign == []
 

@@ -1,7 +1,6 @@
 """The data stage: every bad line with its place, and a split that is the same for the same conversations."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,12 +8,14 @@ import pytest
 from recipe import Run, UserError, load
 from recipe.rows import heldout
 from recipe.rows import rows as written
-from train.data import Row, conversation, data, question, read, split
+from train.data import data, read, read_questions, split, told
+from train.row import Problem, Row
+from train.sources import Source
 
 REPOSITORY = Path(__file__).parent.parent
 USER, ASSISTANT = {"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}
 GOOD = json.dumps({"messages": [USER, ASSISTANT]})
-SHAPE = 'not a conversation: a row is {"messages": [{"role": ..., "content": ...}, ...]}'
+SHAPE = 'not a question: a held-out row is {"messages": [{"role": ..., "content": ...}, ...], ...}'
 FACTS = "'facts' must be a list of strings that a right answer contains, like [\"make serve\"]"
 
 
@@ -27,77 +28,6 @@ def messages(*given: object, **more: object) -> str:
     return json.dumps({"messages": list(given), **more})
 
 
-def problems_of(content: str | bytes, check: Callable = conversation) -> list[str]:
-    Path("bad.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    problems: list[str] = []
-    read(Path("bad.jsonl"), check, problems)
-    return problems
-
-
-BAD = {
-    "not JSON": ('{"messages": [', "not JSON at column 15 (Expecting value): write one JSON object a line"),
-    "two objects on a line": (
-        GOOD + GOOD,
-        f"not JSON at column {len(GOOD) + 1} (Extra data): write one JSON object a line",
-    ),
-    "not UTF-8": (b'{"messages": "caf\xe9"}', "not UTF-8 at byte 18: save the file as UTF-8"),
-    "UTF-16": ("x".encode("utf-16"), "not UTF-8 at byte 1: save the file as UTF-8"),
-    "zero byte": ("\0", "not JSON at column 1 (Expecting value): write one JSON object a line"),
-    "nested too deeply": ("[" * 99_999, "nested too deeply: a row is an object with a list `messages`"),
-    "no object": ("7", SHAPE),
-    "null": ("null", SHAPE),
-    "a list": (json.dumps([USER, ASSISTANT]), SHAPE),
-    "no messages": ('{"prompt": "ping", "completion": "pong"}', SHAPE),
-    "messages no list": ('{"messages": "ping"}', SHAPE),
-    "messages empty": (messages(), "'messages' is empty: write the turns of the conversation"),
-    "message no object": (messages("ping"), "messages[0] is not an object with 'role' and 'content'"),
-    "no role": (
-        messages({"content": "x"}),
-        "messages[0]: unknown role None: choose one of: system, user, assistant",
-    ),
-    "unknown role": (
-        messages(USER, {"role": "gpt", "content": "x"}),
-        "messages[1]: unknown role 'gpt': choose one of: system, user, assistant",
-    ),
-    "role no text": (
-        messages({"role": ["user"], "content": "x"}),
-        "messages[0]: unknown role ['user']: choose one of: system, user, assistant",
-    ),
-    "system not first": (
-        messages(USER, {"role": "system", "content": "x"}, ASSISTANT),
-        "messages[1]: role 'system' must be the first message",
-    ),
-    "no content": (messages({"role": "user"}), "messages[0]: 'content' must be text, it is NoneType"),
-    "content no text": (
-        messages(USER, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}),
-        "messages[1]: 'content' must be text, it is list",
-    ),
-    "content empty": (
-        messages(USER, {"role": "assistant", "content": ""}),
-        "messages[1]: 'content' of role 'assistant' is empty",
-    ),
-    "content only spaces": (
-        messages({"role": "user", "content": " \n"}, ASSISTANT),
-        "messages[0]: 'content' of role 'user' is empty",
-    ),
-    "broken surrogate": (
-        '{"messages": [{"role": "user", "content": "cut \\ud83d"}, {"role": "assistant", "content": "x"}]}',
-        "messages[0]: 'content' has a broken surrogate pair (a cut emoji): mend it",
-    ),
-    "no assistant": (
-        messages(USER),
-        "no turn of role 'assistant': there is nothing to learn from it, add the answer",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_line_is_told_with_its_place(case: str) -> None:
-    line, problem = BAD[case]
-    line = line if isinstance(line, bytes) else line.encode()
-    assert problems_of(f"{GOOD}\n\n".encode() + line + b"\n" + GOOD.encode()) == [f"bad.jsonl:3: {problem}"]
-
-
 BAD_QUESTIONS = {
     "ends with the assistant": (
         messages(USER, ASSISTANT, facts=["x"]),
@@ -108,14 +38,14 @@ BAD_QUESTIONS = {
     "facts no list": (messages(USER, facts="x"), FACTS),
     "a fact that is no text": (messages(USER, facts=["x", 1]), FACTS),
     "a fact that is blank": (messages(USER, facts=[" "]), FACTS),
-    "answer no text": (messages(USER, facts=["x"], answer=1), "'answer' must be text"),
+    "answer no text": (messages(USER, facts=["x"], answer=1), "'answer' must be text, it is int"),
     "broken surrogate in a fact": (
         messages(USER, facts=["\ud83d"]),
-        "'facts' or 'answer' has a broken surrogate pair (a cut emoji): mend it",
+        "'facts' has a broken surrogate pair (a cut emoji): mend it",
     ),
     "broken surrogate in the answer": (
         messages(USER, facts=["x"], answer="\ud83d"),
-        "'facts' or 'answer' has a broken surrogate pair (a cut emoji): mend it",
+        "'answer' has a broken surrogate pair (a cut emoji): mend it",
     ),
     "no conversation": ("{}", SHAPE),
 }
@@ -124,69 +54,10 @@ BAD_QUESTIONS = {
 @pytest.mark.parametrize("case", BAD_QUESTIONS)
 def test_a_bad_question_is_told(case: str) -> None:
     line, problem = BAD_QUESTIONS[case]
-    assert problems_of(line, question) == [f"bad.jsonl:1: {problem}"]
-
-
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b"\r\n \t"])
-def test_an_empty_file_is_told(content: bytes) -> None:
-    assert problems_of(content) == ["bad.jsonl: is empty: write one conversation a line"]
-
-
-def test_a_file_of_bad_lines_is_not_called_empty() -> None:
-    assert len(problems_of("7\n7\n")) == 2
-
-
-def test_a_missing_file_is_told() -> None:
-    problems: list[str] = []
-    read(Path("none.jsonl"), conversation, problems)
-    assert problems == ["none.jsonl: no such file: correct the path in the recipe's `data` section"]
-
-
-def test_a_folder_is_told() -> None:
-    problems: list[str] = []
-    read(Path(), conversation, problems)
-    assert problems == [".: is a folder: name the JSONL file(s) in it"]
-
-
-def test_a_file_below_a_file_is_told() -> None:
-    Path("talks.jsonl").write_text(GOOD)
-    problems: list[str] = []
-    read(Path("talks.jsonl/more"), conversation, problems)
-    said = "cannot be read (Not a directory): correct the path or the file's permissions"
-    assert problems == [f"talks.jsonl/more: {said}"]
-
-
-@pytest.mark.parametrize(
-    "content", [b"\xef\xbb\xbf%b\n", b"%b\r\n", b"\xef\xbb\xbf%b\r\n%b\r\n", b"%b", b"\n  %b  \n\n"]
-)
-def test_byte_order_marks_windows_line_ends_and_blank_lines_are_accepted(content: bytes) -> None:
-    Path("good.jsonl").write_bytes(content.replace(b"%b", GOOD.encode()))
-    problems: list[str] = []
-    rows = read(Path("good.jsonl"), conversation, problems)
-    assert problems == []
-    assert [row.value for row in rows] == [{"messages": [USER, ASSISTANT]}] * content.count(b"%b")
-
-
-def test_a_line_separator_inside_a_text_ends_no_line() -> None:
-    answer = {"role": "assistant", "content": "one\u2028two\x85three\u2029four"}
-    line = json.dumps({"messages": [USER, answer]}, ensure_ascii=False)
-    Path("good.jsonl").write_text(line, encoding="utf-8")
-    problems: list[str] = []
-    rows = read(Path("good.jsonl"), conversation, problems)
-    assert (problems, [row.value for row in rows]) == ([], [{"messages": [USER, answer]}])
-
-
-def test_what_follows_the_last_answer_is_left_out() -> None:
-    assert conversation({"messages": [USER, ASSISTANT, USER]}) == {"messages": [USER, ASSISTANT]}
-
-
-def test_an_empty_system_prompt_is_kept() -> None:
-    system = {"role": "system", "content": ""}
-    assert conversation({"messages": [system, USER, ASSISTANT]}) == {"messages": [system, USER, ASSISTANT]}
-
-
-def test_keys_that_training_does_not_use_are_left_out() -> None:
-    assert conversation({"messages": [USER | {"name": "x"}, ASSISTANT], "id": 1}) == {"messages": [USER, ASSISTANT]}
+    Path("bad.jsonl").write_text(line)
+    problems: list[Problem | str] = []
+    read_questions("bad.jsonl", problems)
+    assert list(map(str, problems)) == [f"bad.jsonl:1: {problem}"]
 
 
 def write_recipe(train: str, heldout: str | None = None, **more: object) -> None:
@@ -199,29 +70,34 @@ def write_recipe(train: str, heldout: str | None = None, **more: object) -> None
 
 
 def test_all_problems_of_all_files_come_at_once() -> None:
-    write_recipe("7\n" + GOOD + "\n8\n", "{}\n")
+    write_recipe("7\n" + GOOD + "\n{\n", "{}\n")
     with pytest.raises(UserError) as raised:
         data(load("r.yaml"), Run("r"))
-    assert raised.value.problems == (
-        f"talks.jsonl:1: {SHAPE}",
-        f"talks.jsonl:3: {SHAPE}",
+    assert [problem.partition(" (")[0].partition(": name")[0] for problem in raised.value.problems] == [
+        "talks.jsonl:1: not an object with named columns but int",
+        "talks.jsonl:3: not JSON at column 2",
         f"questions.jsonl:1: {SHAPE}",
-    )
+    ]
+
+
+def test_the_same_problem_of_many_lines_is_told_once() -> None:
+    same = [Problem(f"a.jsonl:{line}", "is odd") for line in range(1, 26)]
+    lines = told([*same, Problem("b.jsonl:1", "is odd"), "c.jsonl: no such file"])
+    assert lines == [
+        "a.jsonl:1: is odd (and 24 more such lines, up to a.jsonl:25)",
+        "b.jsonl:1: is odd",
+        "c.jsonl: no such file",
+    ]
 
 
 def test_problems_beyond_twenty_are_counted() -> None:
-    write_recipe("7\n" * 25)
-    with pytest.raises(UserError) as raised:
-        data(load("r.yaml"), Run("r"))
-    expected = [f"talks.jsonl:{line}: {SHAPE}" for line in range(1, 21)]
-    assert list(raised.value.problems) == [*expected, "and 5 more problems like these"]
+    different = [Problem(f"a.jsonl:{line}", f"{line} is odd") for line in range(25)]
+    assert told(different) == [*map(str, different[:20]), "and 5 more problems like these"]
 
 
 def test_twenty_problems_are_all_shown() -> None:
-    write_recipe("7\n" * 20)
-    with pytest.raises(UserError) as raised:
-        data(load("r.yaml"), Run("r"))
-    assert len(raised.value.problems) == 20
+    different = [Problem(f"a.jsonl:{line}", f"{line} is odd") for line in range(20)]
+    assert told(different) == list(map(str, different))
 
 
 def test_bad_data_writes_nothing() -> None:
@@ -250,7 +126,21 @@ def test_the_stage_writes_every_conversation_once_with_its_place() -> None:
     parts = {part: list(written(folder, part)) for part in ("train", "validation")} | {"heldout": heldout(folder)}
     assert sorted(row["source"] for row in parts["train"] + parts["validation"]) == sorted(places(rows))
     assert parts["heldout"] == [{"messages": [USER], "answer": "", "facts": ["x|y"], "source": "questions.jsonl:1"}]
-    assert made.metrics == {name: len(part) for name, part in parts.items()} | {"duplicates": 0}
+    assert made.metrics == {name: len(part) for name, part in parts.items()} | {
+        "duplicates": 0,
+        "rejected": 0,
+        "sources": [
+            {
+                "source": "talks.jsonl",
+                "format": "OpenAI messages",
+                "columns": ("messages",),
+                "weight": 1.0,
+                "rows": 40,
+                "rejected": {},
+                "changes": {},
+            }
+        ],
+    }
     assert list(made.inputs) == ["talks.jsonl", "questions.jsonl"]
     assert made.outputs == [Path("runs/r/data")]
 
@@ -307,22 +197,23 @@ def test_nothing_left_to_train_on_is_told(rows: list[Row]) -> None:
     )
 
 
-def shipped(name: str, check: Callable) -> list[Row]:
-    problems: list[str] = []
-    rows = read(REPOSITORY / "train" / name, check, problems)
+def shipped(name: str) -> list[Row]:
+    problems: list[Problem | str] = []
+    path = str(REPOSITORY / "train" / name)
+    rows = read_questions(path, problems) if "heldout" in name else read(Source(path), problems)[0].rows
     assert problems == []
     return rows
 
 
 def test_the_shipped_conversations_pass_and_are_enough() -> None:
-    rows = shipped("assistant.jsonl", conversation)
+    rows = shipped("assistant.jsonl")
     assert len({json.dumps(row.value) for row in rows}) >= 240
     assert any(len(row.value["messages"]) > 3 for row in rows), "conversations of several turns"
     assert any(row.value["messages"][0]["role"] == "system" for row in rows), "system prompts"
 
 
 def test_the_shipped_questions_pass_and_are_enough() -> None:
-    rows = shipped("assistant.heldout.jsonl", question)
+    rows = shipped("assistant.heldout.jsonl")
     assert len({row.value["messages"][-1]["content"] for row in rows}) >= 40
     assert all(row.value["answer"].strip() for row in rows)
 
@@ -332,7 +223,7 @@ def test_the_reference_answers_contain_their_own_facts() -> None:
 
     missing = [
         (row.place, fact)
-        for row in shipped("assistant.heldout.jsonl", question)
+        for row in shipped("assistant.heldout.jsonl")
         for fact in row.value["facts"]
         if not has_fact(row.value["answer"], fact)
     ]
@@ -345,9 +236,9 @@ def test_no_held_out_question_stands_in_the_training_file() -> None:
 
     learned = {
         plain(message["content"])
-        for row in shipped("assistant.jsonl", conversation)
+        for row in shipped("assistant.jsonl")
         for message in row.value["messages"]
         if message["role"] == "user"
     }
-    asked = [row.value["messages"][-1]["content"] for row in shipped("assistant.heldout.jsonl", question)]
+    asked = [row.value["messages"][-1]["content"] for row in shipped("assistant.heldout.jsonl")]
     assert [text for text in asked if plain(text) in learned] == []

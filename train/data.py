@@ -1,108 +1,138 @@
 """Read, check and split the conversations:  python -m train.data RECIPE
 
-A data file is JSONL in OpenAI's format: `{"messages": [{"role": "user", "content": "..."}, ...]}` a line.
+What may be read, and in which formats: train/sources.py and train/formats.py.
 A held-out file has questions: `{"messages": [...], "answer": "...", "facts": ["key string", "one|or another"]}`.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fingerprint, fresh_folder, put_in_place
 from recipe.rows import RowWriter
+from train.chunks import records
+from train.formats import Read, detect, rows, whole_chunks
+from train.row import Problem, Rejection, Row
+from train.sources import Source, chunks, copies, sources
+from train.turns import text, turns
 
-ROLES = ("system", "user", "assistant")
-PROBLEMS_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Row:
-    """One checked line: `value` is what the stage writes, `place` its file and line."""
-
-    value: dict[str, Any]
-    place: str
+log = logging.getLogger("truetune")
+PROBLEMS_SHOWN, ALIKE_SHOWN = 20, 3
 
 
 def data(recipe: Recipe, run: Run) -> Made:
-    """Write `data/train.arrow`, `data/validation.arrow` (recipe.rows) and `data/heldout.jsonl` below the run folder.
+    """Write `data/train.arrow`, `data/validation.arrow` (recipe.rows), `data/heldout.jsonl` and `data/rejected.jsonl`.
 
     Raises:
         UserError: every problem of every file, each with file and line.
     """
-    problems: list[str] = []
-    rows = [row for name in recipe.data.train for row in read(Path(name), conversation, problems)]
-    questions = read(Path(recipe.data.heldout), question, problems) if recipe.data.heldout else []
+    problems: list[Problem | str] = []
+    reads = {source: read(source, problems) for source in sources(recipe.data)}
+    questions = read_questions(recipe.data.heldout, problems) if recipe.data.heldout else []
     if problems:
-        more = len(problems) - PROBLEMS_SHOWN
-        raise UserError(*problems[:PROBLEMS_SHOWN], *([f"and {more} more problems like these"] if more > 0 else []))
-    validation, train = split(rows, recipe.data.validation, recipe.seed)
+        raise UserError(*told(problems))
+    found = {source: result.rows for source, (result, _) in reads.items()}
+    every = [row for result in found.values() for row in result]
+    validation, train = split(every, recipe.data.validation, recipe.seed)
+    weights = {id(row): copies(source, row.value, recipe.seed) for source in found for row in found[source]}
+    train = [row for row in train for _ in range(weights[id(row)])]
+    if not train:
+        raise UserError("data.weights leave no row to train on: give at least one source a weight of 1")
 
     parts = {"train": train, "validation": validation, "heldout": questions}
+    rejected = [lost for result, _ in reads.values() for lost in result.rejected]
     folder = fresh_folder(run.path(".data.tmp"))
     for name in ("train", "validation"):
         with RowWriter(folder / f"{name}.arrow") as writer:
             for row in parts[name]:
                 writer.add(json.dumps(row.value, ensure_ascii=False), row.place)
-    lines = [json.dumps(row.value | {"source": row.place}, ensure_ascii=False) + "\n" for row in questions]
-    (folder / "heldout.jsonl").write_text("".join(lines), encoding="utf-8")
+    _write_lines(folder / "heldout.jsonl", [row.value | {"source": row.place} for row in questions])
+    _write_lines(
+        folder / "rejected.jsonl",
+        [{"source": r.place, "reason": r.rejection.reason, "step": r.rejection.step, "row": r.value} for r in rejected],
+    )
     put_in_place(folder, run.path("data"))
 
-    sources = [*recipe.data.train, *([recipe.data.heldout] if recipe.data.heldout else [])]
+    files = [*(source.name for source in found if not source.hub), recipe.data.heldout]
     return Made(
         outputs=[run.path("data")],
-        metrics={name: len(part) for name, part in parts.items()} | {"duplicates": _duplicates(rows)},
-        inputs={name: fingerprint(Path(name)) for name in sources},
+        metrics={name: len(part) for name, part in parts.items()}
+        | {
+            "duplicates": _duplicates(every),
+            "rejected": len(rejected),
+            "sources": [told for _, told in reads.values()],
+        },
+        inputs={name: fingerprint(Path(name)) for name in files if name},
     )
 
 
-def read(path: Path, check: Callable[[Any], dict[str, Any]], problems: list[str]) -> list[Row]:
-    """Rows of a JSONL file that pass `check`; what is wrong is appended to `problems` with file and line."""
+def read(source: Source, problems: list[Problem | str]) -> tuple[Read, dict[str, Any]]:
+    """(rows of a source, what the receipt tells of it); what is wrong is appended to `problems`."""
+    result = Read()
     try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        problems.append(f"{path}: no such file: correct the path in the recipe's `data` section")
-        return []
-    except IsADirectoryError:
-        problems.append(f"{path}: is a folder: name the JSONL file(s) in it")
-        return []
-    except OSError as error:
-        problems.append(f"{path}: cannot be read ({error.strerror}): correct the path or the file's permissions")
-        return []
-    rows, problems_before = [], len(problems)
-    for number, line in enumerate(lines, 1):
-        place = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8-sig").strip()
-            if text:
-                rows.append(Row(check(json.loads(text)), place))
-        except UnicodeDecodeError as error:
-            problems.append(f"{place}: not UTF-8 at byte {error.start + 1}: save the file as UTF-8")
-        except json.JSONDecodeError as error:
-            problems.append(f"{place}: not JSON at column {error.colno} ({error.msg}): write one JSON object a line")
-        except RecursionError:
-            problems.append(f"{place}: nested too deeply: a row is an object with a list `messages`")
-        except ValueError as error:
-            problems.append(f"{place}: {error}")
-    if not rows and len(problems) == problems_before:
-        problems.append(f"{path}: is empty: write one conversation a line")
-    return rows
+        detected = detect(source)
+        for chunk in whole_chunks(source, detected.format):
+            more = rows(detected, chunk)
+            result.rows += more.rows
+            result.rejected += more.rejected
+            result.changes += more.changes
+            problems += more.problems
+    except UserError as error:
+        problems += error.problems
+        return result, {}
+    count, lost = len(result.rows), len(result.rejected)
+    columns = f" ({', '.join(detected.columns)})" if detected.columns else ""
+    log.info("data: %s: %s%s, %d rows, %d left out", source.name, detected.format.name, columns, count, lost)
+    reasons = Counter(rejected.rejection.reason for rejected in result.rejected)
+    if not count and lost:
+        listed = "; ".join(f"{number} x {reason}" for reason, number in reasons.most_common(3))
+        problems.append(f"{source.name}: nothing in it can be learned: {listed}")
+    metrics = {
+        "source": source.name,
+        "format": detected.format.name,
+        "columns": detected.columns,
+        "weight": source.weight,
+        "rows": count,
+        "rejected": dict(reasons),
+        "changes": dict(result.changes),
+    }
+    return result, metrics
 
 
-def conversation(row: Any) -> dict[str, Any]:
-    """The checked messages of a row, up to the last turn of the assistant.
+def told(problems: list[Problem | str]) -> list[str]:
+    """The problems as lines; what is wrong with more than a few lines of a file in the same way is told once."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        file = problem.place.rpartition(":")[0] if isinstance(problem, Problem) else ""
+        groups.setdefault((file, problem.text if isinstance(problem, Problem) else problem), []).append(str(problem))
+    lines = []
+    for same in groups.values():
+        many = f"{same[0]} (and {len(same) - 1} more such lines, up to {same[-1].partition(': ')[0]})"
+        lines += [many] if len(same) > ALIKE_SHOWN else same
+    more = len(lines) - PROBLEMS_SHOWN
+    return lines[:PROBLEMS_SHOWN] + ([f"and {more} more problems like these"] if more > 0 else [])
 
-    Raises:
-        ValueError: what is wrong with the row.
-    """
-    messages = _messages(row)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise ValueError("no turn of role 'assistant': there is nothing to learn from it, add the answer")
-    return {"messages": messages[: turns[-1] + 1]}
+
+def read_questions(name: str, problems: list[Problem | str]) -> list[Row]:
+    """The held-out questions of a file; what is wrong is appended to `problems`."""
+    found: list[Row] = []
+    try:
+        for chunk in chunks(Source(name)):
+            for place, record in records(chunk):
+                try:
+                    if isinstance(record, Problem):
+                        problems.append(record)
+                    else:
+                        found.append(Row(question(record), place))
+                except (ValueError, Rejection) as error:
+                    problems.append(Problem(place, str(error)))
+    except UserError as error:
+        problems += error.problems
+    return found
 
 
 def question(row: Any) -> dict[str, Any]:
@@ -111,18 +141,16 @@ def question(row: Any) -> dict[str, Any]:
     Raises:
         ValueError: what is wrong with the row.
     """
-    messages = _messages(row)
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
+        raise ValueError('not a question: a held-out row is {"messages": [{"role": ..., "content": ...}, ...], ...}')
+    messages = turns(row["messages"], Counter())
     if messages[-1]["role"] != "user":
         raise ValueError(f"ends with role {messages[-1]['role']!r}: a held-out row ends with the user's question")
     facts = row.get("facts")
     if not isinstance(facts, list) or not facts or not all(isinstance(fact, str) and fact.strip() for fact in facts):
         raise ValueError("'facts' must be a list of strings that a right answer contains, like [\"make serve\"]")
-    answer = row.get("answer", "")
-    if not isinstance(answer, str):
-        raise ValueError("'answer' must be text")
-    if any(map(_has_broken_surrogate, [answer, *facts])):
-        raise ValueError("'facts' or 'answer' has a broken surrogate pair (a cut emoji): mend it")
-    return {"messages": messages, "answer": answer, "facts": facts}
+    answer = text(row.get("answer"), "'answer'")
+    return {"messages": messages, "answer": answer, "facts": [text(fact, "'facts'") for fact in facts]}
 
 
 def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -152,32 +180,9 @@ def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row
     return validation, train
 
 
-def _messages(row: Any) -> list[dict[str, str]]:
-    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        raise ValueError('not a conversation: a row is {"messages": [{"role": ..., "content": ...}, ...]}')
-    if not row["messages"]:
-        raise ValueError("'messages' is empty: write the turns of the conversation")
-    checked = []
-    for index, message in enumerate(row["messages"]):
-        if not isinstance(message, dict):
-            raise ValueError(f"messages[{index}] is not an object with 'role' and 'content'")
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(f"messages[{index}]: unknown role {role!r}: choose one of: {', '.join(ROLES)}")
-        if role == "system" and index > 0:
-            raise ValueError(f"messages[{index}]: role 'system' must be the first message")
-        if not isinstance(content, str):
-            raise ValueError(f"messages[{index}]: 'content' must be text, it is {type(content).__name__}")
-        if not content.strip() and role != "system":
-            raise ValueError(f"messages[{index}]: 'content' of role {role!r} is empty")
-        if _has_broken_surrogate(content):
-            raise ValueError(f"messages[{index}]: 'content' has a broken surrogate pair (a cut emoji): mend it")
-        checked.append({"role": role, "content": content})
-    return checked
-
-
-def _has_broken_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+def _write_lines(path: Path, values: list[dict[str, Any]]) -> None:
+    lines = [json.dumps(value, ensure_ascii=False, default=str) + "\n" for value in values]
+    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def _duplicates(rows: list[Row]) -> int:

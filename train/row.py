@@ -30,6 +30,9 @@ class Rejection(Exception):
         self.reason = reason
         self.step = step
 
+    def __str__(self) -> str:
+        return self.reason
+
 
 @dataclass(frozen=True, slots=True)
 class Rejected:

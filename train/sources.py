@@ -1,0 +1,163 @@
+"""What a recipe names as data, as sources to read: files, folders, globs and sets of the Hugging Face Hub."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipe import UserError
+from recipe.files import matching
+from recipe.schema import Data
+from train.batches import small
+from train.chunks import JSONS, TEXTS, Chunk, file_chunks
+
+log = logging.getLogger("truetune")
+HUB = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::([\w.-]+))?(?::([\w.-]+))?")
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", *JSONS)
+PACKED = (".gz", ".zst", ".bz2", ".xz")
+# Files beside the data in a folder that `datasets` saved or a repository has.
+BESIDE = re.compile(r"dataset_infos?|dataset_dict|state|readme|license|changelog|requirements", re.IGNORECASE)
+TRAINING = re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)", re.IGNORECASE)
+TESTING = re.compile(
+    r"(^|[^a-z])(tests?|testing|dev|valid|validation|val|eval|heldout|holdout)([^a-z]|$)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file, or one split of a Hub set, and how often each of its rows is taken."""
+
+    name: str
+    weight: float = 1.0
+    hub: tuple[str, str | None, str | None, str | None] | None = None  # id, revision, and what follows the colons
+
+
+def sources(data: Data) -> list[Source]:
+    """The sources of `data.train`, in the order of the recipe.
+
+    Raises:
+        UserError: a name that is no file, folder, glob or Hub id, or a folder without a data file; all at once.
+    """
+    found: list[Source] = []
+    problems: list[str] = []
+    weights = data.weights or (1.0,) * len(data.train)
+    for name, weight in zip(data.train, weights, strict=True):
+        try:
+            found += [Source(str(path), weight) for path in files(name)]
+        except UserError as error:
+            hub = HUB.fullmatch(name)
+            if hub and not Path(name).parent.exists():
+                found.append(Source(name, weight, hub.groups()))  # type: ignore[arg-type]
+            else:
+                problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def files(name: str) -> list[Path]:
+    """The data files that a path or a glob names; of a folder's files those to train on.
+
+    Raises:
+        UserError: there are none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return _in_folder(path)
+    if found := matching(name):
+        return found
+    if path.is_symlink():
+        raise UserError(f"{name}: is a link to a file that is missing: correct the path in the recipe's `data` section")
+    raise UserError(f"{name}: no such file: correct the path in the recipe's `data` section")
+
+
+def chunks(source: Source) -> Iterator[Chunk]:
+    """The source's records in pieces, in their order.
+
+    Raises:
+        UserError: it cannot be read, or only so far.
+    """
+    return _hub_chunks(source) if source.hub else file_chunks(Path(source.name))
+
+
+def copies(source: Source, value: Any, seed: int) -> int:
+    """How often a row is taken: of weight 2.5 twice, and every other row a third time, whatever rows surround it."""
+    whole, part = divmod(source.weight, 1)
+    if not part:
+        return int(whole)
+    text = json.dumps([seed, "weight", value], sort_keys=True)
+    return int(whole) + (int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 < part)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    splits = folder / "dataset_dict.json"
+    if splits.is_file() and (folder / "train").is_dir():  # of datasets.DatasetDict.save_to_disk
+        return _in_folder(folder / "train")
+    if (folder / "state.json").is_file():  # of datasets.Dataset.save_to_disk
+        return sorted(folder.glob("*.arrow"))
+    below = [path for path in matching(str(folder)) if not BESIDE.match(path.name)]
+    named = [path for path in below if _ending(path) in TABLES] or [path for path in below if _ending(path) in TEXTS]
+    if not named:
+        raise UserError(f"{folder}: no data file in this folder: it needs one that ends in {', '.join(TABLES + TEXTS)}")
+    if chats := [path for path in named if re.fullmatch(r"conversations(-\d+)?\.json", path.name)]:
+        named = chats  # the other files of ChatGPT's and Claude's exports are about the account
+    training = [path for path in named if TRAINING.search(str(path.relative_to(folder)))]
+    testing = [path for path in named if path not in training and TESTING.search(str(path.relative_to(folder)))]
+    if training and testing:
+        log.info("data: %s: left out, since they are named for testing: %s", folder, ", ".join(p.name for p in testing))
+        named = [path for path in named if path not in testing]
+    return named
+
+
+def _ending(path: Path) -> str:
+    """The name's ending, without that of a compression."""
+    return (Path(path.stem) if path.suffix.lower() in PACKED else path).suffix.lower()
+
+
+def _hub_chunks(source: Source) -> Iterator[Chunk]:
+    """A split of a set on the Hub, from the cache in HF_HOME where it is, else downloaded into it."""
+    for first, batch in small(hub_dataset(source).data.table.to_batches()):
+        yield Chunk(source.name, first, batch)
+
+
+def hub_dataset(source: Source) -> Any:
+    """The split as memory-mapped Arrow.
+
+    Raises:
+        UserError: the Hub is out of reach, or has no such set, or the set has no such split or runs code of its own.
+    """
+    import datasets
+
+    name, revision, *rest = source.hub or ()
+    given = [part for part in rest if part]
+    try:
+        configs = datasets.get_dataset_config_names(name, revision=revision)
+        config = given.pop(0) if given and (len(given) == 2 or given[0] in configs) else None
+        if config is None and len(configs) > 1 and "default" not in configs:
+            listed = ", ".join(configs)
+            raise UserError(f"{source.name}: has several parts: name one, as in {name}:{configs[0]} ({listed})")
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        splits = list(builder.info.splits or datasets.get_dataset_split_names(name, config, revision=revision))
+        split = given[0] if given else _train_split(splits)
+        if split not in splits:
+            listed = ", ".join(splits)
+            raise UserError(f"{source.name}: no split {split!r}: name one, as in {name}:{splits[0]} ({listed})")
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+    except UserError:
+        raise
+    except Exception as error:  # of requests, httpx, huggingface_hub, datasets and pyarrow
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"{source.name}: neither a file here nor a set that the Hugging Face Hub gives ({reason}): correct the "
+            "name, go online, or download it first and name its folder"
+        ) from None
+
+
+def _train_split(splits: list[str]) -> str:
+    training = [split for split in splits if split.startswith("train")] or splits
+    return "train" if "train" in splits or len(training) > 1 else training[0]

@@ -1,0 +1,158 @@
+"""Turns of any spelling become one conversation: roles, tool calls and results, order, up to the last answer."""
+
+import json
+from collections import Counter
+from typing import Any
+
+from train.calls import Message, offered_tools, paired_results, parsed, tool_calls
+from train.row import Rejection
+
+Changes = Counter[str]
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",  # ShareGPT names who answered
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool",
+    "function_call": "call", "tool_call": "call",
+}  # fmt: skip
+REASONING = ("reasoning_content", "reasoning", "thinking")
+JOINED = "turns of one role joined"
+OPENING = "answers before the first question left out"
+ENDING = "turns after the last answer left out"
+
+
+def conversation(given: Any, changes: Changes, tools: Any = None, system: Any = None) -> dict[str, Any]:
+    """`{"messages": [...]}`, with `tools` where given, of a list of turns; `changes` counts what was done to them.
+
+    Raises:
+        ValueError: what is wrong with a turn.
+        Rejection: there is nothing to learn from it, or no chat template has a place for it.
+    """
+    messages = turns(given, changes, system)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise Rejection("no turn of role 'assistant': there is nothing to learn from it")
+    if answers[-1] + 1 < len(messages):
+        changes[ENDING] += 1
+    value: dict[str, Any] = {"messages": paired_results(messages[: answers[-1] + 1])}
+    if offered := offered_tools(tools):
+        value["tools"] = offered
+    return value
+
+
+def turns(given: Any, changes: Changes, system: Any = None) -> list[Message]:
+    """The messages of a list of turns: the system prompt first, then the user, no role twice in a row.
+
+    Raises:
+        ValueError: what is wrong with a turn.
+        Rejection: no chat template has a place for it.
+    """
+    messages = [_message(turn, f"messages[{index}]") for index, turn in enumerate(as_turns(given))]
+    if system is not None and (prompt := text(system, "'system'")).strip():
+        messages.insert(0, {"role": "system", "content": prompt})
+    messages = _joined(messages, changes)
+    if any(message["role"] == "system" for message in messages[1:]):
+        raise Rejection("a turn of role 'system' after the first one: chat templates have no place for it")
+    return _opened(messages, changes)
+
+
+def as_turns(given: Any) -> list[Any]:
+    """The list of turns; in CSV it is written as JSON.
+
+    Raises:
+        ValueError: it is no list.
+        Rejection: it is empty.
+    """
+    if isinstance(given, str):
+        given = parsed(given, "'messages'")
+    if given is None or given == []:
+        raise Rejection("no turns")
+    if not isinstance(given, list):
+        raise ValueError(f"'messages' must be a list of turns, it is {type(given).__name__}")
+    return given
+
+
+def text(content: Any, where: str) -> str:
+    """The text of a turn: a string, or OpenAI's list of parts if all of them are text; null is no text.
+
+    Raises:
+        ValueError: it is anything else, such as an image.
+    """
+    if isinstance(content, list):
+        kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
+        if other := [kind for kind in kinds if kind not in ("text", "input_text", "output_text")]:
+            raise ValueError(f"{where} has a part of type {other[0]!r}: only text is learned, leave such rows out")
+        content = "\n".join(str(part.get("text") or "") for part in content)
+    if content is None:
+        return ""
+    if not isinstance(content, str):
+        raise ValueError(f"{where} must be text, it is {type(content).__name__}")
+    if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
+        raise ValueError(f"{where} has a broken surrogate pair (a cut emoji): mend it")
+    return content
+
+
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise ValueError(f"{where} is not an object with 'role' and 'content'")
+    key = "role" if turn.get("role") is not None else "from"
+    name = turn.get(key)
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise ValueError(f"{where}: unknown role {name!r}: choose one of: system, user, assistant, tool")
+    content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
+    if role == "call":  # ShareGPT: the whole turn is the call
+        return {"role": "assistant", "content": "", "tool_calls": tool_calls(content, where)}
+    calls = turn.get("tool_calls") or turn.get("function_call")
+    if content is None and not calls and not {"content", "value"} & turn.keys():
+        raise ValueError(f"{where} has no 'content': its keys are {', '.join(map(str, turn))}")
+    if role == "tool" and not isinstance(content, str | list | None):  # results are often objects
+        content = json.dumps(content, ensure_ascii=False)
+    message: Message = {"role": role, "content": text(content, f"{where}: 'content'")}
+    if role == "assistant":
+        if isinstance(reasoning := next((turn[key] for key in REASONING if turn.get(key)), None), str):
+            message["reasoning_content"] = text(reasoning, f"{where}: 'reasoning_content'")
+        if calls:
+            message["tool_calls"] = tool_calls(calls, where)
+        if turn.get("weight") == 0:
+            message["weight"] = 0
+    elif role == "tool":
+        message |= {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str)}
+    return message
+
+
+def _joined(messages: list[Message], changes: Changes) -> list[Message]:
+    """One turn of the several that one role has in a row; results of tools stay apart."""
+    joined: list[Message] = []
+    for message in messages:
+        last = joined[-1] if joined else None
+        if last is None or last["role"] != message["role"] or message["role"] == "tool":
+            joined.append(message)
+            continue
+        if "tool_calls" in last and message["content"]:
+            raise Rejection("an answer follows tool calls without their results")
+        changes[JOINED] += 1
+        both = last | message | {"content": _lines(last, message, "content")}
+        if reasoning := _lines(last, message, "reasoning_content"):
+            both["reasoning_content"] = reasoning
+        if calls := last.get("tool_calls", []) + message.get("tool_calls", []):
+            both["tool_calls"] = calls
+        joined[-1] = both
+    return joined
+
+
+def _lines(first: Message, second: Message, key: str) -> str:
+    return "\n\n".join(part for part in (first.get(key, ""), second.get(key, "")) if part)
+
+
+def _opened(messages: list[Message], changes: Changes) -> list[Message]:
+    """After the system prompt the user speaks first: most chat templates refuse or misread anything else."""
+    start = 1 if messages[0]["role"] == "system" else 0
+    asked = next((index for index, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    if asked > start:
+        if asked == len(messages):
+            raise Rejection("no turn of role 'user' before an answer")
+        changes[OPENING] += 1
+    return messages[:start] + messages[asked:]
