@@ -101,7 +101,6 @@ class Vllm:
     tensor: int = knob(1, "GPUs that share each layer", 1)
     pipeline: int = knob(1, "Groups of GPUs, or hosts, that each hold some of the layers", 1)
     data: int = knob(1, "Copies of the model in one server, each on GPUs of its own", 1)
-    queue: int = knob(64, "Requests that may wait for a slot; more are refused with 503", 0)
     grace: int = knob(10, "Seconds that answers under way get to finish when the server stops", 0)
 
 
@@ -115,6 +114,7 @@ class Serve:
     port: int = knob(8000, "Port on 127.0.0.1; `PORT=` in the environment overrides it", 1, 65535)
     context: int = knob(2048, "Tokens that one conversation may have", 64)
     slots: int = knob(4, "Conversations answered at the same time", 1)
+    queue: int = knob(64, "Requests that may wait for a slot; more are refused with 503", 0)
     threads: int = knob(0, "Processor threads of the engine; 0 takes every core", 0)
     temperature: float = knob(0.2, "Sampling temperature when the client names none", 0, 2)
     vllm: Vllm = Vllm()

@@ -1,19 +1,28 @@
-"""The engine: llama.cpp's own HTTP server around one GGUF:  python -m serve.engine SETTINGS
+"""The engine: llama.cpp's own HTTP server around one GGUF, behind its gateway:  python -m serve.engine SETTINGS
 
 Started by `serve.api` and in a container. It is a process of its own so that a crash in native code, or the
-system's taking its memory, ends the engine alone; its supervisor starts it again.
+system's taking its memory, ends the engine alone; its supervisor starts it again. llama.cpp listens on a Unix socket
+in a folder of its owner's, so that there is no way around the gateway.
 """
 
 import json
+import os
 import signal
 import sys
+import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipe.machine import cores
+from serve.context import longest_token
 from serve.endpoint import HOST, url_of
+from serve.gateway import Bounds, Gateway
 from serve.key import read_key
+
+if TYPE_CHECKING:
+    import uvicorn
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,7 @@ class Settings:
     key_file: str
     context: int
     slots: int
+    queue: int
     threads: int
     temperature: float
     ui: bool = False
@@ -34,18 +44,54 @@ class Settings:
 
 def engine(settings: Settings) -> None:
     """Serve until a signal."""
+    import uvicorn
+
+    code = 1  # the gateway ends by itself only if it cannot listen
+    with tempfile.TemporaryDirectory(prefix="truetune-") as folder:
+        socket = Path(folder, "engine.sock")
+        _server, config = load(settings, socket), gateway(settings, socket)
+        serving = threading.Thread(target=uvicorn.Server(config).run, daemon=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            serving.start()
+            sys.stdout.write(f"serving {settings.name} on {settings.host}:{settings.port}\n")
+            sys.stdout.flush()
+            serving.join()
+        except KeyboardInterrupt:
+            code = 0
+    os._exit(code)  # llama.cpp's own end waits for answers that nobody reads any more
+
+
+def gateway(settings: Settings, socket: Path) -> "uvicorn.Config":
+    """The door to the engine on its port."""
+    import uvicorn
+
+    longest = longest_token(Path(settings.model))
+    bounds = Bounds(settings.slots, settings.queue, settings.context, longest)
+    return uvicorn.Config(
+        Gateway(socket, read_key(Path(settings.key_file)), bounds, page=settings.ui),
+        host=settings.host,
+        port=settings.port,
+        lifespan="off",
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+    )
+
+
+def load(settings: Settings, socket: Path) -> Any:
+    """llama.cpp's server with the model loaded; it answers for as long as this object is there."""
     from xllamacpp import Server
 
     try:
-        server = Server(parameters(settings))
+        return Server(parameters(settings, socket))
     except RuntimeError:  # llama.cpp has logged the reason
         sys.exit(1)
-    sys.stdout.write(f"serving {settings.name} on {server.listening_address}\n")
-    sys.stdout.flush()
-    signal.pause()  # SIGTERM ends it at once: the server's own end waits for answers that nobody reads any more
 
 
-def parameters(settings: Settings) -> Any:
+def parameters(settings: Settings, socket: Path) -> Any:
     """llama.cpp's parameters: everything that it leaves open to others or lets grow is closed or bounded."""
     from xllamacpp import CommonParams
 
@@ -54,8 +100,7 @@ def parameters(settings: Settings) -> Any:
     params.model_alias = {settings.name}
     params.use_jinja = True
     params.offline = True
-    params.hostnames = [settings.host]
-    params.port = settings.port
+    params.hostnames = [str(socket)]
     params.api_keys = [read_key(Path(settings.key_file))]
     params.cors_origins = url_of(settings.port)  # the default, '*', lets any web page ask
     params.cors_origins_explicit = True
@@ -65,6 +110,7 @@ def parameters(settings: Settings) -> Any:
     params.endpoint_slots = False  # it shows what others ask
     params.endpoint_props = False
     params.n_parallel = settings.slots
+    params.n_threads_http = 2 * settings.slots + 4  # for answers, idle connections, and who asks whether it is well
     params.n_ctx = settings.context * settings.slots  # divided by the slots, as the cache is not unified
     params.kv_unified = False
     params.ctx_shift = False  # a conversation that is too long is refused, not cut in silence

@@ -1,7 +1,7 @@
-"""A middleware in vLLM's server: nothing but its health is told without the key, and a refusal says when to come back.
+"""A middleware before an engine: only its health is told without the key, and a refusal says when to come back.
 
 vLLM's own key guards `/v1` alone: `/invocations` would answer a chat, `/tokenize` and `/metrics` tell what is asked.
-Runs in vLLM's environment: standard library only. Source: vLLM's docs/usage/security.md.
+Runs in vLLM's environment too: standard library only. Source: vLLM's docs/usage/security.md.
 """
 
 import os
@@ -10,16 +10,18 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 OPEN = ("/health",)
-REFUSAL = b'{"error": {"message": "the API key is missing or wrong", "type": "invalid_request_error", "code": 401}}'
+REFUSAL = (
+    b'{"error": {"message": "The key is missing or wrong", "type": "authentication_error", "code": "invalid_api_key"}}'
+)
 RETRY_SECONDS = b"2"
 
 
 class Guard:
-    """ASGI middleware; the key is compared in constant time."""
+    """ASGI middleware; the key, `VLLM_API_KEY` where vLLM makes the guard, is compared in constant time."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+    def __init__(self, app: Callable[..., Awaitable[None]], key: str = "") -> None:
         self.app = app
-        self.wanted = f"Bearer {os.environ['VLLM_API_KEY']}".encode()
+        self.wanted = f"Bearer {key or os.environ['VLLM_API_KEY']}".encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         async def sending(message: dict[str, Any]) -> None:

@@ -73,6 +73,7 @@ def settings_of(recipe: Recipe, path: Path) -> Settings:
         key_file=str(KEY_FILE),
         context=recipe.serve.context,
         slots=recipe.serve.slots,
+        queue=recipe.serve.queue,
         threads=recipe.serve.threads,
         temperature=recipe.serve.temperature,
         ui=recipe.serve.ui == "builtin",

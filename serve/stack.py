@@ -67,6 +67,7 @@ def settings(recipe: Recipe, file: Path, profiles: list[str], model: Path, sha25
         "TRUETUNE_MODEL_SHA256": sha256,
         "TRUETUNE_CONTEXT": str(recipe.serve.context),
         "TRUETUNE_SLOTS": str(recipe.serve.slots),
+        "TRUETUNE_QUEUE": str(recipe.serve.queue),
         "TRUETUNE_THREADS": str(recipe.serve.threads),
         "TRUETUNE_TEMPERATURE": str(recipe.serve.temperature),
         **{f"TRUETUNE_{variable}": str(port) for variable, port in ports(recipe, profiles).items()},

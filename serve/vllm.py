@@ -159,7 +159,7 @@ def model_arguments(recipe: Recipe, model: Model, machine: Machine) -> tuple[str
         *("--chat-template", str(model.template), "--chat-template-content-format", "string"),
         *("--dtype", machine.precision),
         *("--max-model-len", str(serve.context), "--max-num-seqs", str(serve.slots)),
-        *("--max-num-queued-reqs", str(knobs.queue), "--shutdown-timeout", str(knobs.grace)),
+        *("--max-num-queued-reqs", str(serve.queue), "--shutdown-timeout", str(knobs.grace)),
         # vLLM's neutral sampling and our temperature: what the base's author advised is not what was trained.
         *("--generation-config", "vllm"),
         *("--override-generation-config", json.dumps({"temperature": serve.temperature})),

@@ -95,12 +95,14 @@ def test_refuses_malformed_requests_and_goes_on(server: Server, body: bytes):
 
 
 def test_no_other_origin_is_let_in(server: Server):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
-    connection.request("OPTIONS", "/v1/models", headers={"Origin": "http://evil.example"})
-    headers = connection.getresponse().headers
-    connection.close()
-    assert headers["Access-Control-Allow-Origin"] == server.url
-    assert headers["Access-Control-Allow-Credentials"] != "true"
+    key = {"Authorization": f"Bearer {server.key}"}
+    for method, more in (("OPTIONS", {}), ("OPTIONS", key), ("GET", key)):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection.request(method, "/v1/models", headers={"Origin": "http://evil.example", **more})
+        headers = connection.getresponse().headers
+        connection.close()
+        assert headers["Access-Control-Allow-Origin"] in (None, server.url)
+        assert headers["Access-Control-Allow-Credentials"] != "true"
 
 
 def test_listens_on_loopback_only(server: Server):

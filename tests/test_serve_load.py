@@ -9,15 +9,17 @@ import time
 import openai
 import psutil
 import pytest
-from gguf_fixture import NAME, Server
+from gguf_fixture import NAME, SLOTS, Server
 from openai import AsyncOpenAI
 
+from recipe.schema import Serve
 from serve.endpoint import ask
 
 pytest_plugins = ["serve_fixtures"]
 pytestmark = pytest.mark.slow
 
 CHATS, ANSWER_TOKENS = 100, 40
+QUEUE = Serve().queue
 ENOUGH_SECONDS = 240  # a queue that hangs never ends; cores that are shared with other tests are slow
 
 
@@ -32,6 +34,7 @@ async def chats(server: Server, count: int) -> list[str]:
             )  # fmt: skip
             return [chunk.choices[0].finish_reason async for chunk in stream if chunk.choices][-1] or "cut off"
         except openai.APIStatusError as error:
+            assert error.status_code != 503 or int(error.response.headers["Retry-After"]) > 0
             return f"{error.status_code}"
 
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0) as client:
@@ -49,17 +52,10 @@ def is_answered(server: Server) -> bool:
     return ask(server.port, "/v1/chat/completions", server.key, question, timeout=60)[0] == 200
 
 
-def post(server: Server, body: bytes, seconds: float = ENOUGH_SECONDS) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=seconds)
-    headers = {"Authorization": f"Bearer {server.key}", "Content-Type": "application/json"}
-    connection.request("POST", "/v1/chat/completions", body, headers)
-    with contextlib.closing(connection), connection.getresponse() as response:
-        return response.status
-
-
-def test_a_hundred_chats_at_once_are_all_answered(server: Server) -> None:
+def test_a_hundred_chats_at_once_are_all_answered_or_told_to_come_back(server: Server) -> None:
     ended = asyncio.run(asyncio.wait_for(chats(server, CHATS), ENOUGH_SECONDS))
-    assert set(ended) <= {"stop", "length"}, ended
+    assert set(ended) == {"length", "503"}, ended
+    assert ended.count("length") >= SLOTS + QUEUE
     assert "starting it again" not in server.err.read_text(), "a busy engine is not a dead one"
 
 
@@ -71,17 +67,10 @@ def test_memory_stays_flat(server: Server) -> None:
     assert rss_bytes(server) < before + 30e6  # the prompt cache goes on filling, by 20 kB a conversation
 
 
-@pytest.mark.parametrize("tokens", [-2, -1000, "many", [1]])
+@pytest.mark.parametrize("tokens", ["many", [1]])
 def test_an_impossible_length_is_refused(server: Server, tokens: object) -> None:
     question = {"messages": [{"role": "user", "content": "apple"}], "max_tokens": tokens}
     assert ask(server.port, "/v1/chat/completions", server.key, question)[0] == 400
-    assert is_answered(server)
-
-
-def test_a_huge_prompt_is_refused_while_others_are_served(server: Server) -> None:
-    # Long for this tokenizer, sentencepiece's, which llama.cpp runs in quadratic time; BPE takes 10 MB in seconds.
-    huge = json.dumps({"messages": [{"role": "user", "content": "apple " * 20_000}]}).encode()
-    assert post(server, huge) == 400
     assert is_answered(server)
 
 

@@ -69,7 +69,6 @@ def test_the_arguments_of_a_machine_without_a_gpu(merged: Model) -> None:
         ({"data": 2}, "--data-parallel-size", "2"),
         ({}, "--quantization", None),
         ({"quantization": "fp8"}, "--quantization", "fp8"),
-        ({"queue": 3}, "--max-num-queued-reqs", "3"),
         ({"grace": 60}, "--shutdown-timeout", "60"),
         ({}, "--enable-lora", None),
         ({}, "--kv-cache-memory-bytes", None),
