@@ -57,12 +57,18 @@ class Train:
     warmup: float = knob(0.05, "Share of the steps in which the learning rate rises", 0, 1)
     max_tokens: int = knob(1024, "Longest conversation, the rest is cut and counted; most tokens of a packed row", 16)
     unshown: Literal["error", "drop"] = knob("error", "What becomes of a row that the chat template refuses or cuts")
+    order: Literal["random", "short_first", "easy_first"] = knob(
+        "random", "A curriculum: short conversations, or those with a low loss under the base, first in every epoch"
+    )
+    neftune: float = knob(0.0, "Noise on the embeddings in training (NEFTune); 5 is usual, 0 adds none", 0)
+    label_smoothing: float = knob(0.0, "Share of each target that is spread over the vocabulary", 0, 0.9)
     rows: int = knob(1, "Packed rows a step on each device", 1)
     accumulate: int = knob(1, "Steps whose gradients are added up before the weights move", 1)
     evaluations: int = knob(1, "Validation losses and checkpoints an epoch", 1)
     patience: int = knob(2, "Stop after so many validations without a lower loss; 0 never stops early", 0)
     checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, slower")
     precision: Literal["auto", "float32", "bfloat16"] = knob("auto", "`auto` is what the processor does fast")
+    deterministic: bool = knob(False, "The same weights bit by bit on a GPU too, slower; without one they always are")
     answer_tokens: int = knob(48, "Longest answer when the held-out questions are asked", 1)
 
 

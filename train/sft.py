@@ -94,6 +94,7 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
     from trl import SFTConfig
 
     from recipe.machine import fast_precision
+    from train.order import curriculum
     from train.progress import TrainingProgress
     from train.trainer import AssistantTrainer
 
@@ -126,12 +127,15 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
         report_to="tensorboard",
         disable_tqdm=True,
         seed=recipe.seed,
+        full_determinism=knobs.deterministic,
     )
     callbacks: list[Any] = [TrainingProgress()]
     if validated and knobs.patience:
         callbacks.append(EarlyStoppingCallback(knobs.patience))
     targets = knobs.lora.targets[0] if knobs.lora.targets == ("all-linear",) else list(knobs.lora.targets)
     trainer = AssistantTrainer(
+        smoothing=knobs.label_smoothing,
+        noise=knobs.neftune,
         model=model,
         args=settings,
         processing_class=tokenizer,
@@ -146,6 +150,7 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
             target_modules=targets,
         ),
     )
+    trainer.order = curriculum(trainer, knobs.order)
     trainer.remove_callback(PrinterCallback)
     steps_an_epoch = math.ceil(len(trainer.train_dataset) / (knobs.rows * knobs.accumulate))
     settings.eval_steps = settings.save_steps = math.ceil(steps_an_epoch / knobs.evaluations)

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
 from recipe import UserError
+from train.noise import EmbeddingNoise
 from train.template import IGNORED
 
 
@@ -17,8 +18,14 @@ class AssistantTrainer(SFTTrainer):  # type: ignore[misc]
     `python -m bench.train` measures both, side by side.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, smoothing: float = 0, noise: float = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.smoothing = smoothing
+        self.noise = EmbeddingNoise(self.model, noise) if noise else None
+        self.order: list[int] | None = None
+        for weights in self.model.parameters():  # TRL rounds those of a QLoRA to bfloat16, which loses small steps
+            if weights.requires_grad:
+                weights.data = weights.data.float()
         self.tokens_seen = self.tokens_logged = 0
         self.supervised_tokens_seen = 0
         self.step_seconds = 0.0
@@ -39,13 +46,19 @@ class AssistantTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean negative log-likelihood of the supervised tokens; `inputs` are (batch, time) ids, labels, positions."""
+        """Mean negative log-likelihood of the supervised tokens; `inputs` are (batch, time) ids, labels, positions.
+
+        It is computed in float32. In training a share `smoothing` of each target is spread over the vocabulary.
+        """
+        if self.noise:
+            self.noise.lengths(inputs)
         targets = inputs["labels"][:, 1:]
         kept = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)  # positions at which some row is supervised
         fields = {key: value for key, value in inputs.items() if key != "labels"}
         outputs = model(**fields, use_cache=False, logits_to_keep=kept)
         logits, targets = outputs.logits.flatten(0, 1).float(), targets[:, kept].flatten()
-        loss = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        smoothing = self.smoothing if model.training else 0.0
+        loss = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
         supervised = (targets != IGNORED).sum()
         count = supervised if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = loss / count.clamp(min=1)
@@ -55,6 +68,16 @@ class AssistantTrainer(SFTTrainer):  # type: ignore[misc]
             self.tokens_seen += inputs["input_ids"].numel()
             self.supervised_tokens_seen += int(supervised)
         return (loss, outputs) if return_outputs else loss
+
+    def row_loss(self, row: dict[str, Any]) -> float:
+        """The loss of one packed row, in nats a token, without training on it."""
+        self.model.eval()
+        with torch.inference_mode(), self.compute_loss_context_manager():
+            inputs = self._prepare_inputs(self.data_collator([row]))
+            return float(self.compute_loss(self.model, inputs))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         start = time.monotonic()
