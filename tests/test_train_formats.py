@@ -327,10 +327,13 @@ def value(record: Any) -> dict[str, Any]:
 
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "no object": (7, "not an object with named columns but int: name them as one of: messages [tools];"),
+    "no object": (
+        7,
+        "not an object with named columns but int: name them (of a table: in its first line)",
+    ),
     "null": (None, "not an object with named columns but NoneType"),
-    "no columns": ({}, "no format has the columns (none): name them as one of"),
-    "unknown columns": ({"sentence": "x", "label": 1}, "no format has the columns sentence, label: name them as"),
+    "no columns": ({}, "no format has the columns (none): name them"),
+    "unknown columns": ({"sentence": "x", "label": 1}, "no format has the columns sentence, label: name them"),
     "two columns of turns": ({"messages": TALK, "conversations": TALK}, "has turns in messages and in conversations"),
     "two answers": (
         {"prompt": "a", "completion": "b", "response": "c"},

@@ -4,12 +4,10 @@ What a file is, its content decides; the name's ending only tells a table from a
 """
 
 import bz2
-import csv
 import gzip
 import io
 import json
 import lzma
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,18 +19,22 @@ from recipe import UserError
 from train.batches import batches, without_nulls_of_tools
 from train.jsonstream import DECODER, values
 from train.row import Problem
+from train.tables import DELIMITERS, names_columns, pieces, table
 
 BYTES_A_CHUNK, ROWS_A_CHUNK = 1 << 20, 1000
 LONGEST_LINE_BYTES = 1 << 26
-PIECE_CHARACTERS = 4000  # of a text file: about a thousand tokens, cut between paragraphs
 START_BYTES = 1 << 16
 PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
 TEXTS = (".txt", ".md", ".text", ".raw", ".tokens")
 JSONS = (".jsonl", ".ndjson", ".json")
-DELIMITERS = ",\t;|"
-BLANK_LINES = re.compile(r"\n[ \t]*\n")
+NOT_UTF8 = "not UTF-8 at byte {}: save the file as UTF-8"
+NO_DATA = {
+    b"pk\x03\x04": "is a ZIP archive or a spreadsheet: unpack it, or save it as CSV",
+    b"version https://git-lfs": "is only Git LFS's note of the file: get the file itself with 'git lfs pull'",
+    b"<!doctype": "is a web page: download the file itself",
+    b"<html": "is a web page: download the file itself",
+}
 UNPACKING = (EOFError, zlib.error, lzma.LZMAError, OSError)
-csv.field_size_limit(LONGEST_LINE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +80,12 @@ def file_chunks(path: Path) -> Iterator[Chunk]:
         raise UserError(f"{path}: {what}: correct the path in the recipe's `data` section") from None
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): correct the path or the permissions") from None
+    except UnicodeDecodeError:
+        raise UserError(_not_utf8(path)) from None
     except UNPACKING as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        where = f"{path}:{reached.first}" if reached.first > 1 else str(path)
+        where = f"{path}:{_line_after(reached)}" if reached.content else str(path)
         raise UserError(f"{where}: its compressed data is damaged or cut off ({error}): get the file again") from None
 
 
@@ -95,8 +99,9 @@ def _chunks(path: Path) -> Iterator[Chunk]:
         return
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{name}:1: UTF-16, not UTF-8: save the file as UTF-8")
-    if start.startswith(b"PK\x03\x04"):
-        raise UserError(f"{name}: is a ZIP archive or a spreadsheet: unpack it, or save it as CSV")
+    for mark, what in NO_DATA.items():
+        if start.lstrip().lower().startswith(mark):
+            raise UserError(f"{name}: {what}")
     if b"\0" in start:
         line = start[: start.index(b"\0")].count(b"\n") + 1
         raise UserError(f"{name}:{line}: has a zero byte: the file is damaged, or no text and no Parquet or Arrow file")
@@ -108,8 +113,25 @@ def _chunks(path: Path) -> Iterator[Chunk]:
             yield from _lines(file, name)
             return
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        found = {"json": values, "table": _table, "text": _pieces}[kind](text, name)
+        found = {"json": values, "table": table, "text": pieces}[kind](text, name)
         yield from _grouped(found, name)
+
+
+def _line_after(chunk: Chunk) -> int:
+    """The line that follows a chunk."""
+    lines = chunk.content.count(b"\n") if isinstance(chunk.content, bytes) else chunk.content[-1][0] - chunk.first + 1
+    return int(chunk.first + lines)
+
+
+def _not_utf8(path: Path) -> str:
+    """The problem of a file that does not decode, with its first such line."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"{path}:{number}: {NOT_UTF8.format(error.start + 1)}"
+    return f"{path}: {NOT_UTF8.format('?')}"
 
 
 def _opened(path: Path) -> Any:
@@ -133,9 +155,9 @@ def _kind(path: Path, start: bytes) -> str:
     is_json = any(isinstance(_parsed(line, ""), dict) for line in complete[:3])
     opening = lines[0].lstrip()[:1] if lines else b""
     if is_json and opening != b"[":
-        return "lines"
+        return "json" if whole and len(lines) == 1 else "lines"
     if any(ending in TEXTS for ending in endings):
-        return "text"
+        return "table" if lines and names_columns(lines[0].decode(errors="replace")) else "text"
     if opening in (b"{", b"["):
         one_line = opening == b"{" and not complete
         broken = opening == b"{" and complete and complete[0].rstrip()[-1:] not in b"{[,:" and len(complete) > 1
@@ -160,64 +182,19 @@ def _lines(file: IO[bytes], name: str) -> Iterator[Chunk]:
 
 def _grouped(found: Iterable[tuple[int, Any]], name: str) -> Iterator[Chunk]:
     """Records in chunks; those before a fault are handed on before it is raised."""
-    found, fault = iter(found), None
+    found = iter(found)
+    fault: Exception | None = None
     while fault is None:
         group: list[tuple[int, Any]] = []
         try:
             group.extend(islice(found, ROWS_A_CHUNK))
-        except UserError as error:
+        except (UserError, UnicodeDecodeError, *UNPACKING) as error:
             fault = error
-        except UnicodeDecodeError:
-            line = group[-1][0] if group else 1
-            fault = UserError(f"{name}:{line}: not UTF-8 on or after this line: save the file as UTF-8")
         if not group and fault is None:
             return
         if group:
             yield Chunk(name, group[0][0], group)
     raise fault
-
-
-def _table(file: IO[str], name: str) -> Iterator[tuple[int, Any]]:
-    """(line, {column: cell}) of a table's rows; an empty cell is None."""
-    header = file.readline()
-    delimiter = max(DELIMITERS, key=header.count)
-    columns = [column.strip() for column in next(csv.reader([header], delimiter=delimiter))]
-    if len(set(columns)) < len(columns) or "" in columns:
-        raise UserError(f"{name}:1: the first line of a table names its columns, each once: {header.strip()[:80]}")
-    reader = csv.reader(file, delimiter=delimiter, strict=True)
-    while True:
-        line = reader.line_num + 2
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise UserError(
-                f"{name}:{line}: not a table's row ({error}): close the quotes, double those inside"
-            ) from None
-        if cells is None:
-            return
-        if len(cells) == len(columns):
-            yield line, {column: cell or None for column, cell in zip(columns, cells, strict=True)}
-        elif cells:
-            told = (
-                f"{len(cells)} cells where the first line names {len(columns)}: quote cells that contain {delimiter!r}"
-            )
-            yield line, Problem(f"{name}:{line}", told)
-
-
-def _pieces(file: IO[str], name: str) -> Iterator[tuple[int, Any]]:
-    """(line, {"text": ...}) of a text file, cut between paragraphs where it is long."""
-    piece, line, at = "", 1, 1
-    for text in file:
-        text = text.replace("\r\n", "\n")
-        if len(piece) + len(text) > PIECE_CHARACTERS and (
-            BLANK_LINES.search(piece[-2:]) or len(piece) > PIECE_CHARACTERS
-        ):
-            yield line, {"text": piece.strip("\n")}
-            piece, line = "", at
-        piece += text
-        at += 1
-    if piece.strip():
-        yield line, {"text": piece.strip("\n")}
 
 
 def _parsed(line: bytes, place: str) -> Any:
@@ -228,7 +205,7 @@ def _parsed(line: bytes, place: str) -> Any:
             raise json.JSONDecodeError("Extra data", text, end)
         return record
     except UnicodeDecodeError as error:
-        return Problem(place, f"not UTF-8 at byte {error.start + 1}: save the file as UTF-8")
+        return Problem(place, NOT_UTF8.format(error.start + 1))
     except json.JSONDecodeError as error:
         if b"\0" in line:
             return Problem(place, f"has a zero byte at {line.index(0) + 1}: the file is damaged here, get it again")
@@ -236,4 +213,4 @@ def _parsed(line: bytes, place: str) -> Any:
     except RecursionError:
         return Problem(place, "nested too deeply: a row is an object of a few levels")
     except ValueError as error:
-        return Problem(place, str(error))
+        return Problem(place, str(error).partition(";")[0])

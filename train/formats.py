@@ -42,7 +42,7 @@ OASST_TREE = Format("OpenAssistant trees", "prompt with replies", exports.oasst)
 CHATGPT = Format("ChatGPT export", "mapping", exports.chatgpt)
 OPEN_WEBUI = Format("Open WebUI export", "chat", exports.open_webui)
 CLAUDE = Format("Claude export", "chat_messages", exports.claude)
-EXPECTED = "name them as one of: " + "; ".join(
+EXPECTED = "name them (of a table: in its first line) as one of: " + "; ".join(
     format.columns for format in (MESSAGES, SHAREGPT, ALPACA, DOLLY, PROMPT, QUESTION, PREFERENCE, KTO, TEXT)
 )
 

@@ -148,7 +148,7 @@ class _Scanner:
             except RecursionError:
                 raise UserError(f"{self.name}:{self.line}: nested too deeply") from None
             except ValueError as error:
-                raise UserError(f"{self.name}:{self.line}: {error}") from None
+                raise UserError(f"{self.name}:{self.line}: {str(error).partition(';')[0]}") from None
             if end == len(self.buffer) and self.buffer[end - 1] not in '}]"' and self._more():
                 continue  # a number may go on
             self.line += self.buffer.count("\n", start, end)
@@ -160,12 +160,7 @@ class _Scanner:
         if self.ended:
             return False
         rest = self.buffer[self.at - self.dropped :]
-        try:
-            piece = self.file.read(max(CHARACTERS, len(rest)))
-        except UnicodeDecodeError:
-            raise UserError(
-                f"{self.name}:{self.line}: not UTF-8 on or after this line: save the file as UTF-8"
-            ) from None
+        piece = self.file.read(max(CHARACTERS, len(rest)))
         self.buffer, self.dropped, self.ended = rest + piece, self.at, not piece
         return bool(piece)
 

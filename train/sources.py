@@ -14,9 +14,9 @@ from recipe.files import matching
 from recipe.schema import Data
 from train.batches import small
 from train.chunks import JSONS, TEXTS, Chunk, file_chunks
+from train.hub import HubSet, download, hub_set
 
 log = logging.getLogger("truetune")
-HUB = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?(?::([\w.-]+))?(?::([\w.-]+))?")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", *JSONS)
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 # Files beside the data in a folder that `datasets` saved or a repository has.
@@ -33,7 +33,7 @@ class Source:
 
     name: str
     weight: float = 1.0
-    hub: tuple[str, str | None, str | None, str | None] | None = None  # id, revision, and what follows the colons
+    hub: HubSet | None = None
 
 
 def sources(data: Data) -> list[Source]:
@@ -49,9 +49,9 @@ def sources(data: Data) -> list[Source]:
         try:
             found += [Source(str(path), weight) for path in files(name)]
         except UserError as error:
-            hub = HUB.fullmatch(name)
-            if hub and not Path(name).parent.exists():
-                found.append(Source(name, weight, hub.groups()))  # type: ignore[arg-type]
+            hub = hub_set(name)
+            if hub and not Path(name).parent.exists() and _ending(Path(name)) not in TABLES + TEXTS:
+                found.append(Source(name, weight, hub))
             else:
                 problems += error.problems
     if problems:
@@ -119,45 +119,5 @@ def _ending(path: Path) -> str:
 
 
 def _hub_chunks(source: Source) -> Iterator[Chunk]:
-    """A split of a set on the Hub, from the cache in HF_HOME where it is, else downloaded into it."""
-    for first, batch in small(hub_dataset(source).data.table.to_batches()):
+    for first, batch in small(download(source.hub).data.table.to_batches()):
         yield Chunk(source.name, first, batch)
-
-
-def hub_dataset(source: Source) -> Any:
-    """The split as memory-mapped Arrow.
-
-    Raises:
-        UserError: the Hub is out of reach, or has no such set, or the set has no such split or runs code of its own.
-    """
-    import datasets
-
-    name, revision, *rest = source.hub or ()
-    given = [part for part in rest if part]
-    try:
-        configs = datasets.get_dataset_config_names(name, revision=revision)
-        config = given.pop(0) if given and (len(given) == 2 or given[0] in configs) else None
-        if config is None and len(configs) > 1 and "default" not in configs:
-            listed = ", ".join(configs)
-            raise UserError(f"{source.name}: has several parts: name one, as in {name}:{configs[0]} ({listed})")
-        builder = datasets.load_dataset_builder(name, config, revision=revision)
-        splits = list(builder.info.splits or datasets.get_dataset_split_names(name, config, revision=revision))
-        split = given[0] if given else _train_split(splits)
-        if split not in splits:
-            listed = ", ".join(splits)
-            raise UserError(f"{source.name}: no split {split!r}: name one, as in {name}:{splits[0]} ({listed})")
-        builder.download_and_prepare()
-        return builder.as_dataset(split=split)
-    except UserError:
-        raise
-    except Exception as error:  # of requests, httpx, huggingface_hub, datasets and pyarrow
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(
-            f"{source.name}: neither a file here nor a set that the Hugging Face Hub gives ({reason}): correct the "
-            "name, go online, or download it first and name its folder"
-        ) from None
-
-
-def _train_split(splits: list[str]) -> str:
-    training = [split for split in splits if split.startswith("train")] or splits
-    return "train" if "train" in splits or len(training) > 1 else training[0]

@@ -1,6 +1,7 @@
 """Turns of any spelling become one conversation: roles, tool calls and results, order, up to the last answer."""
 
 import json
+import re
 from collections import Counter
 from typing import Any
 
@@ -18,6 +19,7 @@ ROLES = {
     "function_call": "call", "tool_call": "call",
 }  # fmt: skip
 REASONING = ("reasoning_content", "reasoning", "thinking")
+SURROGATE = re.compile("[\ud800-\udfff]")
 JOINED = "turns of one role joined"
 OPENING = "answers before the first question left out"
 ENDING = "turns after the last answer left out"
@@ -89,7 +91,7 @@ def text(content: Any, where: str) -> str:
         return ""
     if not isinstance(content, str):
         raise ValueError(f"{where} must be text, it is {type(content).__name__}")
-    if not content.isascii() and any("\ud800" <= character <= "\udfff" for character in content):
+    if not content.isascii() and SURROGATE.search(content):
         raise ValueError(f"{where} has a broken surrogate pair (a cut emoji): mend it")
     return content
 
