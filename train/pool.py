@@ -1,0 +1,83 @@
+"""Work on all cores: results in the order of the items, few of them in memory, no process left behind.
+
+Processes are started afresh (`spawn`), since a fork of a process with threads may hang.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+from recipe import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+AHEAD = 2  # items under way a worker, so that none waits while the parent writes
+
+_state: Any = None
+
+
+def in_order(
+    work: Callable[[Any, Item], Result], items: Iterable[Item], prepare: Callable[[], Any], workers: int
+) -> Iterator[Result]:
+    """`work(state, item)` of every item, with the `state` that `prepare` gives each worker once.
+
+    One item, or one worker, is worked on in this process. All three must be importable by name, or partials of such.
+
+    Raises:
+        UserError: a worker was killed, most likely for want of memory. What `work` raises comes through.
+    """
+    items = iter(items)
+    first = list(islice(items, 2))
+    if workers == 1 or len(first) < 2:
+        state = prepare()
+        for item in chain(first, items):
+            yield work(state, item)
+        return
+    others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(prepare,))
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in chain(first, items):
+            waiting.append(pool.submit(_call, work, item))
+            if len(waiting) > AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+        pool.shutdown()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, most likely for want of memory: free some, or let fewer cores work "
+            "(taskset -c 0 make ...)"
+        ) from None
+    finally:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(prepare: Callable[[], Any]) -> None:
+    """Let the parent alone answer Ctrl-C, and end with it, however it ends."""
+    global _state
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _state = prepare()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
+def _call(work: Callable[[Any, Item], Result], item: Item) -> Result:
+    return work(_state, item)
