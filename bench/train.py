@@ -10,12 +10,10 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict
 from typing import Any
 
 from recipe import Recipe, Run, load
 from recipe.command import boundary
-from recipe.rows import rows as kept
 
 ROUNDS, STEPS = 2, 4
 
@@ -65,7 +63,7 @@ def truetune(recipe: Recipe, run: Run) -> Any:
     from train.sft import load_base, make_trainer
 
     tokenizer, model = load_base(recipe, run)
-    return prepared(make_trainer(recipe, run, tokenizer, model, rows(recipe, run, tokenizer)))
+    return prepared(make_trainer(recipe, run, tokenizer, model, rows(recipe, run)))
 
 
 def trl(recipe: Recipe, run: Run, tuned: bool) -> Any:
@@ -91,20 +89,16 @@ def trl(recipe: Recipe, run: Run, tuned: bool) -> Any:
     config = LoraConfig(
         task_type="CAUSAL_LM", r=knobs.lora.rank, lora_alpha=knobs.lora.alpha, target_modules="all-linear"
     )
-    dataset = rows(recipe, run, tokenizer)["train"]
+    dataset = rows(recipe, run)["train"]
     settings = SFTConfig(**common, **choices)
     return prepared(SFTTrainer(model, settings, train_dataset=dataset, processing_class=tokenizer, peft_config=config))
 
 
-def rows(recipe: Recipe, run: Run, tokenizer: Any) -> dict[str, Any]:
+def rows(recipe: Recipe, run: Run) -> dict[str, Any]:
     """The run's training conversations as ids and labels."""
-    from datasets import Dataset
+    from train.tokens import tokenized
 
-    from train.template import examples
-
-    conversations = kept(run.path("data"), "train")
-    found = [asdict(e) for row in conversations for e in examples(tokenizer, row["messages"], recipe.train.max_tokens)]
-    return {"train": Dataset.from_list(found), "validation": []}
+    return {"train": tokenized(recipe, run).datasets["train"], "validation": []}
 
 
 def prepared(trainer: Any) -> Any:

@@ -52,17 +52,21 @@ class RowWriter:
 
 def rows(data: Path, part: str, first: int | None = None) -> Iterator[dict[str, Any]]:
     """The conversations of a part of the data folder, or the `first` of them, with a batch in memory at a time."""
+    for batch in batches(data, part):
+        for text, source in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            if first is not None:
+                if first == 0:
+                    return
+                first -= 1
+            yield json.loads(text) | {"source": source}
+
+
+def batches(data: Path, part: str) -> Iterator[Any]:
+    """The record batches of a part, one in memory at a time."""
     import pyarrow
 
-    left = first
     with pyarrow.OSFile(str(_path(data, part))) as file:
-        for batch in pyarrow.ipc.open_stream(file):
-            for text, source in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                if left is not None:
-                    if left == 0:
-                        return
-                    left -= 1
-                yield json.loads(text) | {"source": source}
+        yield from pyarrow.ipc.open_stream(file)
 
 
 def count(data: Path, part: str) -> int:

@@ -360,13 +360,13 @@ def test_what_was_predicted_holds_what_was_written(converted: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "most", "row"),
+    ("longest", "total", "most", "row"),
     [
-        ([50] * 40, 1024, 256),  # few short conversations: short rows, so that there are steps to learn in
-        ([900, 50], 1024, 900),  # a row holds the longest conversation whole
-        ([90] * 10_000, 1024, 1024),  # much data: rows as long as the recipe allows
-        ([16] * 3, 64, 64),
+        (50, 2000, 1024, 256),  # few short conversations: short rows, so that there are steps to learn in
+        (900, 950, 1024, 900),  # a row holds the longest conversation whole
+        (90, 900_000, 1024, 1024),  # much data: rows as long as the recipe allows
+        (16, 48, 64, 64),
     ],
 )
-def test_a_packed_row_fits_the_data(lengths: list[int], most: int, row: int) -> None:
-    assert stage.row_tokens(lengths, most) == row
+def test_a_packed_row_fits_the_data(longest: int, total: int, most: int, row: int) -> None:
+    assert stage.row_tokens(longest, total, most) == row

@@ -19,6 +19,7 @@ from recipe import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 AHEAD = 2  # items under way a worker, so that none waits while the parent writes
+ALONE = 4  # so many items are done before the first worker has started
 
 _state: Any = None
 
@@ -28,14 +29,14 @@ def in_order(
 ) -> Iterator[Result]:
     """`work(state, item)` of every item, with the `state` that `prepare` gives each worker once.
 
-    One item, or one worker, is worked on in this process. All three must be importable by name, or partials of such.
+    A few items are worked on in this process. `work` and `prepare` must be importable by name, or partials of such.
 
     Raises:
         UserError: a worker was killed, most likely for want of memory. What `work` raises comes through.
     """
     items = iter(items)
-    first = list(islice(items, 2))
-    if workers == 1 or len(first) < 2:
+    first = list(islice(items, ALONE + 1))
+    if workers == 1 or len(first) <= ALONE:
         state = prepare()
         for item in chain(first, items):
             yield work(state, item)

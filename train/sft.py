@@ -14,15 +14,15 @@ from typing import Any
 
 from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fresh_folder, put_in_place, write_whole
-from recipe.rows import heldout, rows
+from recipe.rows import heldout
 from train.base import parameters
 from train.checkpoints import last_complete, open_folder
 from train.space import check_disk
+from train.tokens import Tokens, longest_and_sum, tokenized
 
 log = logging.getLogger("truetune")
 SHORTEST_ROW_TOKENS = 256
 STEPS_AN_EPOCH = 100
-PROBLEMS_SHOWN = 20
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
@@ -32,8 +32,9 @@ def sft(recipe: Recipe, run: Run) -> Made:
     checkpoints = run.path("checkpoints")
     resuming = open_folder(checkpoints, _training_key(recipe, run))
 
+    tokens = tokenized(recipe, run)  # before the model takes its memory
     tokenizer, model = load_base(recipe, run)
-    trainer = make_trainer(recipe, run, tokenizer, model, _rows(recipe, run, tokenizer))
+    trainer = make_trainer(recipe, run, tokenizer, model, tokens.datasets)
     trainer.check_stops()
     questions = heldout(run.path("data"))
     before = _before(trainer, tokenizer, questions, recipe, checkpoints)
@@ -50,7 +51,8 @@ def sft(recipe: Recipe, run: Run) -> Made:
     _save_answers(run.path("answers.jsonl"), questions, before.pop("answers"), after.pop("answers"))
     return Made(
         outputs=[run.path("adapter"), run.path("answers.jsonl")],
-        metrics={"before": before, "after": after} | trainer.summary(),
+        metrics={"before": before, "after": after, "data": tokens.counts, "packing": _packing(trainer, tokens)}
+        | trainer.summary(),
         packages=PACKAGES,
     )
 
@@ -108,7 +110,7 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
         learning_rate=knobs.learning_rate,
         lr_scheduler_type=knobs.schedule,
         warmup_steps=knobs.warmup,
-        max_length=row_tokens([len(row["input_ids"]) for part in rows.values() for row in part], knobs.max_tokens),
+        max_length=row_tokens(*longest_and_sum(rows.values()), knobs.max_tokens),
         packing=True,
         per_device_train_batch_size=knobs.rows,
         per_device_eval_batch_size=knobs.rows,
@@ -157,47 +159,20 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
     return trainer
 
 
-def row_tokens(lengths: list[int], most: int) -> int:
-    """Length of a packed row: short enough that few conversations still make many steps, at most `most` tokens."""
-    return min(most, max(SHORTEST_ROW_TOKENS, *lengths, sum(lengths) // STEPS_AN_EPOCH))
+def row_tokens(longest: int, total: int, most: int) -> int:
+    """Length of a packed row: short enough that few conversations still make many steps, at most `most` tokens.
+
+    Args:
+        longest: tokens of the longest conversation.
+        total: tokens of all conversations.
+    """
+    return min(most, max(SHORTEST_ROW_TOKENS, longest, total // STEPS_AN_EPOCH))
 
 
-def _rows(recipe: Recipe, run: Run, tokenizer: Any) -> dict[str, Any]:
-    """Datasets of token ids and labels; cut and dropped conversations are told."""
-    from dataclasses import asdict
-
-    from datasets import Dataset
-
-    from train.template import row_examples
-
-    made = {}
-    for part in ("train", "validation"):
-        found, longest, dropped = [], 0, 0
-        unshown: list[str] = []
-        for row in rows(run.path("data"), part):
-            try:
-                parts = row_examples(tokenizer, row, recipe.train.max_tokens)
-            except UserError as error:
-                unshown += error.problems
-                continue
-            dropped += not parts
-            longest += any(len(example.input_ids) == recipe.train.max_tokens for example in parts)
-            found += [asdict(example) for example in parts]
-        if unshown and recipe.train.unshown == "error":
-            raise UserError(*unshown[:PROBLEMS_SHOWN])
-        if unshown:
-            log.warning("%s: %d conversation(s) left out, the first: %s", part, len(unshown), unshown[0])
-        if longest or dropped:
-            log.warning(
-                "%s: %d conversation(s) cut to %d tokens, %d dropped because no answer is left: raise train.max_tokens",
-                part, longest, recipe.train.max_tokens, dropped,
-            )  # fmt: skip
-        if part == "train" and not found:
-            raise UserError(
-                f"no conversation keeps an answer within train.max_tokens={recipe.train.max_tokens}: raise it"
-            )
-        made[part] = Dataset.from_list(found) if found else []
-    return made
+def _packing(trainer: Any, tokens: Tokens) -> dict[str, float]:
+    """How full the packed rows are, which TRL fills best-fit, a thousand conversations at a time."""
+    rows, length = len(trainer.train_dataset), trainer.args.max_length
+    return {"rows": rows, "row_tokens": length, "fill": round(tokens.counts["train"]["tokens"] / (rows * length), 4)}
 
 
 def _measure(trainer: Any, tokenizer: Any, questions: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from recipe.rows import text_arguments
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
 Message = dict[str, Any]
+Spoken = tuple[str, list[tuple[int, int]]]  # a text, and where in it the assistant's words begin and end
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,34 @@ def row_examples(tokenizer: Any, row: dict[str, Any], max_tokens: int) -> list[E
     Raises:
         UserError: names the row's `source`, and what the template refuses or would leave out in silence.
     """
-    if "text" in row:
-        return text_examples(tokenizer, row["text"], max_tokens)
-    try:
-        return examples(tokenizer, row["messages"], max_tokens, row.get("tools"))
-    except UserError as error:
-        raise UserError(*(f"{row.get('source', 'a row')}: {problem}" for problem in error.problems)) from None
+    [found] = batch_examples(tokenizer, [row], max_tokens)
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def batch_examples(tokenizer: Any, rows: list[dict[str, Any]], max_tokens: int) -> list[list[Example] | UserError]:
+    """What `row_examples` gives or raises for each row; tokenizing many texts at once is twice as fast."""
+    found: list[list[Example] | UserError] = []
+    texts: list[Spoken] = []
+    of_row: list[list[Example]] = []
+    for row in rows:
+        if "text" in row:
+            found.append(text_examples(tokenizer, row["text"], max_tokens))
+            continue
+        try:
+            spoken = renderings(tokenizer, row["messages"], row.get("tools"))
+        except UserError as error:
+            place = row.get("source", "a row")
+            found.append(UserError(*(f"{place}: {problem}" for problem in error.problems)))
+            continue
+        found.append([])
+        texts += spoken
+        of_row += [found[-1]] * len(spoken)
+    for example, own in zip(_labelled(tokenizer, texts, max_tokens), of_row, strict=True):
+        if example:
+            own.append(example)
+    return found
 
 
 def text_examples(tokenizer: Any, text: str, max_tokens: int) -> list[Example]:
@@ -75,6 +98,11 @@ def examples(tokenizer: Any, messages: list[Message], max_tokens: int, tools: An
     Raises:
         UserError: the template refuses the conversation, leaves out its tools, or opens a turn in two ways.
     """
+    return [row for row in _labelled(tokenizer, renderings(tokenizer, messages, tools), max_tokens) if row]
+
+
+def renderings(tokenizer: Any, messages: list[Message], tools: Any = None) -> list[Spoken]:
+    """The texts of these training rows, each with where the assistant's words begin and end."""
     messages = _as_shown(tokenizer, messages, tools)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     whole = render(tokenizer, messages, tools=tools)
@@ -85,10 +113,8 @@ def examples(tokenizer: Any, messages: list[Message], max_tokens: int, tools: An
         answered = _as_served(prompt, answered)
         answers.append((answered, (len(prompt), len(answered))))
     if all(whole.startswith(answered) for answered, _ in answers):
-        rows = [_example(tokenizer, whole, [span for _, span in answers], max_tokens)]
-    else:  # for example Qwen3, which drops the thoughts of past turns
-        rows = [_example(tokenizer, answered, [span], max_tokens) for answered, span in answers]
-    return [row for row in rows if row]
+        return [(whole, [span for _, span in answers])]
+    return [(answered, [span]) for answered, span in answers]  # as of Qwen3, which drops the thoughts of past turns
 
 
 def _as_served(prompt: str, answered: str) -> str:
@@ -109,23 +135,32 @@ def _as_served(prompt: str, answered: str) -> str:
     return prompt + turn.removeprefix(opening)
 
 
-def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], max_tokens: int) -> Example | None:
-    """The text's tokens, of which those that end within a span are supervised, up to the span's last eos.
+def _labelled(tokenizer: Any, texts: list[Spoken], max_tokens: int) -> list[Example | None]:
+    """Each text's tokens, of which those that end within a span are supervised, up to the span's last eos.
 
     A token may be half the prompt's, as the newline of a ChatML prompt takes the space of an answer that begins with
     one: it ends in the answer, so it is learned. A server splits there, and the model meets the halves.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    labels = [IGNORED] * len(ids)
-    for first, last in spans:
-        inside = [index for index, (start, end) in enumerate(offsets) if first < end <= last and end > start]
-        ends = [index for index in inside if ids[index] == tokenizer.eos_token_id]
-        for index in inside:
-            if not ends or index <= ends[-1]:  # what the template writes after the turn's end is never generated
-                labels[index] = ids[index]
-    ids, labels = ids[:max_tokens], labels[:max_tokens]
-    return Example(ids, labels) if any(label != IGNORED for label in labels) else None
+    import numpy as np
+
+    if not texts:
+        return []
+    encoded = tokenizer([text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True)
+    eos = tokenizer.eos_token_id
+    found: list[Example | None] = []
+    for (_, spans), all_ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        ids, (starts, ends) = np.array(all_ids), np.array(offsets).reshape(-1, 2).T
+        labels = np.full(len(ids), IGNORED)
+        for first, last in spans:
+            inside = np.flatnonzero((first < ends) & (ends <= last) & (ends > starts))
+            stops = inside[ids[inside] == eos]
+            if len(stops):  # what the template writes after the turn's end is never generated
+                inside = inside[inside <= stops[-1]]
+            labels[inside] = ids[inside]
+        labels = labels[:max_tokens]
+        learned = (labels != IGNORED).any()
+        found.append(Example(all_ids[:max_tokens], labels.tolist()) if learned else None)
+    return found
 
 
 @dataclass(frozen=True)
