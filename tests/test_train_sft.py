@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from recipe import UserError
-from recipe.rows import RowWriter, rows
 from recipe.score import has_fact, key_fact_accuracy
 from train import sft as stage
 from train.checkpoints import NEEDED, last_complete, open_folder
@@ -273,29 +272,6 @@ def test_no_answer_within_max_tokens_is_told(based: Any) -> None:
     with pytest.raises(UserError) as raised:
         stage.sft(recipe, based.run)
     assert str(raised.value) == "no conversation keeps an answer within train.max_tokens=16: raise it"
-
-
-UNSHOWN = '{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "tools": [{}]}'
-
-
-@pytest.mark.parametrize("part", ["train", "validation"])
-def test_rows_that_the_template_cannot_show_are_told_or_left_out(
-    part: str, based: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(based.run.path("base"))
-    whole = len(stage._rows(based.recipe, based.run, tokenizer)[part])
-    kept = [json.dumps(row) for row in rows(based.run.path("data"), part)]
-    with RowWriter(based.run.path("data", f"{part}.arrow")) as writer:
-        for number, text in enumerate([*kept, UNSHOWN, UNSHOWN]):
-            writer.add(text, f"talks.jsonl:{number}")
-    with pytest.raises(UserError) as raised:
-        stage._rows(based.recipe, based.run, tokenizer)
-    assert len(str(raised.value).splitlines()) == 2
-    drop = replace(based.recipe, train=replace(based.recipe.train, unshown="drop"))
-    assert len(stage._rows(drop, based.run, tokenizer)[part]) == whole
-    assert f"{part}: 2 conversation(s) left out, the first: talks.jsonl:{len(kept)}: the chat template" in caplog.text
 
 
 def test_qlora_without_a_gpu_is_told(based: Any) -> None:
