@@ -9,6 +9,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from train.template import IGNORED, batch_examples
 
 log = logging.getLogger("truetune")
 PARTS = ("train", "validation")
+COLUMNS = ("input_ids", "labels")
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 PROBLEMS_SHOWN = 20
 
@@ -48,7 +50,7 @@ def tokenized(recipe: Recipe, run: Run) -> Tokens:
     if not (folder / "counts.json").is_file():
         made = fresh_folder(run.path(".tokens.tmp"))
         try:
-            found = {part: _tokenize(recipe, run, part, made / f"{part}.arrow") for part in PARTS}
+            found = _tokenize(recipe, run, made)
             (made / "counts.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
             remove(folder.parent)
             folder.parent.mkdir()
@@ -70,30 +72,37 @@ def longest_and_sum(datasets: Iterable[Any]) -> tuple[int, int]:
     return max(compute.max(part).as_py() for part in lengths), sum(compute.sum(part).as_py() for part in lengths)
 
 
-def _tokenize(recipe: Recipe, run: Run, part: str, path: Path) -> dict[str, int]:
+def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int]]:
+    """Write `<part>.arrow` of each part; what became of its rows."""
     import pyarrow
 
-    knobs = recipe.train
-    data, counts, unshown = run.path("data"), Counter[str](), list[str]()
-    schema = pyarrow.schema({name: pyarrow.list_(pyarrow.int32()) for name in ("input_ids", "labels")})
+    knobs, data = recipe.train, run.path("data")
+    schema = pyarrow.schema({name: pyarrow.list_(pyarrow.int32()) for name in COLUMNS})
+    counts = {part: Counter[str]() for part in PARTS}
+    unshown: dict[str, list[str]] = {part: [] for part in PARTS}
+    items = ((part, batch) for part in PARTS for batch in batches(data, part))
     prepare = partial(_tokenizer, str(run.path("base")), knobs.max_tokens)
-    with Meter(f"tokens of {part}", count(data, part)) as meter, pyarrow.ipc.new_stream(str(path), schema) as stream:
-        for batch, numbers, problems in in_order(_examples, batches(data, part), prepare, cores()):
-            longest = max(counts["longest"], numbers.pop("longest"))
-            counts.update(numbers)
-            counts["longest"] = longest
-            unshown += problems[: PROBLEMS_SHOWN - len(unshown)]
-            if unshown and knobs.unshown == "error" and len(unshown) == PROBLEMS_SHOWN:
-                break
-            stream.write_batch(batch)
+    with ExitStack() as stack:
+        meter = stack.enter_context(Meter("tokens", sum(count(data, part) for part in PARTS)))
+        paths = {part: str(folder / f"{part}.arrow") for part in PARTS}
+        streams = {part: stack.enter_context(pyarrow.ipc.new_stream(paths[part], schema)) for part in PARTS}
+        for part, batch, numbers, problems in in_order(_examples, items, prepare, cores()):
+            streams[part].write_batch(batch)
+            longest = max(counts[part]["longest"], numbers.pop("longest"))
+            counts[part].update(numbers)
+            counts[part]["longest"] = longest
+            unshown[part] += problems[: PROBLEMS_SHOWN - len(unshown[part])]
             meter.add(numbers["rows"], numbers["rows"])
-    if unshown and knobs.unshown == "error":
-        raise UserError(*unshown)
-    if unshown:
-        log.warning("%s: %d conversation(s) left out, the first: %s", part, counts["unshown"], unshown[0])
-    if part == "train" and not counts["examples"]:
+            if knobs.unshown == "error" and len(unshown[part]) == PROBLEMS_SHOWN:
+                break
+    for part, problems in unshown.items():
+        if problems and knobs.unshown == "error":
+            raise UserError(*problems)
+        if problems:
+            log.warning("%s: %d conversation(s) left out, the first: %s", part, counts[part]["unshown"], problems[0])
+    if not counts["train"]["examples"]:
         raise UserError(f"no conversation keeps an answer within train.max_tokens={knobs.max_tokens}: raise it")
-    return dict(counts)
+    return {part: dict(counted) for part, counted in counts.items()}
 
 
 def _tokenizer(base: str, max_tokens: int) -> tuple[Any, int]:
@@ -102,16 +111,22 @@ def _tokenizer(base: str, max_tokens: int) -> tuple[Any, int]:
     return AutoTokenizer.from_pretrained(base), max_tokens
 
 
-def _examples(state: tuple[Any, int], batch: Any) -> tuple[Any, dict[str, int], list[str]]:
-    """(ids and labels, what was counted, problems) of a batch of rows; runs in a worker."""
+def _examples(state: tuple[Any, int], item: tuple[str, Any]) -> tuple[str, Any, dict[str, int], list[str]]:
+    """(part, ids and labels, what was counted, problems) of a part's batch of rows; runs in a worker."""
+    import pyarrow
+
     tokenizer, max_tokens = state
+    part, batch = item
     texts, sources = (column.to_pylist() for column in batch.columns)
     rows = [json.loads(text) | {"source": source} for text, source in zip(texts, sources, strict=True)]
     found = batch_examples(tokenizer, rows, max_tokens)
     problems = [problem for row in found if isinstance(row, UserError) for problem in row.problems]
     kept = [row for row in found if not isinstance(row, UserError)]
     examples = [example for row in kept for example in row]
-    columns = [_column([getattr(example, name) for example in examples]) for name in ("input_ids", "labels")]
+    columns = [
+        pyarrow.array([getattr(example, name) for example in examples], pyarrow.list_(pyarrow.int32()))
+        for name in COLUMNS
+    ]
     lengths = [len(example.input_ids) for example in examples]
     labels = columns[1].values.to_numpy()
     numbers = {
@@ -124,15 +139,7 @@ def _examples(state: tuple[Any, int], batch: Any) -> tuple[Any, dict[str, int], 
         "supervised_tokens": int((labels != IGNORED).sum()),
         "longest": max(lengths, default=0),
     }
-    import pyarrow
-
-    return pyarrow.record_batch(columns, names=["input_ids", "labels"]), numbers, problems
-
-
-def _column(rows: list[list[int]]) -> Any:
-    import pyarrow
-
-    return pyarrow.array(rows, pyarrow.list_(pyarrow.int32()))
+    return part, pyarrow.record_batch(columns, names=COLUMNS), numbers, problems
 
 
 def _tell(counts: dict[str, dict[str, int]], recipe: Recipe) -> None:
