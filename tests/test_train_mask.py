@@ -11,7 +11,7 @@ import pytest
 
 from recipe import UserError
 from train.template import IGNORED, Example, examples, row_examples, shown, text_examples
-from train.tokenizer import GENERATION_TAG, end_of_turn, one_template
+from train.tokenizer import DEFAULT, GENERATION_TAG, end_of_turn, one_template
 
 LONG = 10_000
 OWN = json.loads((Path(__file__).parent / "chat_templates.json").read_text(encoding="utf-8"))
@@ -166,6 +166,10 @@ def test_the_labels_are_those_of_the_template_s_own_tags(name: str, talk: str, w
 
 
 CALLS = {
+    "own": (
+        '<tool_call>\n{{"name": "weather", "arguments": {{"city": "{city}"}}}}\n</tool_call><|im_end|>',
+        "{said}<|im_end|>",
+    ),
     "llama3_1": ('{{"name": "weather", "parameters": {{"city": "{city}"}}}}<|eot_id|>', "{said}<|eot_id|>"),
     "qwen2_5": (
         '<tool_call>\n{{"name": "weather", "arguments": {{"city": "{city}"}}}}\n</tool_call><|im_end|>',
@@ -184,7 +188,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_tool_calls_and_answers_are_learned_as_they_are_written(name: str, with_template: Callable) -> None:
-    tool_use = OWN.get(name) or published(name)
+    tool_use = DEFAULT.read_text() if name == "own" else OWN.get(name) or published(name)
     tokenizer = with_template({"default": DEAF, "tool_use": tool_use} if "Hermes" in name else tool_use)
     call, text = CALLS[name]
     rows = examples(tokenizer, WITH_TOOLS, LONG, TOOLS)
@@ -195,8 +199,9 @@ def test_tool_calls_and_answers_are_learned_as_they_are_written(name: str, with_
     assert all("The weather of a city" in tokenizer.decode(row.input_ids) for row in rows), "the tools are offered"
 
 
-def test_thoughts_are_learned_where_the_template_writes_them(with_template: Callable) -> None:
-    tokenizer = with_template(published("qwen3"))
+@pytest.mark.parametrize("name", ["own", "qwen3"])
+def test_thoughts_are_learned_where_the_template_writes_them(name: str, with_template: Callable) -> None:
+    tokenizer = with_template(DEFAULT.read_text() if name == "own" else published(name))
     rows = examples(tokenizer, WITH_THOUGHTS, LONG)
     assert [spoken(tokenizer, row) for row in rows] == [
         ["<think>\nTwo and two.\n</think>\n\n4<|im_end|>"],

@@ -262,13 +262,6 @@ def test_preparing_twice_changes_nothing(model_folder: Path) -> None:
     assert {path.name: path.read_bytes() for path in model_folder.iterdir()} == before
 
 
-def test_no_template_at_all_is_told(model_folder: Path) -> None:
-    (model_folder / "chat_template.jinja").unlink()
-    with pytest.raises(UserError) as raised:
-        prepare_tokenizer(model_folder, None)
-    assert str(raised.value) == "the base has no chat template: name a Jinja file in the recipe's key 'chat_template'"
-
-
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
 def test_a_template_that_cannot_be_read_is_told(content: bytes | None, model_folder: Path) -> None:
     file = model_folder / "mine.jinja"

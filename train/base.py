@@ -31,7 +31,7 @@ def base(recipe: Recipe, run: Run) -> Made:
     """Write the base folder.
 
     Raises:
-        UserError: unknown model, pickled weights, remote code, damaged weights, no chat template.
+        UserError: unknown model, pickled weights, remote code, damaged weights, a chat template without an end of turn.
     """
     folder = fresh_folder(run.path(".base.tmp"))
     named = Path(recipe.base)
@@ -47,7 +47,7 @@ def base(recipe: Recipe, run: Run) -> Made:
         inputs = _from_hub(recipe.base, folder)
     else:
         raise UserError(_unknown(recipe.base))
-    end_of_turn = prepare_tokenizer(folder, recipe.chat_template)
+    prepared = prepare_tokenizer(folder, recipe.chat_template)
     packaged = recipe.base == PACKAGED
     stated = origin(packaged_gguf() if packaged else named if named.suffix == ".gguf" else folder)
     if packaged or (not named.exists() and "/" in recipe.base):
@@ -57,7 +57,9 @@ def base(recipe: Recipe, run: Run) -> Made:
         inputs[recipe.chat_template] = fingerprint(Path(recipe.chat_template))
     return Made(
         outputs=[run.path("base")],
-        metrics={"parameters": parameters(run.path("base")), "end_of_turn": end_of_turn} | stated,
+        metrics={"parameters": parameters(run.path("base")), "end_of_turn": prepared.end_of_turn}
+        | {"added_tokens": prepared.added}
+        | stated,
         inputs=inputs,
         packages=("transformers", "torch", "tokenizers", "gguf"),
     )

@@ -91,11 +91,11 @@ def load_base(recipe: Recipe, run: Run) -> tuple[Any, Any]:
 def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dict[str, Any]) -> Any:
     """The trainer with the recipe's settings; `rows` maps train and validation to datasets of ids and labels."""
     import torch
-    from peft import LoraConfig
     from transformers import EarlyStoppingCallback, PrinterCallback
     from trl import SFTConfig
 
     from recipe.machine import fast_precision
+    from train.adapter import lora_config
     from train.order import curriculum
     from train.progress import TrainingProgress
     from train.trainer import AssistantTrainer
@@ -134,7 +134,6 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
     callbacks: list[Any] = [TrainingProgress()]
     if validated and knobs.patience:
         callbacks.append(EarlyStoppingCallback(knobs.patience))
-    targets = knobs.lora.targets[0] if knobs.lora.targets == ("all-linear",) else list(knobs.lora.targets)
     trainer = AssistantTrainer(
         smoothing=knobs.label_smoothing,
         noise=knobs.neftune,
@@ -144,13 +143,7 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
         train_dataset=rows["train"],
         eval_dataset=rows["validation"] if validated else None,
         callbacks=callbacks,
-        peft_config=LoraConfig(
-            task_type="CAUSAL_LM",
-            r=knobs.lora.rank,
-            lora_alpha=knobs.lora.alpha,
-            lora_dropout=knobs.lora.dropout,
-            target_modules=targets,
-        ),
+        peft_config=lora_config(recipe, model, list(run.receipt("base").metrics.get("added_tokens", {}).values())),
     )
     trainer.order = curriculum(trainer, knobs.order)
     trainer.remove_callback(PrinterCallback)

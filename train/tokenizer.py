@@ -1,29 +1,49 @@
-"""A base's tokenizer, made to say what training and serving both need: template, end of turn, padding."""
+"""A base's tokenizer, made to say what training and serving both need: template, its tokens, end of turn, padding."""
 
 import json
+import logging
 import re
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from recipe import UserError
 from recipe.files import write_whole
+from train.embeddings import add_rows
 from train.template import render
 
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+DEFAULT = Path(__file__).parent / "chatml.jinja"
+# A special token as templates write them: ChatML's, Llama's, Gemma's.
+MARK = re.compile(r"<\|[\w:.-]+\|>|<[a-z]+(?:_[a-z]+)+>")
 PROBE = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
 
 
-def prepare_tokenizer(folder: Path, template_file: str | None) -> str:
-    """Make the tokenizer of a model folder say what training and serving both need; returns the end-of-turn token.
+log = logging.getLogger("truetune")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a base's tokenizer was given: the token that ends the assistant's turn, and tokens that are new to it."""
+
+    end_of_turn: str
+    added: dict[str, int]
+
+
+def prepare_tokenizer(folder: Path, template_file: str | None) -> Prepared:
+    """Make the tokenizer of a model folder say what training and serving both need.
+
+    A base without a chat template is given ChatML. Tokens that a given template needs and the vocabulary lacks are
+    added, with rows in the embeddings, which training then trains too.
 
     The template loses its `{% generation %}` tags, which break GGUF loaders (llama-cpp-python#2225), and keeps the date
     of this day where it asks the clock, as Llama 3.1's does: another would be served than was trained. eos becomes the
     token that ends the assistant's turn; pad becomes another token than eos (trl#1623).
 
     Raises:
-        UserError: no chat template, or one that does not end the assistant's turn with a special token.
+        UserError: a template that does not end the assistant's turn with a special token.
     """
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -32,20 +52,25 @@ def prepare_tokenizer(folder: Path, template_file: str | None) -> str:
     except Exception as error:  # the tokenizers library raises nothing narrower
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the base has no tokenizer that transformers reads ({reason}): use another base") from None
-    if template_file:
+    given = Path(template_file) if template_file else None if tokenizer.chat_template else DEFAULT
+    if given:
         try:
-            tokenizer.chat_template = Path(template_file).read_text(encoding="utf-8")
+            tokenizer.chat_template = given.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"chat_template: {template_file} cannot be read ({error}): give a Jinja file") from None
-    if not tokenizer.chat_template:
-        raise UserError("the base has no chat template: name a Jinja file in the recipe's key 'chat_template'")
+    if given == DEFAULT:
+        log.info("base: it has no chat template, so it is given ChatML: the key 'chat_template' names another")
     tokenizer.chat_template = GENERATION_TAG.sub("", one_template(tokenizer.chat_template))
     tokenizer.chat_template = NOW.sub(lambda call: repr(datetime.now().strftime(call[2])), tokenizer.chat_template)
     before = tokenizer.eos_token_id
+    added = _add_tokens(tokenizer) if given else {}
     tokenizer.eos_token = end_of_turn(tokenizer)
     tokenizer.pad_token = _pad_token(tokenizer)
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(folder)
+    if added:
+        log.info("base: %s are new to its vocabulary: their embeddings are trained too", ", ".join(added))
+        add_rows(folder, list(added.values()))
 
     generation = (
         GenerationConfig.from_pretrained(folder)
@@ -61,7 +86,23 @@ def prepare_tokenizer(folder: Path, template_file: str | None) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    return str(tokenizer.eos_token)
+    return Prepared(str(tokenizer.eos_token), added)
+
+
+def _add_tokens(tokenizer: Any) -> dict[str, int]:
+    """Add what the template writes like special tokens, if the end of the turn is not one yet; their ids."""
+    from tokenizers import AddedToken
+
+    try:
+        end_of_turn(tokenizer)
+        return {}
+    except UserError:
+        marks = dict.fromkeys(MARK.findall(render(tokenizer, PROBE)))
+        missing = [mark for mark in marks if mark not in tokenizer.get_vocab()]
+        tokenizer.add_tokens(
+            [AddedToken(mark, normalized=False, special=True) for mark in missing], special_tokens=True
+        )
+        return {mark: tokenizer.convert_tokens_to_ids(mark) for mark in missing}
 
 
 def one_template(template: str | dict[str, str]) -> str:
