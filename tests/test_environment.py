@@ -1,7 +1,9 @@
 """The environment: its pins agree, its lock is whole, and its failures say what mends them."""
 
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -125,6 +127,20 @@ def test_the_doctor_works_before_set_up(checkout: Path) -> None:
     assert done.stderr == ""
     assert re.search(r"^environment +not made yet: 'make setup'$", done.stdout, re.M)
     assert re.search(r"^make serve ", done.stdout, re.M)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_doctor_knows_our_own_server(checkout: Path, ours: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        told = {"pid": os.getpid() if ours else 2**22 + 1, "url": f"http://127.0.0.1:{port}/v1"}  # no such process
+        (checkout / "runs/mine").mkdir(parents=True)
+        (checkout / "runs/mine/session.json").write_text(json.dumps(told))
+        done = run_script("recipe/doctor.py", checkout, PORT=str(port), OLLAMA_HOST=f"127.0.0.1:{port}")
+    assert re.search(rf"^port {port} +{'.make serve. has it, for mine' if ours else 'in use'}$", done.stdout, re.M)
+    assert ("which another program has" in done.stdout) is not ours
+    assert re.search(rf"^Ollama +answers on 127.0.0.1:{port}$", done.stdout, re.M)
+    assert re.search(r"^vLLM +installed on first use$", done.stdout, re.M)
 
 
 def run_script(path: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:

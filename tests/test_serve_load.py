@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import http.client
 import json
+import subprocess
+import sys
 import time
 
 import openai
 import psutil
 import pytest
-from gguf_fixture import NAME, SLOTS, Server
+from gguf_fixture import NAME, SLOTS, Server, environment
 from openai import AsyncOpenAI
 
 from recipe.schema import Serve
@@ -84,3 +86,15 @@ def test_who_leaves_in_the_middle_frees_the_slot(server: Server) -> None:
     began = time.monotonic()
     assert is_answered(server)
     assert time.monotonic() - began < 10
+
+
+def test_half_a_minute_of_mixed_load(server: Server) -> None:
+    """`python -m bench.serve`, which ends with 1 if anyone hung or was answered wrongly."""
+    command = [sys.executable, "-m", "bench.serve", f"{NAME}.yaml", "0.5", str(CHATS)]
+    done = subprocess.run(
+        command, cwd=server.folder, env=environment(), capture_output=True, text=True, timeout=ENOUGH_SECONDS
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert set(told["ended"]) == {"answered", "left", "refused", "rejected"}
+    assert told["memory"][-1]["engine"] < told["memory"][0]["engine"] + 30e6
