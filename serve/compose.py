@@ -60,7 +60,8 @@ def up(recipe: Recipe, file: str, profiles: list[str]) -> None:
         stack.hand_over(run.folder)
         stack.write_settings(stack.settings(recipe, find(file), profiles, path, str(known["sha256"])))
     started = stack.services(recipe, profiles)
-    compose("create", "--build", *started)  # what cannot be fetched or built leaves what runs alone
+    compose("build", "--with-dependencies", *started)  # `create --build` would take old images of what these need
+    compose("create", *started)  # what cannot be fetched or built leaves what runs alone
     stop_others({*answer("config", "--services")} - ({"openwebui", "playground"} - {*started}))
     compose("up", "--detach", "--wait", "--wait-timeout", str(READY_SECONDS), *started)
     sys.stdout.write(told(recipe, published))

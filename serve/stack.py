@@ -1,7 +1,8 @@
 """What the containers are told: profiles, ports, user, memory and the proved model, as compose.yaml's variables."""
 
 import os
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recipe.error import UserError
@@ -10,6 +11,7 @@ from recipe.schema import Recipe
 from serve.endpoint import port_of_environment
 from serve.key import KEY_FILE
 from serve.openwebui import PASSWORD_FILE, SECRET_FILE
+from serve.vllm import END_SECONDS, Model, machine_for, model_arguments
 
 SETTINGS = Path(".env")
 PLAYGROUND_TOKEN = Path(".secrets/playground-token")
@@ -70,8 +72,15 @@ def settings(recipe: Recipe, file: Path, profiles: list[str], model: Path, sha25
         "TRUETUNE_QUEUE": str(recipe.serve.queue),
         "TRUETUNE_THREADS": str(recipe.serve.threads),
         "TRUETUNE_TEMPERATURE": str(recipe.serve.temperature),
+        "TRUETUNE_VLLM": vllm_arguments(recipe),
+        "TRUETUNE_GRACE": str(recipe.serve.vllm.grace + END_SECONDS),
         **{f"TRUETUNE_{variable}": str(port) for variable, port in ports(recipe, profiles).items()},
     }
+
+
+def vllm_arguments(recipe: Recipe) -> str:
+    """What `make vllm` tells vLLM of the merged weights on GPUs, as a shell would read it."""
+    return shlex.join(model_arguments(recipe, Model(Path("/model")), replace(machine_for(recipe), gpus=1)))
 
 
 def machine() -> dict[str, str]:

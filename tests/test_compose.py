@@ -1,9 +1,14 @@
 """compose.yaml: what every container must be, what it is told, and what stops `make up` before it starts."""
 
+import json
 import os
 import re
+import shlex
+import shutil
 import socket
 import stat
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,7 @@ import pytest
 import yaml
 
 from recipe import UserError, environment, load
-from serve import openwebui, stack
+from serve import openwebui, stack, vllm
 from serve.backend import Endpoint
 from serve.compose import check, refuse_without_docker
 from serve.endpoint import with_environment
@@ -20,6 +25,8 @@ TEXT = Path("compose.yaml").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load(TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 DOCKERFILE = Path("serve/containers/Dockerfile").read_text(encoding="utf-8")
+GROUPS = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
+VLLM_VERSION = next(pin.partition("==")[2] for pin in GROUPS["vllm"] if pin.startswith("vllm=="))
 ONCE = {"register", "train", "train-gpu"}
 PUBLISHED = {"gateway", "openwebui", "playground"}
 ENGINES = {"llamacpp", "ollama", "ollama-gpu", "vllm"}
@@ -58,7 +65,7 @@ def test_every_server_has_a_health_check_and_comes_back(name: str) -> None:
     if name in ONCE:
         assert service["healthcheck"] == {"disable": True} and service["restart"] == "no"
     else:
-        assert service["healthcheck"]["test"][0] == "CMD" and service["restart"] == "unless-stopped"
+        assert service["healthcheck"]["test"][0].startswith("CMD") and service["restart"] == "unless-stopped"
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -73,8 +80,51 @@ def test_every_image_is_of_one_version(name: str) -> None:
     if "build" in SERVICES[name]:
         assert re.fullmatch(r"truetune-[a-z-]+:\d+\.\d+\.\d+", image)
         assert f" AS {SERVICES[name]['build']['target']}\n" in DOCKERFILE
+    elif name == "vllm":  # the very version whose arguments are tested; its digest is not known here
+        assert image == f"vllm/vllm-openai:v{VLLM_VERSION}"
     else:
         assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+@sha256:[0-9a-f]{64}", image)
+
+
+def test_vllm_is_told_what_make_vllm_tells_it(tmp_path: Path) -> None:
+    recipe = load("tiny", ["serve.vllm.tensor=2", "serve.queue=7", "serve.vllm.precision=bfloat16"])
+    told = stack.settings(recipe, Path("recipe/tiny.yaml"), ["vllm"], Path("t.gguf"), "5a")
+    command = re.sub(r"\$\{(\w+):-[^}]*\}", lambda found: told[found[1]], SERVICES["vllm"]["command"])
+    wanted = vllm.arguments(recipe, vllm.Model(Path("/model")), vllm.Machine(2, "bfloat16", 1), 8000)
+    words = [*SERVICES["vllm"]["entrypoint"][1:], *shlex.split(command)]
+    assert words == ["vllm", "serve", *("0.0.0.0" if word == "127.0.0.1" else word for word in wanted[3:])]
+    assert SERVICES["vllm"]["environment"].items() >= (vllm.QUIET | {"PYTHONPATH": "/truetune"}).items()
+    (template,) = [word for word in wanted if word.endswith(".jinja")]
+    assert template == "/model/chat_template.jinja"
+    assert "./serve/guard.py:/truetune/serve/guard.py:ro" in SERVICES["vllm"]["volumes"]
+
+
+@pytest.mark.skipif(not shutil.which("docker"), reason="no Docker Compose")
+def test_compose_reads_vllms_arguments_as_a_shell_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "compose.yaml").write_text(TEXT)
+    (tmp_path / "serve/containers").mkdir(parents=True)
+    (tmp_path / "serve/containers/openwebui.env").touch()
+    told = stack.settings(load("tiny", []), Path("recipe/tiny.yaml"), ["vllm"], Path("t.gguf"), "5a")
+    monkeypatch.chdir(tmp_path)
+    stack.write_settings(told)
+    done = subprocess.run(["docker", "compose", "config", "--format", "json"], capture_output=True, text=True)
+    if "is not a docker command" in done.stderr:
+        pytest.skip("no Docker Compose")
+    assert done.returncode == 0, done.stderr
+    command = json.loads(done.stdout)["services"]["vllm"]["command"]
+    assert command == ["--host", "0.0.0.0", "--port", "8000", *shlex.split(told["TRUETUNE_VLLM"])]
+
+
+def test_the_gateway_is_healthy_only_once_the_engine_has_the_model(tmp_path: Path) -> None:
+    """Compose takes a failed `register` for an absent one, so that the window waits for the gateway's health."""
+    _, test = SERVICES["gateway"]["healthcheck"]["test"]
+    (tmp_path / "wget").write_text('#!/bin/sh\necho "$SAYS"\n')
+    (tmp_path / "wget").chmod(0o755)
+    for name, healthy in (("mine", True), ("mine:latest", True), ("mine-base", False), ("notmine", False)):
+        says = json.dumps({"data": [{"id": name}]})
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NAME": "mine", "SAYS": says}
+        assert (subprocess.run(["sh", "-c", test.replace("$$", "$")], env=environment).returncode == 0) is healthy
+    assert SERVICES["openwebui"]["depends_on"]["gateway"] == {"condition": "service_healthy"}
 
 
 def test_only_the_gateway_and_the_windows_are_published_and_only_on_this_machine() -> None:
