@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipe.machine import cores
+from recipe.schema import Serve
 from serve.context import longest_token
 from serve.endpoint import HOST, url_of
 from serve.gateway import Bounds, Gateway
@@ -35,9 +36,9 @@ class Settings:
     key_file: str
     context: int
     slots: int
-    queue: int
     threads: int
     temperature: float
+    queue: int = Serve.queue
     ui: bool = False
     host: str = HOST  # a container's engine listens on its network, which no one outside reaches
 
