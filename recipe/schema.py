@@ -17,6 +17,8 @@ QUANTIZATIONS = {
 WITHOUT_IMATRIX = frozenset(("F32", "F16", "BF16", "Q8_0", "MXFP4_MOE", "TQ2_0", "TQ1_0", "Q2_0", "Q1_0"))
 NEEDS_IMATRIX = frozenset(("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"))
 
+PERSONAL = ("email", "phone", "key", "card", "iban")  # kinds of personal data that can be masked
+
 
 def knob(
     default: Any,
@@ -30,13 +32,38 @@ def knob(
 
 
 @dataclass(frozen=True)
+class Clean:
+    unicode: bool = knob(True, "Write characters composed (NFC), drop control characters but tab and line ends")
+    encoding: bool = knob(True, "Mend text that was decoded in a wrong encoding, such as `Ã©` for `é`; never in code")
+    empty_turns: bool = knob(True, "End a conversation before its first empty turn, reject it if no answer is left")
+    min_answer_characters: int = knob(0, "Fewest characters that the answers of a conversation have together", 0)
+    max_characters: int = knob(0, "Most characters of a conversation; 0 sets no limit", 0)
+    min_turns: int = knob(0, "Fewest turns of a conversation, without the system prompt", 0)
+    max_turns: int = knob(0, "Most turns of a conversation; 0 sets no limit", 0)
+    repetition: bool = knob(False, "Reject answers that repeat themselves, by Gopher's bounds; JSON and verse do, too")
+    languages: tuple[str, ...] = knob((), "Reject rows that are not in one of these, by ISO 639 codes like `en`")
+    duplicates: bool = knob(True, "Keep the first of equal rows")
+    near_duplicates: bool = knob(False, "Keep the first of rows that `similarity` calls alike")
+    similarity: float = knob(
+        0.8, "From this Jaccard similarity on, rows are near duplicates; they share a side", 0.5, 1
+    )
+    contamination: bool = knob(True, "Reject rows that have a held-out question in them, or nearly so")
+    personal: tuple[str, ...] = knob(
+        (), "What is masked, as in `[EMAIL]`, out of: email, phone, key, card, iban", choices=PERSONAL
+    )
+    phone_region: str = knob("US", "Country of phone numbers without a country code, as two capitals")
+
+
+@dataclass(frozen=True)
 class Data:
     train: tuple[str, ...] = knob((), "Files, folders, globs or Hub ids of conversations, of any of the known formats")
     weights: tuple[float, ...] = knob(
         (), "How often each row of each of `train` is taken: 2 twice, 0.5 half of them", 0
     )
     validation: float = knob(0.1, "Share of the conversations held back to measure the loss on", 0, 0.5)
+    validation_rows: int = knob(2000, "Most conversations that are held back, however many there are", 1)
     heldout: str | None = knob(None, "JSONL file of questions with key facts that score the model before and after")
+    clean: Clean = Clean()
 
 
 @dataclass(frozen=True)

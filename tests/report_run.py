@@ -49,7 +49,7 @@ def comparisons(**problems: str) -> list[Comparison]:
 
 
 METRICS: dict[str, dict[str, Any]] = {
-    "data": {"train": 378, "validation": 42, "heldout": 3, "duplicates": 0},
+    "data": {"train": 378, "validation": 42, "heldout": 3, "read": 420, "changed": {}, "rejected": {}},
     "base": {"parameters": 134515008, "license": "apache-2.0", "languages": ["en"],
              "model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
     "train": {

@@ -8,7 +8,7 @@ import pytest
 from recipe import Run, UserError, load
 from recipe.rows import heldout
 from recipe.rows import rows as written
-from train.data import data, read, read_questions, split, told
+from train.data import Prepared, data, prepared, read, read_questions, told
 from train.row import Problem, Row
 from train.sources import Source
 
@@ -127,8 +127,8 @@ def test_the_stage_writes_every_conversation_once_with_its_place() -> None:
     assert sorted(row["source"] for row in parts["train"] + parts["validation"]) == sorted(places(rows))
     assert parts["heldout"] == [{"messages": [USER], "answer": "", "facts": ["x|y"], "source": "questions.jsonl:1"}]
     assert made.metrics == {name: len(part) for name, part in parts.items()} | {
-        "duplicates": 0,
-        "rejected": 0,
+        "changed": {},
+        "rejected": {},
         "sources": [
             {
                 "source": "talks.jsonl",
@@ -145,55 +145,71 @@ def test_the_stage_writes_every_conversation_once_with_its_place() -> None:
     assert made.outputs == [Path("runs/r/data")]
 
 
-def test_the_split_is_deterministic() -> None:
-    assert split(numbered(*range(99)), 0.2, 0) == split(numbered(*range(99)), 0.2, 0)
+def prepare(*rows: Row, **more: object) -> Prepared:
+    Path("talks.jsonl").write_text(GOOD)
+    Path("r.yaml").write_text(json.dumps({"data": {"train": "talks.jsonl", **more}}))
+    return prepared(list(rows), [], load("r.yaml"))
 
 
-def test_the_split_depends_on_the_seed() -> None:
-    first, second = (places(split(numbered(*range(99)), 0.2, seed)[0]) for seed in (0, 1))
-    assert first != second
+def test_a_rejected_row_is_written_with_its_place_step_and_reason(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    rows = numbered(1, 2, 3, 4, 5)
+    lines = [json.dumps(row.value) for row in rows]
+    write_recipe("\n".join([*lines, lines[0], messages(USER, {"role": "assistant", "content": " "})]), validation=0)
+    made = data(load("r.yaml"), Run("r"))
+    assert [json.loads(line) for line in Path("runs/r/data/rejected.jsonl").read_text().splitlines()] == [
+        {
+            "source": "talks.jsonl:7",
+            "step": "empty_turns",
+            "reason": "messages[1] of role 'assistant' is empty",
+            "row": {"messages": [USER, {"role": "assistant", "content": " "}]},
+        },
+        {
+            "source": "talks.jsonl:6",
+            "step": "duplicates",
+            "reason": "repeats talks.jsonl:1",
+            "row": rows[0].value,
+        },
+    ]
+    assert made.metrics["rejected"] == {"empty_turns": 1, "duplicates": 1}
+    assert "data: 7 rows, 0 changed, 2 (empty_turns 1, duplicates 1) rejected" in caplog.text
 
 
-def test_the_split_has_about_the_share_that_was_asked_for() -> None:
-    validation, train = split(numbered(*range(1000)), 0.2, 0)
-    assert len(validation) + len(train) == 1000
-    assert 150 < len(validation) < 250
+def test_a_held_out_question_is_not_trained_on() -> None:
+    rows = numbered(*range(20))
+    asked = {"role": "user", "content": "How many recipes does the project bring along?"}
+    lines = [json.dumps(row.value) for row in rows] + [messages(asked, ASSISTANT)]
+    write_recipe("\n".join(lines), messages(asked, facts=["4"]))
+    made = data(load("r.yaml"), Run("r"))
+    assert made.metrics["rejected"] == {"contamination": 1}
 
 
-def test_a_conversation_stays_on_its_side_when_others_are_added() -> None:
-    few, many = split(numbered(*range(50)), 0.2, 0), split(numbered(*range(200)), 0.2, 0)
-    assert few[0] and set(places(few[0])) <= set(places(many[0]))
-    assert set(places(few[1])) <= set(places(many[1]))
-
-
-def test_the_order_of_the_file_does_not_move_a_conversation() -> None:
-    forth, back = split(numbered(*range(50)), 0.2, 0), split(numbered(*reversed(range(50))), 0.2, 0)
-    assert set(places(forth[0])) == set(places(back[0]))
-
-
-def test_duplicates_stay_on_one_side() -> None:
-    rows = [Row(row.value, f"{row.place} {copy}") for copy in range(3) for row in numbered(*range(50))]
-    validation, train = split(rows, 0.2, 0)
-    assert validation and train
-    assert not {str(row.value) for row in validation} & {str(row.value) for row in train}
+def test_each_row_is_in_one_part_or_told_as_rejected() -> None:
+    rows = numbered(*range(50), *range(10))
+    kept = prepare(*rows)
+    assert sorted(row.place for row in [*kept.train, *kept.validation, *kept.rejected]) == sorted(places(rows))
+    assert len(kept.rejected) == 10
 
 
 def test_a_share_of_zero_holds_nothing_back() -> None:
-    assert split(numbered(1, 2), 0, 0) == ([], numbered(1, 2))
+    assert prepare(*numbered(1, 2), validation=0) == Prepared(train=numbered(1, 2))
 
 
-def test_a_small_file_still_gives_both_sides() -> None:
-    validation, train = split(numbered(1, 2, 3), 0.001, 0)
-    assert (len(validation), len(train)) == (1, 2)
-
-
-@pytest.mark.parametrize("rows", [numbered(1), numbered(1, 1)])
-def test_nothing_left_to_train_on_is_told(rows: list[Row]) -> None:
+def test_nothing_left_to_train_on_is_told() -> None:
     with pytest.raises(UserError) as raised:
-        split(rows, 0.1, 0)
+        prepare(*numbered(1))
     assert str(raised.value) == (
-        f"{len(rows)} conversation(s) leave nothing to train on after the split (data.validation=0.1): "
+        "1 conversation(s) leave nothing to train on after the split (data.validation=0.1): "
         "add conversations or set data.validation=0"
+    )
+
+
+def test_a_file_of_which_nothing_is_left_is_told() -> None:
+    with pytest.raises(UserError) as raised:
+        prepare(*numbered(1, 2), clean={"min_turns": 3})
+    assert str(raised.value) == (
+        "2 conversation(s) leave nothing to train on, since all are rejected (talks.jsonl:1, length: 2 turns, "
+        "below 3): correct the rows or the recipe's data.clean"
     )
 
 

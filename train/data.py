@@ -4,19 +4,21 @@ What may be read, and in which formats: train/sources.py and train/formats.py.
 A held-out file has questions: `{"messages": [...], "answer": "...", "facts": ["key string", "one|or another"]}`.
 """
 
-import hashlib
 import json
 import logging
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fingerprint, fresh_folder, put_in_place
 from recipe.rows import RowWriter
+from train import contamination, language
 from train.chunks import records
+from train.clean import clean
 from train.formats import Read, detect, rows, whole_chunks
-from train.row import Problem, Rejection, Row
+from train.row import Problem, Rejected, Rejection, Row
 from train.sources import Source, chunks, copies, sources
 from train.turns import text, turns
 
@@ -35,16 +37,15 @@ def data(recipe: Recipe, run: Run) -> Made:
     questions = read_questions(recipe.data.heldout, problems) if recipe.data.heldout else []
     if problems:
         raise UserError(*told(problems))
-    found = {source: result.rows for source, (result, _) in reads.items()}
-    every = [row for result in found.values() for row in result]
-    validation, train = split(every, recipe.data.validation, recipe.seed)
-    weights = {id(row): copies(source, row.value, recipe.seed) for source in found for row in found[source]}
-    train = [row for row in train for _ in range(weights[id(row)])]
+    found = [(source, row) for source, (result, _) in reads.items() for row in result.rows]
+    kept = prepared([row for _, row in found], questions, recipe)
+    weights = {row.place: source for source, row in found}
+    train = [row for row in kept.train for _ in range(copies(weights[row.place], row.value, recipe.seed))]
     if not train:
         raise UserError("data.weights leave no row to train on: give at least one source a weight of 1")
 
-    parts = {"train": train, "validation": validation, "heldout": questions}
-    rejected = [lost for result, _ in reads.values() for lost in result.rejected]
+    parts = {"train": train, "validation": kept.validation, "heldout": questions}
+    rejected = [lost for result, _ in reads.values() for lost in result.rejected] + kept.rejected
     folder = fresh_folder(run.path(".data.tmp"))
     for name in ("train", "validation"):
         with RowWriter(folder / f"{name}.arrow") as writer:
@@ -57,17 +58,76 @@ def data(recipe: Recipe, run: Run) -> Made:
     )
     put_in_place(folder, run.path("data"))
 
-    files = [*(source.name for source in found if not source.hub), recipe.data.heldout]
+    by_step = Counter(row.rejection.step for row in rejected)
+    log.info("data: %d rows, %s changed, %s rejected", len(found), _counted(kept.changed), _counted(by_step))
+    files = [*(source.name for source in reads if not source.hub), recipe.data.heldout]
     return Made(
         outputs=[run.path("data")],
         metrics={name: len(part) for name, part in parts.items()}
         | {
-            "duplicates": _duplicates(every),
-            "rejected": len(rejected),
+            "changed": dict(kept.changed),
+            "rejected": dict(by_step),
             "sources": [told for _, told in reads.values()],
         },
         inputs={name: fingerprint(Path(name)) for name in files if name},
     )
+
+
+@dataclass
+class Prepared:
+    """The cleaned rows of both parts, those that were rejected, and how many rows each step changed."""
+
+    train: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    changed: Counter[str] = field(default_factory=Counter)
+
+
+def prepared(rows: list[Row], questions: list[Row], recipe: Recipe) -> Prepared:
+    """The rows cleaned, each kept once, and split.
+
+    Raises:
+        UserError: there is nothing to train on.
+    """
+    from train.duplicates import signatures
+    from train.split import sides
+
+    settings, result, kept = recipe.data.clean, Prepared(), []
+    language.require_known(settings.languages)
+    held_out = contamination.questions(questions if settings.contamination else [], settings.similarity)
+    for row in rows:
+        try:
+            value, steps = clean(row.value, settings)
+            contamination.check(value, held_out)
+        except Rejection as rejection:
+            result.rejected.append(Rejected(row.value, row.place, rejection))
+            continue
+        result.changed.update(steps)
+        kept.append(Row(value, row.place))
+    first, held = sides(signatures([row.value for row in kept], recipe.seed), recipe.data)
+    for number, row in enumerate(kept):
+        if first[number] != number:
+            repeated = Rejection(f"repeats {kept[first[number]].place}", "duplicates")
+            result.rejected.append(Rejected(row.value, row.place, repeated))
+        else:
+            (result.validation if held[number] else result.train).append(row)
+    if not result.train:
+        raise UserError(_nothing_left(len(rows), result.rejected, recipe.data.validation))
+    return result
+
+
+def _nothing_left(rows: int, rejected: list[Rejected], share: float) -> str:
+    what = f"{rows} conversation(s) leave nothing to train on"
+    if len(rejected) == rows:
+        told = f"{rejected[0].place}, {rejected[0].rejection.step}: {rejected[0].rejection}"
+        return f"{what}, since all are rejected ({told}): correct the rows or the recipe's data.clean"
+    return f"{what} after the split (data.validation={share}): add conversations or set data.validation=0"
+
+
+def _counted(steps: Counter[str]) -> str:
+    """`5 (duplicates 4, length 1)`."""
+    each = ", ".join(f"{step} {count}" for step, count in steps.most_common())
+    return f"{steps.total()} ({each})" if each else "0"
 
 
 def read(source: Source, problems: list[Problem | str]) -> tuple[Read, dict[str, Any]]:
@@ -153,40 +213,9 @@ def question(row: Any) -> dict[str, Any]:
     return {"messages": messages, "answer": answer, "facts": [text(fact, "'facts'") for fact in facts]}
 
 
-def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(validation, train): a conversation's side depends on its text and the seed alone, so duplicates stay together.
-
-    Raises:
-        UserError: one side would be empty.
-    """
-    if share == 0:
-        return [], rows
-
-    def position(row: Row) -> float:
-        text = json.dumps([seed, row.value], sort_keys=True)
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-    positions = {id(row): position(row) for row in rows}
-    validation = [row for row in rows if positions[id(row)] < share]
-    if not validation:  # a small file may have none below the share: take the lowest, with its duplicates
-        lowest = min(positions.values())
-        validation = [row for row in rows if positions[id(row)] == lowest]
-    train = [row for row in rows if positions[id(row)] not in {positions[id(held)] for held in validation}]
-    if not train:
-        raise UserError(
-            f"{len(rows)} conversation(s) leave nothing to train on after the split (data.validation={share}): "
-            "add conversations or set data.validation=0"
-        )
-    return validation, train
-
-
 def _write_lines(path: Path, values: list[dict[str, Any]]) -> None:
     lines = [json.dumps(value, ensure_ascii=False, default=str) + "\n" for value in values]
     path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
-
-
-def _duplicates(rows: list[Row]) -> int:
-    return len(rows) - len({json.dumps(row.value, sort_keys=True) for row in rows})
 
 
 if __name__ == "__main__":

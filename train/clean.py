@@ -1,0 +1,118 @@
+"""What is done to each row before it is learned: characters and encodings are mended, what is of no use is rejected.
+
+Every step is a switch of `data.clean`, looks at one row alone, and is told by name: what changed a row, or rejected it.
+"""
+
+import re
+import unicodedata
+from typing import Any
+
+from recipe.schema import Clean
+from train import language, personal, repetition
+from train.row import Rejection
+from train.text import changed, texts
+
+CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
+# Kept are tab and line ends, and what shapes scripts and emoji: joiners, direction marks, zero-width and soft breaks.
+TERMINAL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb]")
+LINE_ENDS = re.compile("[\x0b\x0c\x85]")
+INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
+
+
+def clean(value: dict[str, Any], settings: Clean) -> tuple[dict[str, Any], list[str]]:
+    """The row as it is learned, and the steps that changed it.
+
+    Raises:
+        Rejection: the first step that rejects the row, and why.
+    """
+    steps = {"encoding": settings.encoding and encoding, "unicode": settings.unicode and characters}
+    steps["personal"] = settings.personal and personal.masking(settings.personal, settings.phone_region)
+    by = []
+    for step, change in steps.items():
+        if change and (new := changed(value, change)) != value:
+            value, by = new, [*by, step]
+    if settings.empty_turns and (new := without_empty_turns(value)) != value:
+        value, by = new, [*by, "empty_turns"]
+    _check_length(value, settings)
+    if settings.repetition:
+        repetition.check(value)
+    if settings.languages:
+        language.check(value, settings.languages)
+    return value, by
+
+
+def characters(text: str) -> str:
+    """The text in Unicode's composed form (NFC), without control characters but tab and line ends."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    if CONTROL.search(text):
+        text = CONTROL.sub("", TERMINAL.sub("", text))
+    return LINE_ENDS.sub("\n", text)
+
+
+def encoding(text: str) -> str:
+    """The text with what was decoded in a wrong encoding mended, line by line; what stands in code marks is left alone.
+
+    Of ftfy only this is used: quotes, ligatures, widths and HTML stay as they were written.
+    """
+    if text.isascii():
+        return text
+    from ftfy import TextFixerConfig, fix_encoding
+    from ftfy.badness import is_bad
+
+    if not is_bad(text):
+        return text
+
+    careful = TextFixerConfig(replace_lossy_sequences=False, explain=False)
+
+    def mended(line: str) -> str:
+        # An A with tilde and a space may be a mangled `à`, or Portuguese: it is no reason to mend a line.
+        return fix_encoding(line, careful) if is_bad(line.replace("Ã ", "")) else line
+
+    pieces = CODE.split(text)  # every second one is code
+    pieces[::2] = ["\n".join(map(mended, piece.split("\n"))) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def without_empty_turns(value: dict[str, Any]) -> dict[str, Any]:
+    """The conversation up to the last answer before its first empty turn.
+
+    A system prompt or a tool's result may be empty, and so may the words of an answer that calls a tool.
+
+    Raises:
+        Rejection: no answer is left.
+    """
+    if "messages" not in value:
+        if not value["text"].strip().strip(INVISIBLE):
+            raise Rejection("the text is empty", "empty_turns")
+        return value
+    messages = value["messages"]
+    empty = next((index for index, message in enumerate(messages) if _is_empty(message)), None)
+    if empty is None:
+        return value
+    answers = [index for index in range(empty) if messages[index]["role"] == "assistant"]
+    if not answers or "rejected" in value or "label" in value:  # of these the last answer is what counts
+        raise Rejection(f"messages[{empty}] of role {messages[empty]['role']!r} is empty", "empty_turns")
+    return value | {"messages": messages[: answers[-1] + 1]}
+
+
+def _is_empty(message: dict[str, Any]) -> bool:
+    if message["role"] not in ("user", "assistant") or message.get("tool_calls"):
+        return False
+    return not message["content"].strip().strip(INVISIBLE)
+
+
+def _check_length(value: dict[str, Any], settings: Clean) -> None:
+    """Raises a Rejection if the row is shorter or longer than `settings` allow; 0 sets no limit."""
+    answers = [message["content"] for message in value.get("messages", ()) if message["role"] == "assistant"]
+    learned = sum(map(len, answers)) if "messages" in value else len(value["text"])
+    if learned < settings.min_answer_characters:
+        raise Rejection(f"{learned} characters to learn, below {settings.min_answer_characters}", "length")
+    if settings.max_characters and (length := sum(map(len, texts(value)))) > settings.max_characters:
+        raise Rejection(f"{length} characters, above {settings.max_characters}", "length")
+    turns = sum(message["role"] != "system" for message in value.get("messages", ()))
+    if "messages" in value and turns < settings.min_turns:
+        raise Rejection(f"{turns} turns, below {settings.min_turns}", "length")
+    if settings.max_turns and turns > settings.max_turns:
+        raise Rejection(f"{turns} turns, above {settings.max_turns}", "length")

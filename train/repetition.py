@@ -1,0 +1,62 @@
+"""Whether an answer repeats itself, by the measures and the bounds of Gopher (Rae et al. 2021, table A1)."""
+
+import re
+from collections import Counter
+from typing import Any
+
+from train.row import Rejection
+
+WORDS = 50  # Gopher's shortest document; a shorter answer repeats a phrase soon
+LINES, LINE_CHARACTERS = 0.30, 0.20
+PARAGRAPHS, PARAGRAPH_CHARACTERS = 0.30, 0.20
+TOP = {2: 0.20, 3: 0.18, 4: 0.16}
+DUPLICATE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+
+
+def check(value: dict[str, Any]) -> None:
+    """Raises a Rejection if one of the row's answers, or its text, repeats itself; code in fences does not count."""
+    learned = [message["content"] for message in value.get("messages", ()) if message["role"] == "assistant"]
+    for text in learned or [value.get("text", "")]:
+        if found := repeats(FENCED.sub("", text)):
+            raise Rejection(found, "repetition")
+
+
+def repeats(text: str) -> str | None:
+    """Which measure of the text is out of its bounds, or None; texts of fewer than 50 words repeat nothing."""
+    words = text.split()
+    if len(words) < WORDS:
+        return None
+    for name, parts, count_bound, character_bound in (
+        ("line", text.split("\n"), LINES, LINE_CHARACTERS),
+        ("paragraph", text.split("\n\n"), PARAGRAPHS, PARAGRAPH_CHARACTERS),
+    ):
+        parts = [part.strip() for part in parts if part.strip()]
+        again = [part for part, times in Counter(parts).items() for _ in range(times - 1)]
+        if len(again) > count_bound * len(parts):
+            return f"{len(again)} of {len(parts)} {name}s stand there before"
+        if sum(map(len, again)) > character_bound * sum(map(len, parts)):
+            return f"repeated {name}s are {sum(map(len, again)) / sum(map(len, parts)):.0%} of the characters"
+    characters = sum(map(len, words))
+    for size, bound in TOP.items():
+        phrase, times = Counter(_phrases(words, size)).most_common(1)[0]
+        if times > 1 and (share := times * sum(map(len, phrase)) / characters) > bound:
+            return f"{' '.join(phrase)!r} alone is {min(share, 1):.0%} of the characters"
+    for size, bound in DUPLICATE.items():
+        if (share := _repeated(words, size) / characters) > bound:
+            return f"phrases of {size} words that were there before are {share:.0%} of the characters"
+    return None
+
+
+def _phrases(words: list[str], size: int) -> list[tuple[str, ...]]:
+    return list(zip(*(words[start:] for start in range(size)), strict=False))
+
+
+def _repeated(words: list[str], size: int) -> int:
+    """Characters of the words that lie in a phrase that stood there before, each word once."""
+    seen, inside = set(), [False] * len(words)
+    for start, phrase in enumerate(_phrases(words, size)):
+        if phrase in seen:
+            inside[start : start + size] = [True] * size
+        seen.add(phrase)
+    return sum(len(word) for word, repeated in zip(words, inside, strict=True) if repeated)

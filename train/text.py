@@ -1,0 +1,57 @@
+"""The texts of a row: what people and models wrote in it, read one after another or changed one by one."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Change = Callable[[str], str]
+WRITTEN = ("content", "reasoning_content")
+
+
+def texts(value: dict[str, Any]) -> Iterator[str]:
+    """Every written text of a row, in order: contents, reasoning, the arguments of tool calls, a rejected answer."""
+    if "text" in value:
+        yield value["text"]
+    for message in (*value.get("messages", ()), *value.get("rejected", ())):
+        yield from (message[key] for key in WRITTEN if isinstance(message.get(key), str))
+        for call in message.get("tool_calls") or ():
+            yield from _strings(call.get("function", {}).get("arguments"))
+
+
+def changed(value: dict[str, Any], change: Change) -> dict[str, Any]:
+    """The row with `change` applied to each of those texts; roles, names, ids and the tools' schemas stay."""
+    new = value | {part: [_message(message, change) for message in value[part]] for part in _parts(value)}
+    return new | {"text": change(value["text"])} if "text" in value else new
+
+
+def _parts(value: dict[str, Any]) -> list[str]:
+    return [part for part in ("messages", "rejected") if part in value]
+
+
+def _message(message: dict[str, Any], change: Change) -> dict[str, Any]:
+    new = message | {key: change(message[key]) for key in WRITTEN if isinstance(message.get(key), str)}
+    if message.get("tool_calls"):
+        new["tool_calls"] = [_call(call, change) for call in message["tool_calls"]]
+    return new
+
+
+def _call(call: dict[str, Any], change: Change) -> dict[str, Any]:
+    function = call.get("function", {})
+    if "arguments" not in function:
+        return call
+    return call | {"function": function | {"arguments": _nested(function["arguments"], change)}}
+
+
+def _nested(value: Any, change: Change) -> Any:
+    if isinstance(value, dict):
+        return {key: _nested(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_nested(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
