@@ -15,7 +15,7 @@ NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
 PYTHON := .venv/bin/python
 
-USES_RECIPE := resolve data base train reference merge gguf parity prove report verify serve register vllm cluster ready status stop docker up chat ask playground tensorboard clean
+USES_RECIPE := resolve data base train reference eval merge gguf parity prove report verify serve register vllm cluster ready status stop docker up chat ask playground tensorboard clean
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
@@ -30,7 +30,7 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor resolve ready data base train reference merge gguf parity prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard test test-ollama lint format lock clean
+.PHONY: help setup doctor resolve ready data base train reference eval merge gguf parity prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard test test-ollama lint format lock clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -92,6 +92,11 @@ $(RUN)/parity.json: $(RUN)/keys/parity.json $(RUN)/data.json $(RUN)/base.json $(
 
 prove: $(RUN)/parity.json ## Prove that what is served is the model that was trained
 	@$(PYTHON) -m serve.prove $(FILE)
+
+eval: resolve $(RUN)/train.json $(RUN)/reference.json ## Measure what training changed, the base beside the trained model
+	@$(PYTHON) -m train.evaluation $(FILE)
+	@$(PYTHON) -m serve.measure $(FILE)
+	@$(PYTHON) -m recipe.report $(FILE)
 
 report: | .venv/.complete ## Write the run's page, report.html, and its model card, README.md
 	@$(PYTHON) -m recipe.report $(FILE)

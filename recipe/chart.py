@@ -11,6 +11,7 @@ from itertools import pairwise
 WIDTH, HEIGHT = 360, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 346, 32, 218
 LETTER, LINE = 7.4, 12.0  # of a label, wide and high; a wide font's, so that labels keep their distance
+TRACK = 38  # high
 TICKS = 5  # about so many
 ROOM = 0.05  # of the range, beyond the values
 MOST_POINTS = 300  # of a line: more than the paper resolves
@@ -95,6 +96,42 @@ class Chart:
             taken.append(box)
             placed.append((point, round(left, 1), round(top, 1), anchor))
         return placed
+
+
+@dataclass(frozen=True)
+class Track:
+    """A measure on a line of its own: (value, low, high) before and after, and how the change is called."""
+
+    label: str
+    text: str
+    before: tuple[float, float, float]
+    after: tuple[float, float, float]
+    kind: str = "plain"
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """Measures one below the other on one scale, each as two intervals; `description` as of a chart."""
+
+    name: str
+    title: str
+    caption: str
+    description: str
+    x: Axis
+    tracks: list[Track]
+
+    @property
+    def height(self) -> int:
+        return TRACK * len(self.tracks) + 34
+
+    def top(self, index: int) -> int:
+        """Where the track of that number begins."""
+        return TRACK * index + 4
+
+
+def across(values: Iterable[float], show: Callable[[float], str]) -> Axis:
+    """The scale of tracks, over the whole paper, with room for every value."""
+    return _linear("", list(values), 8.0, WIDTH - 12.0, show)
 
 
 def horizontal(label: str, values: Iterable[float], show: Callable[[float], str] = "{:g}".format) -> Axis:

@@ -91,8 +91,19 @@ def _locate(recipe: Recipe, beside: Path) -> Recipe:
         train=tuple(located(name) for name in recipe.data.train),
         heldout=recipe.data.heldout and located(recipe.data.heldout),
     )
+    given = recipe.eval.classification
+    evaluation = dataclasses.replace(
+        recipe.eval,
+        classification=tuple("=".join((located(path), *labels)) for path, *labels in map(_halves, given)),
+        tasks=tuple(located(name) if name.endswith((".yaml", ".yml")) else name for name in recipe.eval.tasks),
+    )
     template = recipe.chat_template and located(recipe.chat_template)
-    return dataclasses.replace(recipe, base=located(recipe.base), chat_template=template, data=data)
+    return dataclasses.replace(recipe, base=located(recipe.base), chat_template=template, data=data, eval=evaluation)
+
+
+def _halves(entry: str) -> list[str]:
+    """A path, and the names of its labels where they are given."""
+    return entry.split("=", 1)
 
 
 @dataclasses.dataclass

@@ -2,9 +2,23 @@
 
 from typing import Any
 
-from recipe.chart import Chart, Curve, Point, horizontal, logarithmic, smoothed, thinned, vertical
+from recipe.chart import (
+    Chart,
+    Curve,
+    Point,
+    Track,
+    Tracks,
+    across,
+    horizontal,
+    logarithmic,
+    smoothed,
+    thinned,
+    vertical,
+)
+from recipe.confidence import Estimate, Score
 from recipe.proof import Comparison
 from recipe.run import Receipt
+from recipe.scores import change, figure
 from recipe.units import number, power, size
 
 
@@ -84,6 +98,44 @@ def loss_chart(train: Receipt) -> Chart | None:
         horizontal("step", [0, *(step for step, _ in losses)]),
         vertical("loss, nats a token", [0, *(loss for curve in curves for _, loss in curve.pairs)]),
         curves=[curve for curve in curves if curve.pairs],
+    )
+
+
+def change_chart(scores: list[Score]) -> Tracks | None:
+    """What training changed, measure by measure: the base's interval beside the trained model's, of 100."""
+    shown = [score for score in scores if score.base and score.difference and score.unit in ("share", "points")]
+    if not shown:
+        return None
+
+    def percent(estimate: Estimate, unit: str) -> tuple[float, float, float]:
+        times = 100 if unit == "share" else 1
+        return times * estimate.value, times * estimate.low, times * estimate.high
+
+    kinds = {"better": "chosen", "worse": "failed"}
+    tracks = [
+        Track(
+            score.name if score.name != "accuracy" else score.group,
+            f"{figure(score.base.value, score.unit)} \N{RIGHTWARDS ARROW} {figure(score.trained.value, score.unit)}",
+            percent(score.base, score.unit),
+            percent(score.trained, score.unit),
+            kinds.get(score.verdict, "plain"),
+        )
+        for score in shown
+        if score.base
+    ]
+    ends = [end for track in tracks for end in (*track.before, *track.after)]
+    return Tracks(
+        "change",
+        "What training changed",
+        "Each line is a 95 % interval, its dot the value: above the base, below the trained model.",
+        "; ".join(
+            f"{score.group}, {score.name}: {change(score.difference.value, score.unit)}, {score.verdict}"
+            for score in shown
+            if score.difference
+        )
+        + ".",
+        across([0, *ends], "{:g}".format),
+        tracks,
     )
 
 

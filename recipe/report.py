@@ -16,10 +16,11 @@ from recipe.card import card
 from recipe.chart import HEIGHT, WIDTH
 from recipe.command import boundary, log, recipe_of_arguments
 from recipe.files import write_whole
-from recipe.pictures import loss_chart, size_chart, speed_chart
+from recipe.pictures import change_chart, loss_chart, size_chart, speed_chart
 from recipe.proof import Comparison
 from recipe.run import Receipt, Run
 from recipe.schema import Recipe
+from recipe.scores import change, evaluated, figure, interval
 from recipe.summary import answers, costs, lineage, machines, quantizations, recommended, served_type, settings
 from recipe.units import duration, number, share, size
 from recipe.verdict import verdict
@@ -112,6 +113,7 @@ def page(recipe: Recipe, run: Run) -> str:
     jinja.filters |= FILTERS
     told = verdict(recipe, run)
     files, choice = quantizations(recipe, run, told), recommended(recipe, run)
+    found = evaluated(recipe, run)
     return jinja.get_template("report.html.jinja").render(
         recipe=recipe,
         style=Markup(style),
@@ -129,6 +131,11 @@ def page(recipe: Recipe, run: Run) -> str:
         choice=choice,
         charts=[chart for chart in (size_chart(files, choice), speed_chart(files, choice)) if chart],
         losses=loss_chart(run.receipt("train")),
+        evaluation=found,
+        changes=change_chart(found.scores) if found else None,
+        figure=figure,
+        changing=change,
+        interval=interval,
         answers=answers(recipe, run),
         links=lineage(recipe, run),
         costs=costs(run),

@@ -126,6 +126,19 @@ class Prove:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    rows: int = knob(200, "Most rows of each kind that `make eval` measures, drawn with the seed", 1)
+    answer_tokens: int = knob(48, "Longest answer when the questions are asked", 1)
+    classification: tuple[str, ...] = knob(
+        (), "JSONL, CSV or TSV files as GLUE's; `file=first|second` names the labels 0, 1, ..."
+    )
+    tasks: tuple[str, ...] = knob((), "Tasks of lm-evaluation-harness, by name or as YAML files")
+    through: Literal["weights", "served"] = knob(
+        "weights", "What these tasks are asked of: `served` is `make serve`'s API"
+    )
+
+
+@dataclass(frozen=True)
 class Vllm:
     adapter: bool = knob(False, "Serve the base with the adapter on it instead of the merged weights")
     precision: Literal["auto", "float32", "bfloat16"] = knob("auto", "`auto` is what the GPU or processor does fast")
@@ -166,6 +179,7 @@ class Recipe:
     merge: Merge = Merge()
     gguf: Gguf = Gguf()
     prove: Prove = Prove()
+    eval: Evaluation = Evaluation()
     serve: Serve = Serve()
 
     def problems(self) -> list[tuple[str, str]]:

@@ -23,6 +23,13 @@ STAGES = (
         "train", "train.sft", "Fine-tune a LoRA adapter on the assistant's words", ("data", "base"), ("train", "seed")
     ),
     Stage("reference", "train.reference", "Let the trained model answer the probes", ("data", "base", "train"), ()),
+    Stage(
+        "eval",
+        "train.evaluation",
+        "Measure what training changed, the base beside the trained model",
+        ("data", "base", "train"),
+        ("eval", "seed"),
+    ),
     Stage("merge", "convert.merge", "Add the adapter to the full-precision base", ("base", "train"), ("merge",)),
     Stage("gguf", "convert.gguf", "Convert to GGUF and quantize", ("data", "merge"), ("gguf",)),
     Stage(

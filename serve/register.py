@@ -14,6 +14,7 @@ from typing import Any
 from recipe import Made, Recipe, Run, UserError
 from recipe.command import boundary, recipe_of_arguments, up_to_date_within
 from recipe.files import write_whole
+from recipe.progress import progress
 from recipe.proof import Comparison, read_comparisons
 from recipe.recommend import chosen
 from recipe.reference import read_probes
@@ -27,7 +28,6 @@ from serve.llamacpp import refuse_long_context, served_file
 from serve.modelfile import TAG, Modelfile
 from serve.ollama_proof import prove_answers, prove_prompts, refused
 from serve.ollama_server import OllamaServer, server_url
-from serve.progress import progress
 from serve.registered import difference
 from serve.vocabulary import Vocabulary, read_vocabulary
 

@@ -1,10 +1,12 @@
 """A run folder made of small receipts, as the stages write them."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from recipe import Recipe, Run, load
+from recipe.confidence import METHOD, Estimate, Score
 from recipe.files import fingerprint
 from recipe.load import as_dict
 from recipe.proof import Comparison, write_comparisons
@@ -48,6 +50,20 @@ def comparisons(**problems: str) -> list[Comparison]:
     return rows
 
 
+CHANGES = {  # base, trained; the verdicts of all three kinds
+    ("validation answers", "perplexity", "number"): (63.1, 2.33, "better"),
+    ("held-out questions", "key facts", "share"): (0.017, 0.93, "better"),
+    ("held-out questions", "BLEU", "points"): (0.4, 14.7, "better"),
+    ("general knowledge", "accuracy", "share"): (0.68, 0.55, "worse"),
+    ("sst2.tsv", "Matthews' correlation", "number"): (-0.02, 0.01, "no difference shown"),
+}
+SCORES = [
+    asdict(
+        Score(group, name, unit, 50, *(Estimate(value, 0.9 * value, 1.1 * value) for value in values), verdict, "how")
+    )
+    for (group, name, unit), (base, trained, verdict) in CHANGES.items()
+    for values in [(base, trained, trained - base)]
+]
 METRICS: dict[str, dict[str, Any]] = {
     "data": {"train": 378, "validation": 42, "heldout": 3, "read": 420, "changed": {}, "rejected": {}},
     "base": {"parameters": 134515008, "license": "apache-2.0", "languages": ["en"],
@@ -60,6 +76,9 @@ METRICS: dict[str, dict[str, Any]] = {
         "loss_curve": [[step, 0.6 + 4 / (1 + step / 30) + 0.3 * (step % 7 - 3) / 3] for step in range(1, 401)],
         "validation_curve": [[200, 1.14], [400, 0.84], [400, 0.84]],
     },
+    "eval": {"scores": SCORES, "method": METHOD, "precision": "bfloat16", "speed": {"trained": {
+        "first_token_seconds": {"value": 0.041, "low": 0.04, "high": 0.052},
+        "tokens_per_second": {"value": 31.5, "low": 29.0, "high": 33.0}, "bytes": 1.4e9}}},
     "gguf": {kind: {"bytes": int(values[0]), "bits_per_weight": values[1], "tensors": 272, "fallbacks": {}}
              for kind, values in TYPES.items()},
     "parity": {"recommended": "Q5_K_M", "rule": "the smallest type that loses at most 0.05 nats",

@@ -62,8 +62,8 @@ def made(run: Told) -> Outline:
 
 SECTIONS = [
     (("data", "base", "train"), {"training", "answers", "lineage", "costs", "recipe"}),
-    (EVERY[:-2], {"files", "training", "answers", "lineage", "costs", "recipe"}),
-    (EVERY, {"proof", "files", "training", "answers", "lineage", "costs", "recipe"}),
+    (EVERY[:-2], {"files", "training", "evaluation", "answers", "lineage", "costs", "recipe"}),
+    (EVERY, {"proof", "files", "training", "evaluation", "answers", "lineage", "costs", "recipe"}),
 ]
 
 
@@ -190,7 +190,7 @@ def test_a_stale_link_of_the_lineage_says_why(told: Callable[..., Told]) -> None
 def test_each_chart_says_in_words_what_it_shows(told: Callable[..., Told]) -> None:
     text = page((run := told()).recipe, run.run)
     described = dict(re.findall(r'<desc id="(\w+)-text">(.*?)</desc>', text))
-    assert described.keys() == {"size", "speed", "losses"}
+    assert described.keys() == {"size", "speed", "losses", "change"}
     assert "Q4_K_M: 105\N{NO-BREAK SPACE}MB, 0.0480 nats" in described["size"]
     assert "validation loss 4.16 at step 0, 1.14 at step 200, 0.840 at step 400" in described["losses"]
 
@@ -198,7 +198,7 @@ def test_each_chart_says_in_words_what_it_shows(told: Callable[..., Told]) -> No
 def test_each_table_has_a_caption_and_scopes(told: Callable[..., Told]) -> None:
     text = page((run := told()).recipe, run.run)
     tables = re.findall(r"<table.*?</table>", text, re.DOTALL)
-    assert len(tables) == 7
+    assert len(tables) == 8
     assert all("<caption>" in table and not re.search(r"<th(?![^>]*scope)[ >]", table) for table in tables)
 
 

@@ -1,0 +1,103 @@
+"""The scores of `make eval` as a person reads them: figures with their unit, and a table on the terminal."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from recipe.confidence import Estimate, Score
+from recipe.run import Run
+from recipe.schema import Recipe
+from recipe.units import number, share, size
+from recipe.verdict import outdated
+
+COLUMNS = ("measure", "rows", "base", "95 %", "trained", "95 %", "change", "95 %", "")
+STYLES = {"better": "green", "worse": "red"}
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+
+
+def figure(value: float, unit: str) -> str:
+    """A value in its unit: a share in percent, points of 100 with one decimal."""
+    shown = share(abs(value)) if unit == "share" else f"{abs(value):.1f}" if unit == "points" else number(abs(value))
+    return (MINUS if value < 0 and shown.strip("0.%") else "") + shown
+
+
+def change(value: float, unit: str) -> str:
+    """A difference, with its sign; of shares in points of a hundred, so that nobody takes it for a ratio."""
+    shown = figure(100 * value, "points") if unit == "share" else figure(value, unit)
+    return shown if shown.startswith(MINUS) or not shown.strip("0.") else f"+{shown}"
+
+
+def interval(estimate: Estimate, unit: str, show: Callable[[float, str], str] = figure) -> str:
+    """From its low to its high end."""
+    return f"{show(estimate.low, unit)} to {show(estimate.high, unit)}"
+
+
+def grouped(scores: list[Score]) -> list[tuple[str, list[Score]]]:
+    """(group, its scores), in their order."""
+    return [(group, list(members)) for group, members in groupby(scores, key=lambda score: score.group)]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `make eval` found, for the page: scores by group, of the weights and of what is served; speeds; method."""
+
+    groups: list[tuple[str, list[Score]]]
+    speeds: list[tuple[str, str]]
+    method: str
+    changed: str | None
+
+    @property
+    def scores(self) -> list[Score]:
+        return [score for _, scores in self.groups for score in scores]
+
+
+def evaluated(recipe: Recipe, run: Run) -> Evaluated | None:
+    """The receipt's scores, and those of what is served; None before there are any."""
+    receipt, served = run.find_receipt("eval"), run.path("served.json")
+    if receipt is None:
+        return None
+    parts = [receipt.metrics, *([json.loads(served.read_text(encoding="utf-8"))] if served.is_file() else [])]
+    scores = [Score.of(row) for part in parts for row in part["scores"]]
+    speeds = [(name, speed(row)) for part in parts for name, row in part["speed"].items()]
+    return Evaluated(grouped(scores), speeds, receipt.metrics["method"], outdated(recipe, run, "eval"))
+
+
+def show(metrics: dict[str, Any]) -> None:
+    """The scores as a table on standard output, and what the machine makes of each model."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*COLUMNS, padding=(0, 0))
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    for group, scores in grouped([Score.of(row) for row in metrics["scores"]]):
+        table.add_section()
+        table.add_row(f"[bold]{escape(group)}[/bold]")
+        for score in scores:
+            cells = [escape(score.name), str(score.rows)]
+            for estimate, shown in ((score.base, figure), (score.trained, figure), (score.difference, change)):
+                given = (shown(estimate.value, score.unit), interval(estimate, score.unit, shown)) if estimate else ()
+                cells += given or ("", "")
+            style = STYLES.get(score.verdict, "default")
+            table.add_row(*cells, f"[{style}]{score.verdict}[/{style}]")
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    if metrics["scores"]:
+        console.print(table)
+    for name, row in metrics["speed"].items():
+        console.print(f"{name}: {speed(row)}", markup=False)
+    if metrics["scores"]:
+        console.print(metrics["method"], markup=False)
+
+
+def speed(row: dict[str, Any]) -> str:
+    """Time to the first token, tokens a second and memory, in one line."""
+    first, rate = Estimate(**row["first_token_seconds"]), Estimate(**row["tokens_per_second"])
+    return (
+        f"first token after {1000 * first.value:.0f} ms ({1000 * first.low:.0f} to {1000 * first.high:.0f}), "
+        f"then {number(rate.value)} tokens a second ({number(rate.low)} to {number(rate.high)}), "
+        f"{size(row['bytes'])} of memory"
+    )

@@ -1,0 +1,68 @@
+"""The base and the trained model in one: loaded once, the adapter switched off and on, and how fast each answers."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+from recipe import Recipe, Run
+from recipe.confidence import median
+from recipe.machine import fast_precision, resident_bytes
+from train.sft import load_base
+from train.template import render
+
+SPEED_TOKENS, SPEED_REPEATS = 32, 6
+
+
+class Pair:
+    """The base and the trained model in one, in what the processor does fast."""
+
+    def __init__(self, recipe: Recipe, run: Run) -> None:
+        from peft import PeftModel
+
+        self.tokenizer, base = load_base(recipe, run)
+        self.both = PeftModel.from_pretrained(base, run.path("adapter")).eval()
+        self.precision = fast_precision() if recipe.train.precision == "auto" else recipe.train.precision
+
+    @contextmanager
+    def speaking(self, name: str) -> Iterator[Any]:
+        """The model of that name, base or trained."""
+        import torch
+
+        kind = self.both.device.type
+        bare = self.both.disable_adapter() if name == "base" else nullcontext()
+        with bare, torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            yield self.both
+
+    def ask(self, what: Callable[[Any, str], Any]) -> tuple[Any, Any]:
+        """What both find, base first; `what` takes the model and its name."""
+        found = []
+        for name in ("base", "trained"):
+            with self.speaking(name) as model:
+                found.append(what(model, name))
+        return found[0], found[1]
+
+
+def speed(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Seconds to the first token of one answer, tokens a second after it, and the memory that all this took."""
+    import torch
+
+    prompt = render(tokenizer, [{"role": "user", "content": "What is the capital of France?"}], prompt=True)
+    batch = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+
+    def seconds(tokens: int) -> float:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        return time.perf_counter() - start
+
+    seconds(1)  # the first one also prepares
+    firsts = [seconds(1) for _ in range(SPEED_REPEATS)]
+    rates = [SPEED_TOKENS / max(seconds(1 + SPEED_TOKENS) - median(firsts).value, 1e-9) for _ in range(SPEED_REPEATS)]
+    held = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else resident_bytes()[1]
+    return {
+        "first_token_seconds": asdict(median(firsts)),
+        "tokens_per_second": asdict(median(rates)),
+        "bytes": held,
+    }
