@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recipe.error import UserError
+from recipe.error import Stopped, UserError
 from recipe.files import files_below, fingerprint
 from recipe.load import as_dict, load
 from recipe.machine import machine
@@ -125,6 +125,9 @@ def boundary() -> Iterator[None]:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(1)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
     except KeyboardInterrupt:
         print("stopped: the same command goes on from here", file=sys.stderr)
         sys.exit(130)

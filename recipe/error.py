@@ -1,4 +1,4 @@
-"""The one exception that a person reads."""
+"""The exceptions that a person reads: what to mend, and where a stopped command goes on."""
 
 
 class UserError(Exception):
@@ -10,3 +10,11 @@ class UserError(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the command after its work was saved; `code` is the shell's for that signal."""
+
+    def __init__(self, said: str, wish: int) -> None:
+        super().__init__(said)
+        self.code = 128 + wish

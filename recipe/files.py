@@ -74,6 +74,9 @@ def _sync_tree(path: Path) -> None:
     for file in files_below(path):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+    for folder in [path, *path.rglob("*")]:
+        if folder.is_dir():
+            _sync_folder(folder)
 
 
 def _sync_folder(path: Path) -> None:

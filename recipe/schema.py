@@ -93,6 +93,8 @@ class Train:
     accumulate: int = knob(1, "Steps whose gradients are added up before the weights move", 1)
     evaluations: int = knob(1, "Validation losses and checkpoints an epoch", 1)
     patience: int = knob(2, "Stop after so many validations without a lower loss; 0 never stops early", 0)
+    divergence: bool = knob(True, "Stop when the loss is no number or stays far above what it was")
+    checkpoint_minutes: float = knob(15.0, "Most minutes between checkpoints; each validation makes one too", 0)
     checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, slower")
     precision: Literal["auto", "float32", "bfloat16"] = knob("auto", "`auto` is what the processor does fast")
     deterministic: bool = knob(False, "The same weights bit by bit on a GPU too, slower; without one they always are")

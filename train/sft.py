@@ -13,37 +13,59 @@ from pathlib import Path
 from typing import Any
 
 from recipe import Made, Recipe, Run, UserError, command
+from recipe.error import Stopped
 from recipe.files import fresh_folder, put_in_place, write_whole
 from recipe.rows import heldout
 from train.base import parameters
-from train.checkpoints import last_complete, open_folder
+from train.checkpoints import open_folder
+from train.divergence import Watch
+from train.journal import Journal
+from train.recovery import recorded
 from train.space import check_disk
 from train.tokens import Tokens, longest_and_sum, tokenized
 
 log = logging.getLogger("truetune")
 SHORTEST_ROW_TOKENS = 256
 STEPS_AN_EPOCH = 100
+# A change of these goes on from the last checkpoint; so does one of rows whose product with accumulate is the same.
+LEARNS_THE_SAME = ("rows", "accumulate", "checkpointing", "checkpoint_minutes", "divergence")
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
 def sft(recipe: Recipe, run: Run) -> Made:
-    """Write `adapter/` (PEFT) and `answers.jsonl` (the held-out questions answered before and after)."""
+    """Write `adapter/` (PEFT) and `answers.jsonl` (the held-out questions answered before and after).
+
+    Raises:
+        UserError: the training diverged, or memory or disk do not suffice; the last good checkpoint stays.
+        Stopped: by a signal, after a checkpoint.
+    """
     check_disk(recipe, parameters(run.path("base")), run.folder)
-    checkpoints = run.path("checkpoints")
-    resuming = open_folder(checkpoints, _training_key(recipe, run))
+    resume_from = open_folder(run.path("checkpoints"), _training_key(recipe, run))
+    with recorded(recipe, run, resume_from) as journal:
+        return _train(recipe, run, resume_from, journal)
+
+
+def _train(recipe: Recipe, run: Run, resume_from: Path | None, journal: Journal) -> Made:
+    from transformers import set_seed
 
     tokens = tokenized(recipe, run)  # before the model takes its memory
     tokenizer, model = load_base(recipe, run)
     trainer = make_trainer(recipe, run, tokenizer, model, tokens.datasets)
     trainer.check_stops()
+    trainer.journal = journal
     questions = heldout(run.path("data"))
-    before = _before(trainer, tokenizer, questions, recipe, checkpoints)
+    before = _before(trainer, tokenizer, questions, recipe, run.path("checkpoints"))
     log.info("before: validation loss %s, key facts %.0f %%", _loss(before), 100 * before["key_fact_accuracy"])
 
-    resume_from = last_complete(checkpoints) if resuming else None
     if resume_from:
         log.info("going on from %s", resume_from)
+    if recipe.train.divergence:
+        trainer.watch = Watch(before["validation_loss"])
+    set_seed(recipe.seed)  # what was measured before has thrown dice, and is not measured again by who goes on
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if trainer.stopping.wish:
+        at = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, its checkpoint is saved"
+        raise Stopped(f"{at}: 'make train RECIPE={recipe.name}' goes on from there", trainer.stopping.wish)
     after = _measure(trainer, tokenizer, questions, recipe)
     log.info("after: validation loss %s, key facts %.0f %%", _loss(after), 100 * after["key_fact_accuracy"])
 
@@ -52,7 +74,8 @@ def sft(recipe: Recipe, run: Run) -> Made:
     return Made(
         outputs=[run.path("adapter"), run.path("answers.jsonl")],
         metrics={"before": before, "after": after, "data": tokens.counts, "packing": _packing(trainer, tokens)}
-        | trainer.summary(),
+        | trainer.summary()
+        | {"interruptions": journal.interruptions()},
         packages=PACKAGES,
     )
 
@@ -91,11 +114,12 @@ def load_base(recipe: Recipe, run: Run) -> tuple[Any, Any]:
 def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dict[str, Any]) -> Any:
     """The trainer with the recipe's settings; `rows` maps train and validation to datasets of ids and labels."""
     import torch
-    from transformers import EarlyStoppingCallback, PrinterCallback
+    from transformers import PrinterCallback
     from trl import SFTConfig
 
     from recipe.machine import fast_precision
     from train.adapter import lora_config
+    from train.lasting import Often, Patience
     from train.order import curriculum
     from train.progress import TrainingProgress
     from train.trainer import AssistantTrainer
@@ -121,19 +145,20 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
         dataloader_pin_memory=torch.cuda.is_available(),
         eval_strategy="steps" if validated else "no",
         save_strategy="steps",
-        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=validated,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would hide a loss that is no number
         report_to="tensorboard",
         disable_tqdm=True,
         seed=recipe.seed,
         full_determinism=knobs.deterministic,
     )
-    callbacks: list[Any] = [TrainingProgress()]
+    callbacks: list[Any] = [TrainingProgress(), Often(knobs.checkpoint_minutes)]
     if validated and knobs.patience:
-        callbacks.append(EarlyStoppingCallback(knobs.patience))
+        callbacks.append(Patience(knobs.patience))
     trainer = AssistantTrainer(
         smoothing=knobs.label_smoothing,
         noise=knobs.neftune,
@@ -196,11 +221,13 @@ def _before(
 
 
 def _training_key(recipe: Recipe, run: Run) -> str:
-    """Identifies a training: its knobs, its data and its base."""
+    """Identifies a training: what of its knobs changes what is learned, its data and its base."""
     from dataclasses import asdict
 
+    knobs = {name: value for name, value in asdict(recipe.train).items() if name not in LEARNS_THE_SAME}
+    knobs["rows"] = recipe.train.rows * recipe.train.accumulate
     outputs = [run.receipt(stage).outputs for stage in ("data", "base")]
-    return hashlib.sha256(json.dumps([asdict(recipe.train), recipe.seed, outputs]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([knobs, recipe.seed, outputs]).encode()).hexdigest()
 
 
 def _save_adapter(model: Any, run: Run) -> None:

@@ -1,18 +1,17 @@
 """TRL's SFTTrainer with a loss that computes logits only where the assistant speaks."""
 
-import time
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from trl import SFTTrainer
 
 from recipe import UserError
+from train.lasting import LastingTrainer
 from train.noise import EmbeddingNoise
 from train.template import IGNORED
 
 
-class AssistantTrainer(SFTTrainer):  # type: ignore[misc]
+class AssistantTrainer(LastingTrainer):
     """Same loss as its parent, without the parent's entropy and its second pass over the vocabulary.
 
     `python -m bench.train` measures both, side by side.
@@ -26,9 +25,6 @@ class AssistantTrainer(SFTTrainer):  # type: ignore[misc]
         for weights in self.model.parameters():  # TRL rounds those of a QLoRA to bfloat16, which loses small steps
             if weights.requires_grad:
                 weights.data = weights.data.float()
-        self.tokens_seen = self.tokens_logged = 0
-        self.supervised_tokens_seen = 0
-        self.step_seconds = 0.0
 
     def check_stops(self) -> None:
         """Raise UserError if the loss never sees the token that ends a turn (trl#1623): no answer would end."""
@@ -64,9 +60,6 @@ class AssistantTrainer(SFTTrainer):  # type: ignore[misc]
         loss = loss / count.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is of all ranks
-        if model.training:
-            self.tokens_seen += inputs["input_ids"].numel()
-            self.supervised_tokens_seen += int(supervised)
         return (loss, outputs) if return_outputs else loss
 
     def row_loss(self, row: dict[str, Any]) -> float:
@@ -78,30 +71,3 @@ class AssistantTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(train_dataset) if self.order is None else self.order
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        start = time.monotonic()
-        loss = super().training_step(*args, **kwargs)
-        self.step_seconds += time.monotonic() - start
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs["step_tokens"] = self.tokens_seen - self.tokens_logged
-            self.tokens_logged = self.tokens_seen
-        super().log(logs, start_time)
-
-    def summary(self) -> dict[str, Any]:
-        """What the receipt tells of the training: steps, tokens, speed and the loss curves."""
-        history = self.state.log_history
-        return {
-            "steps": self.state.global_step,
-            "best_step": self.state.best_global_step,
-            "tokens": self.tokens_seen,
-            "supervised_tokens": self.supervised_tokens_seen,
-            "tokens_per_second": round(self.tokens_seen / max(self.step_seconds, 1e-9), 1),
-            "precision": "bfloat16" if self.args.bf16 else "float32",
-            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "loss_curve": [[row["step"], round(row["loss"], 5)] for row in history if "loss" in row],
-            "validation_curve": [[row["step"], round(row["eval_loss"], 5)] for row in history if "eval_loss" in row],
-        }
