@@ -60,7 +60,7 @@ def _train(recipe: Recipe, run: Run, resume_from: Path | None, journal: Journal)
     if resume_from:
         log.info("going on from %s", resume_from)
     if recipe.train.divergence:
-        trainer.watch = Watch(before["validation_loss"])
+        trainer.watch = Watch(None if recipe.train.label_smoothing else before["validation_loss"])
     set_seed(recipe.seed)  # what was measured before has thrown dice, and is not measured again by who goes on
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     if trainer.stopping.wish:
