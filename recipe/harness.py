@@ -69,14 +69,18 @@ def asked(model: Any, tasks: dict[str, Any], rows: int, seed: int) -> Any:
     np.random.seed(seed)  # the harness draws its examples by these
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=seed)
-    return evaluate(
-        lm=model,
-        task_dict=tasks,
-        limit=rows,
-        bootstrap_iters=RESAMPLES,
-        apply_chat_template=True,
-        fewshot_as_multiturn=True,
-    )
+    try:
+        return evaluate(
+            lm=model,
+            task_dict=tasks,
+            limit=rows,
+            bootstrap_iters=RESAMPLES,
+            apply_chat_template=True,
+            fewshot_as_multiturn=True,
+        )
+    except (TypeError, LookupError, AttributeError, ValueError, NotImplementedError) as error:  # of a task's own YAML
+        names = ", ".join(tasks["tasks"])
+        raise UserError(f"eval.tasks: the harness cannot ask {names} ({_reason(error)}): mend the task") from error
 
 
 def compared(base: Any, trained: Any, seed: int) -> list[Score]:

@@ -98,6 +98,6 @@ def speed(row: dict[str, Any]) -> str:
     first, rate = Estimate(**row["first_token_seconds"]), Estimate(**row["tokens_per_second"])
     return (
         f"first token after {1000 * first.value:.0f} ms ({1000 * first.low:.0f} to {1000 * first.high:.0f}), "
-        f"then {number(rate.value)} tokens a second ({number(rate.low)} to {number(rate.high)}), "
-        f"{size(row['bytes'])} of memory"
+        f"then {number(rate.value)} tokens a second ({number(rate.low)} to {number(rate.high)})"
+        + (f", {size(row['bytes'])} of memory" if row["bytes"] else "")  # Ollama's is not ours to see
     )

@@ -49,13 +49,11 @@ def measure(recipe: Recipe, run: Run, session: Session) -> dict[str, Any]:
         )
     except failures() as error:
         raise UserError(reason(error)) from None
-    engine = [
-        service["pid"] for service in session.services if service["pid"] and service["port"] == client.base_url.port
-    ]
+    held = [memory_bytes(service["pid"]) for service in session.services if service["name"] == "engine"]
     found = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "engine": session.engine,
-        "speed": {f"served by {session.engine}": speed | {"bytes": sum(map(memory_bytes, engine))}},
+        "speed": {f"served by {session.engine}": speed | {"bytes": sum(held)}},
         "scores": as_rows(harness.compared(None, results, recipe.seed)) if results else [],
         "method": METHOD,
     }
