@@ -55,11 +55,14 @@ class Evaluated:
 
 
 def evaluated(recipe: Recipe, run: Run) -> Evaluated | None:
-    """The receipt's scores, and those of what is served; None before there are any."""
-    receipt, served = run.find_receipt("eval"), run.path("served.json")
+    """The receipt's scores, and those of what was served last; None before there are any."""
+    receipt, serving, served = run.find_receipt("eval"), run.find_receipt("serve"), run.path("served.json")
     if receipt is None:
         return None
-    parts = [receipt.metrics, *([json.loads(served.read_text(encoding="utf-8"))] if served.is_file() else [])]
+    parts = [receipt.metrics]
+    if serving and served.is_file():
+        told = json.loads(served.read_text(encoding="utf-8"))
+        parts += [told] if told["inputs"] == serving.inputs else []
     scores = [Score.of(row) for part in parts for row in part["scores"]]
     speeds = [(name, speed(row)) for part in parts for name, row in part["speed"].items()]
     return Evaluated(grouped(scores), speeds, receipt.metrics["method"], outdated(recipe, run, "eval"))

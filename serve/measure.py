@@ -52,6 +52,7 @@ def measure(recipe: Recipe, run: Run, session: Session) -> dict[str, Any]:
     held = [memory_bytes(service["pid"]) for service in session.services if service["name"] == "engine"]
     found = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "inputs": run.receipt("serve").inputs,
         "engine": session.engine,
         "speed": {f"served by {session.engine}": speed | {"bytes": sum(held)}},
         "scores": as_rows(harness.compared(None, results, recipe.seed)) if results else [],

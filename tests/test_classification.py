@@ -77,6 +77,14 @@ def test_a_damaged_file_is_told_with_its_place(entry: str, text: str, told: str,
     assert any(told in problem for problem in error.value.problems), error.value.problems
 
 
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    text = "sentence\tlabel\r\none\u2028two\x85three\tgood\r\nb\tbad\r\n"
+    (found,) = labelled((written("a.tsv", text, tmp_path),))
+    assert "Sentence: one\u2028two\x85three\n" in found.prompts[0] and found.labels == ("bad", "good")
+    (found,) = labelled((written("b.csv", 'text,label\n"c\nd",ham\ne,spam\n', tmp_path),))
+    assert "Text: c\nd\n" in found.prompts[0]
+
+
 def test_all_problems_of_all_files_are_told_at_once(tmp_path: Path) -> None:
     rows = "".join(json.dumps({"sentence": "", "label": "x"}) + "\n" for _ in range(3))
     with pytest.raises(UserError) as error:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_run import EVERY, TYPES, Told, comparisons
+from report_run import EVERY, METRICS, TYPES, Told, comparisons
 
 from recipe import Run, UserError
 from recipe.report import page, report
@@ -244,3 +245,13 @@ def test_the_command_tells_what_is_missing_and_writes_what_it_can(told: Callable
     assert ran().stderr == "report: runs/mine/report.html\n"
     assert run.run.path("report.html").read_text().startswith("<!doctype html>")
     assert run.run.path("README.md").read_text().startswith("---\nlicense: apache-2.0\n")
+
+
+def test_the_speed_of_the_endpoint_is_shown_as_long_as_it_serves_the_same(told: Callable[..., Told]) -> None:
+    run = told(*EVERY, "serve")
+    speed = {"served by llamacpp": METRICS["eval"]["speed"]["trained"] | {"bytes": 0}}
+    found = {"inputs": run.run.receipt("serve").inputs, "speed": speed, "scores": []}
+    run.run.path("served.json").write_text(json.dumps(found))
+    assert "served by llamacpp: first token after 41 ms (40 to 52), then 31.5 tokens a second" in made(run).text
+    run.run.path("served.json").write_text(json.dumps(found | {"inputs": {}}))
+    assert "served by llamacpp" not in made(run).text

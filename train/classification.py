@@ -4,6 +4,7 @@ Read are JSONL, CSV and TSV with a header as GLUE's own files and its Hub sets h
 """
 
 import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def _rows(path: Path, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
         return []
     if path.suffix == ".jsonl":
         return _json_rows(path, text, problems)
-    lines = text.splitlines()
+    lines = io.StringIO(text, newline="\n")  # not splitlines: it also splits at U+2028 within a text
     if path.suffix == ".csv":
         reader = csv.reader(lines, strict=True)
     else:
