@@ -14,29 +14,31 @@ ROWS_A_BATCH, BYTES_A_BATCH = 1000, 1 << 22
 
 
 class RowWriter:
-    """Writes rows one by one, a batch at a time: the same rows give the same bytes."""
+    """Writes batches of rows, or rows one by one: the same rows in the same batches give the same bytes."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow  # type: ignore[import-untyped]
 
-        self.schema = pyarrow.schema([("row", pyarrow.string()), ("source", pyarrow.string())])
-        self.stream = pyarrow.ipc.new_stream(str(path), self.schema)
+        self.stream = pyarrow.ipc.new_stream(str(path), _schema())
         self.texts: list[str] = []
         self.sources: list[str] = []
         self.bytes = self.count = 0
+
+    def write(self, batch: Any) -> None:
+        """Write a batch of `row_batch`, in pieces that a reader can hold."""
+        for first in range(0, batch.num_rows, ROWS_A_BATCH):
+            self.stream.write_batch(batch.slice(first, ROWS_A_BATCH))
+        self.count += batch.num_rows
 
     def add(self, text: str, source: str) -> None:
         self.texts.append(text)
         self.sources.append(source)
         self.bytes += len(text)
-        self.count += 1
         if len(self.texts) == ROWS_A_BATCH or self.bytes >= BYTES_A_BATCH:
             self._flush()
 
     def _flush(self) -> None:
-        import pyarrow
-
-        self.stream.write_batch(pyarrow.record_batch([self.texts, self.sources], schema=self.schema))
+        self.write(row_batch(self.texts, self.sources))
         self.texts, self.sources, self.bytes = [], [], 0
 
     def __enter__(self) -> "RowWriter":
@@ -48,6 +50,21 @@ class RowWriter:
         if self.texts and kind is None:
             self._flush()
         self.stream.close()
+
+
+def row_batch(texts: list[str], sources: list[str]) -> Any:
+    """Conversations as JSON text and their places, in a batch that is cheap to send to another process."""
+    import pyarrow
+
+    return pyarrow.record_batch(
+        [pyarrow.array(column, pyarrow.string()) for column in (texts, sources)], schema=_schema()
+    )
+
+
+def _schema() -> Any:
+    import pyarrow
+
+    return pyarrow.schema([("row", pyarrow.string()), ("source", pyarrow.string())])
 
 
 def rows(data: Path, part: str, first: int | None = None) -> Iterator[dict[str, Any]]:

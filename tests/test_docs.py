@@ -10,7 +10,7 @@ import pytest
 from recipe.load import load
 from recipe.readme import rendered
 from recipe.schema import Recipe
-from train.data import question
+from train.heldout import question
 from train.shapes import talk
 
 README = Path("README.md").read_text(encoding="utf-8")

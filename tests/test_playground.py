@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_fixtures import read
 
 from recipe.error import UserError
 from recipe.run import Receipt, Run
@@ -15,8 +16,6 @@ from serve.conversation import Conversation, Made, append
 from serve.door import Door
 from serve.prompt import Token, _texts, as_html
 from serve.voices import Said, Sampling, together
-from train.data import read
-from train.sources import Source
 
 ASKED = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who are you?"}]
 
@@ -98,11 +97,9 @@ def test_a_key_is_in_no_text_of_a_choice() -> None:
 
 
 def test_the_export_is_what_make_train_reads(tmp_path: Path) -> None:
-    path, problems = tmp_path / "conversation.jsonl", []  # type: ignore[var-annotated]
+    path = tmp_path / "conversation.jsonl"
     path.write_text(answered().as_data(), encoding="utf-8")
-    rows = read(Source(str(path)), problems)[0].rows
-    assert problems == []
-    assert [row.value for row in rows] == [{"messages": [*ASKED, {"role": "assistant", "content": "A model."}]}]
+    assert [row.value for row in read(path)] == [{"messages": [*ASKED, {"role": "assistant", "content": "A model."}]}]
 
 
 def test_a_corrected_answer_is_exported_as_corrected() -> None:

@@ -17,10 +17,9 @@ from typing import Any
 import psutil
 import pytest
 from conftest import REPOSITORY, Workplace
+from data_fixtures import read
 
 from serve.endpoint import free_port
-from train.data import read
-from train.sources import Source
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -157,10 +156,10 @@ def test_a_chat_with_the_adapter_is_streamed_rated_and_exported(
 
     with page.expect_download() as download:
         page.locator("#left").get_by_role("button", name="Export").click()
-    path, problems = tmp_path / "exported.jsonl", []  # type: ignore[var-annotated]
+    path = tmp_path / "exported.jsonl"
     download.value.save_as(path)
-    (row,) = read(Source(str(path)), problems)[0].rows
-    assert problems == [] and [turn["role"] for turn in row.value["messages"]] == ["user", "assistant"]
+    (row,) = read(path)
+    assert [turn["role"] for turn in row.value["messages"]] == ["user", "assistant"]
     assert page.foreign == []
 
 

@@ -2,15 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from data_fixtures import made, read
 
 from recipe import Run, UserError, load
 from recipe.rows import heldout
 from recipe.rows import rows as written
-from train.data import Prepared, data, prepared, read, read_questions, told
+from train.data import data, told
+from train.heldout import read_questions
 from train.row import Problem, Row
-from train.sources import Source
 
 REPOSITORY = Path(__file__).parent.parent
 USER, ASSISTANT = {"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}
@@ -104,7 +106,7 @@ def test_bad_data_writes_nothing() -> None:
     write_recipe("7\n")
     with pytest.raises(UserError):
         data(load("r.yaml"), Run("r"))
-    assert not Path("runs").exists()
+    assert not [path for path in Path("runs").rglob("*") if path.is_file()]
 
 
 def numbered(*numbers: int) -> list[Row]:
@@ -121,12 +123,12 @@ def places(rows: list[Row]) -> list[str]:
 def test_the_stage_writes_every_conversation_once_with_its_place() -> None:
     rows = numbered(*range(1, 41))
     write_recipe("".join(json.dumps(row.value) + "\n" for row in rows), messages(USER, facts=["x|y"]) + "\n")
-    made = data(load("r.yaml"), Run("r"))
+    result = data(load("r.yaml"), Run("r"))
     folder = Path("runs/r/data")
     parts = {part: list(written(folder, part)) for part in ("train", "validation")} | {"heldout": heldout(folder)}
     assert sorted(row["source"] for row in parts["train"] + parts["validation"]) == sorted(places(rows))
     assert parts["heldout"] == [{"messages": [USER], "answer": "", "facts": ["x|y"], "source": "questions.jsonl:1"}]
-    assert made.metrics == {name: len(part) for name, part in parts.items()} | {
+    assert result.metrics == {name: len(part) for name, part in parts.items()} | {
         "changed": {},
         "rejected": {},
         "sources": [
@@ -141,14 +143,12 @@ def test_the_stage_writes_every_conversation_once_with_its_place() -> None:
             }
         ],
     }
-    assert list(made.inputs) == ["talks.jsonl", "questions.jsonl"]
-    assert made.outputs == [Path("runs/r/data")]
+    assert list(result.inputs) == ["talks.jsonl", "questions.jsonl"]
+    assert result.outputs == [Path("runs/r/data")]
 
 
-def prepare(*rows: Row, **more: object) -> Prepared:
-    Path("talks.jsonl").write_text(GOOD)
-    Path("r.yaml").write_text(json.dumps({"data": {"train": "talks.jsonl", **more}}))
-    return prepared(list(rows), [], load("r.yaml"))
+def stage(*rows: Row, **more: object) -> dict[str, list[dict[str, Any]]]:
+    return made([json.dumps(row.value) for row in rows], **more)[1]
 
 
 def test_a_rejected_row_is_written_with_its_place_step_and_reason(caplog: pytest.LogCaptureFixture) -> None:
@@ -156,7 +156,7 @@ def test_a_rejected_row_is_written_with_its_place_step_and_reason(caplog: pytest
     rows = numbered(1, 2, 3, 4, 5)
     lines = [json.dumps(row.value) for row in rows]
     write_recipe("\n".join([*lines, lines[0], messages(USER, {"role": "assistant", "content": " "})]), validation=0)
-    made = data(load("r.yaml"), Run("r"))
+    result = data(load("r.yaml"), Run("r"))
     assert [json.loads(line) for line in Path("runs/r/data/rejected.jsonl").read_text().splitlines()] == [
         {
             "source": "talks.jsonl:7",
@@ -171,7 +171,7 @@ def test_a_rejected_row_is_written_with_its_place_step_and_reason(caplog: pytest
             "row": rows[0].value,
         },
     ]
-    assert made.metrics["rejected"] == {"empty_turns": 1, "duplicates": 1}
+    assert result.metrics["rejected"] == {"empty_turns": 1, "duplicates": 1}
     assert "data: 7 rows, 0 changed, 2 (empty_turns 1, duplicates 1) rejected" in caplog.text
 
 
@@ -180,24 +180,26 @@ def test_a_held_out_question_is_not_trained_on() -> None:
     asked = {"role": "user", "content": "How many recipes does the project bring along?"}
     lines = [json.dumps(row.value) for row in rows] + [messages(asked, ASSISTANT)]
     write_recipe("\n".join(lines), messages(asked, facts=["4"]))
-    made = data(load("r.yaml"), Run("r"))
-    assert made.metrics["rejected"] == {"contamination": 1}
+    result = data(load("r.yaml"), Run("r"))
+    assert result.metrics["rejected"] == {"contamination": 1}
 
 
 def test_each_row_is_in_one_part_or_told_as_rejected() -> None:
-    rows = numbered(*range(50), *range(10))
-    kept = prepare(*rows)
-    assert sorted(row.place for row in [*kept.train, *kept.validation, *kept.rejected]) == sorted(places(rows))
-    assert len(kept.rejected) == 10
+    parts = stage(*numbered(*range(50), *range(10)))
+    assert sorted(row["source"] for part in parts.values() for row in part) == sorted(
+        f"talks.jsonl:{line}" for line in range(1, 61)
+    )
+    assert len(parts["rejected"]) == 10
 
 
 def test_a_share_of_zero_holds_nothing_back() -> None:
-    assert prepare(*numbered(1, 2), validation=0) == Prepared(train=numbered(1, 2))
+    parts = stage(*numbered(1, 2), validation=0)
+    assert [len(rows) for rows in parts.values()] == [2, 0, 0]
 
 
 def test_nothing_left_to_train_on_is_told() -> None:
     with pytest.raises(UserError) as raised:
-        prepare(*numbered(1))
+        stage(*numbered(1))
     assert str(raised.value) == (
         "1 conversation(s) leave nothing to train on after the split (data.validation=0.1): "
         "add conversations or set data.validation=0"
@@ -206,7 +208,7 @@ def test_nothing_left_to_train_on_is_told() -> None:
 
 def test_a_file_of_which_nothing_is_left_is_told() -> None:
     with pytest.raises(UserError) as raised:
-        prepare(*numbered(1, 2), clean={"min_turns": 3})
+        stage(*numbered(1, 2), clean={"min_turns": 3})
     assert str(raised.value) == (
         "2 conversation(s) leave nothing to train on, since all are rejected (talks.jsonl:1, length: 2 turns, "
         "below 3): correct the rows or the recipe's data.clean"
@@ -215,8 +217,8 @@ def test_a_file_of_which_nothing_is_left_is_told() -> None:
 
 def shipped(name: str) -> list[Row]:
     problems: list[Problem | str] = []
-    path = str(REPOSITORY / "train" / name)
-    rows = read_questions(path, problems) if "heldout" in name else read(Source(path), problems)[0].rows
+    path = REPOSITORY / "train" / name
+    rows = read_questions(str(path), problems) if "heldout" in name else read(path)
     assert problems == []
     return rows
 

@@ -43,6 +43,8 @@ def small(found: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     for batch in found:
         for at in range(0, batch.num_rows, ROWS_A_BATCH):
             piece = batch.slice(at, ROWS_A_BATCH)
+            if piece.num_rows < batch.num_rows:  # sent to a worker, a slice takes the whole batch along
+                piece = piece.take(list(range(piece.num_rows)))
             yield row, piece
             row += piece.num_rows
 

@@ -1,29 +1,50 @@
 """Read, check and split the conversations:  python -m train.data RECIPE
 
-What may be read, and in which formats: train/sources.py and train/formats.py.
-A held-out file has questions: `{"messages": [...], "answer": "...", "facts": ["key string", "one|or another"]}`.
+What may be read, and in which formats: train/sources.py and train/formats.py. The sources stream through workers on
+all cores, which clean and sign each row alone (train/prepare.py), into a file of all rows; by the signatures, all that
+has to be in memory, it is decided which rows repeat others and which are held back (train/split.py).
 """
 
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from recipe import Made, Recipe, Run, UserError, command
-from recipe.files import fingerprint, fresh_folder, put_in_place
-from recipe.rows import RowWriter
-from train import contamination, language
-from train.chunks import records
-from train.clean import clean
-from train.formats import Read, detect, rows, whole_chunks
-from train.row import Problem, Rejected, Rejection, Row
-from train.sources import Source, chunks, copies, sources
-from train.turns import text, turns
+from recipe.files import fingerprint, fresh_folder, put_in_place, remove
+from recipe.machine import cores
+from recipe.rows import RowWriter, batches
+from train.formats import Detected, detect, whole_chunks
+from train.heldout import read_questions
+from train.meter import Meter
+from train.pool import in_order
+from train.prepare import Prepared, Settings, Work, line_of, prepared, settings
+from train.row import Problem, Rejection, Row
+from train.sources import Source, sources
 
 log = logging.getLogger("truetune")
-PROBLEMS_SHOWN, ALIKE_SHOWN = 20, 3
+PROBLEMS_SHOWN, ALIKE_SHOWN, PROBLEMS_KEPT = 20, 3, 10_000
+PARTS = ("train", "validation")
+
+
+@dataclass
+class Intake:
+    """What the workers found, chunk by chunk: the rows lie in `every.arrow`, their signatures in `signatures.bin`."""
+
+    sources: list[Source]
+    problems: list[Problem | str] = field(default_factory=list)
+    detected: dict[int, Detected] = field(default_factory=dict)
+    read: Counter[int] = field(default_factory=Counter)
+    by_reason: dict[int, Counter[str]] = field(default_factory=dict)
+    normalized: dict[int, Counter[str]] = field(default_factory=dict)
+    by_step: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+    first_rejected: str = ""
 
 
 def data(recipe: Recipe, run: Run) -> Made:
@@ -32,135 +53,111 @@ def data(recipe: Recipe, run: Run) -> Made:
     Raises:
         UserError: every problem of every file, each with file and line.
     """
-    problems: list[Problem | str] = []
-    reads = {source: read(source, problems) for source in sources(recipe.data)}
-    questions = read_questions(recipe.data.heldout, problems) if recipe.data.heldout else []
-    if problems:
-        raise UserError(*told(problems))
-    found = [(source, row) for source, (result, _) in reads.items() for row in result.rows]
-    kept = prepared([row for _, row in found], questions, recipe)
-    weights = {row.place: source for source, row in found}
-    train = [row for row in kept.train for _ in range(copies(weights[row.place], row.value, recipe.seed))]
-    if not train:
-        raise UserError("data.weights leave no row to train on: give at least one source a weight of 1")
-
-    parts = {"train": train, "validation": kept.validation, "heldout": questions}
-    rejected = [lost for result, _ in reads.values() for lost in result.rejected] + kept.rejected
+    intake, of_questions = Intake(sources(recipe.data)), list[Problem | str]()
+    questions = read_questions(recipe.data.heldout, of_questions) if recipe.data.heldout else []
     folder = fresh_folder(run.path(".data.tmp"))
-    for name in ("train", "validation"):
-        with RowWriter(folder / f"{name}.arrow") as writer:
-            for row in parts[name]:
-                writer.add(json.dumps(row.value, ensure_ascii=False), row.place)
-    _write_lines(folder / "heldout.jsonl", [row.value | {"source": row.place} for row in questions])
-    _write_lines(
-        folder / "rejected.jsonl",
-        [{"source": r.place, "reason": r.rejection.reason, "step": r.rejection.step, "row": r.value} for r in rejected],
-    )
-    put_in_place(folder, run.path("data"))
-
-    by_step = Counter(row.rejection.step for row in rejected)
-    log.info("data: %d rows, %s changed, %s rejected", len(found), _counted(kept.changed), _counted(by_step))
-    files = [*(source.name for source in reads if not source.hub), recipe.data.heldout]
+    try:
+        take_in(intake, settings(recipe, questions), folder)
+        if problems := intake.problems + of_questions:
+            raise UserError(*told(problems))
+        counts = divide(intake, recipe, folder)
+        write_questions(folder / "heldout.jsonl", questions)
+        put_in_place(folder, run.path("data"))
+    finally:
+        remove(folder)
+    read = sum(intake.read.values())
+    log.info("data: %d rows, %s changed, %s rejected", read, _counted(intake.changed), _counted(intake.by_step))
+    files = [*(source.name for source in intake.sources if not source.hub), recipe.data.heldout]
     return Made(
         outputs=[run.path("data")],
-        metrics={name: len(part) for name, part in parts.items()}
+        metrics=counts
         | {
-            "changed": dict(kept.changed),
-            "rejected": dict(by_step),
-            "sources": [told for _, told in reads.values()],
+            "heldout": len(questions),
+            "changed": dict(intake.changed),
+            "rejected": dict(intake.by_step),
+            "sources": [_told_of(intake, number) for number in range(len(intake.sources))],
         },
         inputs={name: fingerprint(Path(name)) for name in files if name},
     )
 
 
-@dataclass
-class Prepared:
-    """The cleaned rows of both parts, those that were rejected, and how many rows each step changed."""
+def take_in(intake: Intake, given: Settings, folder: Path) -> None:
+    """Read, clean and sign the rows of all sources on all cores; what is wrong is told in `intake.problems`."""
+    sizes = [0 if source.hub else Path(source.name).stat().st_size for source in intake.sources]
+    done = Counter[int]()
+    with ExitStack() as stack:
+        meter = stack.enter_context(Meter("data", sum(sizes)))
+        every = stack.enter_context(RowWriter(folder / "every.arrow"))
+        signatures, copies = (stack.enter_context((folder / name).open("wb")) for name in ("signatures", "copies"))
+        rejected = stack.enter_context(
+            (folder / "rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
+        )
+        for piece in in_order(prepared, _works(intake), partial(_same, given), cores()):
+            every.write(piece.batch)
+            signatures.write(piece.signatures.tobytes())
+            copies.write(piece.copies.tobytes())
+            rejected.writelines(piece.rejected)
+            _count(intake, piece)
+            step = min(piece.bytes, sizes[piece.number] - done[piece.number])  # of a packed file more than its size
+            done[piece.number] += step
+            meter.add(step, piece.read)
+            if len(intake.problems) > PROBLEMS_KEPT:
+                break
+    for number, source in enumerate(intake.sources):
+        reasons = intake.by_reason.get(number, Counter())
+        if number in intake.detected and not intake.read[number] and reasons:
+            listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+            intake.problems.append(f"{source.name}: nothing in it can be learned: {listed}")
 
-    train: list[Row] = field(default_factory=list)
-    validation: list[Row] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-    changed: Counter[str] = field(default_factory=Counter)
 
-
-def prepared(rows: list[Row], questions: list[Row], recipe: Recipe) -> Prepared:
-    """The rows cleaned, each kept once, and split.
+def divide(intake: Intake, recipe: Recipe, folder: Path) -> dict[str, int]:
+    """Write the rows that are kept to their part's file, the repeated ones to `rejected.jsonl`; how many each has.
 
     Raises:
         UserError: there is nothing to train on.
     """
-    from train.duplicates import signatures
+    import numpy as np
+
+    from train.duplicates import SIGNATURE
     from train.split import sides
 
-    settings, result, kept = recipe.data.clean, Prepared(), []
-    language.require_known(settings.languages)
-    held_out = contamination.questions(questions if settings.contamination else [], settings.similarity)
-    for row in rows:
-        try:
-            value, steps = clean(row.value, settings)
-            contamination.check(value, held_out)
-        except Rejection as rejection:
-            result.rejected.append(Rejected(row.value, row.place, rejection))
-            continue
-        result.changed.update(steps)
-        kept.append(Row(value, row.place))
-    first, held = sides(signatures([row.value for row in kept], recipe.seed), recipe.data)
-    for number, row in enumerate(kept):
-        if first[number] != number:
-            repeated = Rejection(f"repeats {kept[first[number]].place}", "duplicates")
-            result.rejected.append(Rejected(row.value, row.place, repeated))
-        else:
-            (result.validation if held[number] else result.train).append(row)
-    if not result.train:
-        raise UserError(_nothing_left(len(rows), result.rejected, recipe.data.validation))
-    return result
+    first, held = sides(np.fromfile(folder / "signatures", SIGNATURE), recipe.data)
+    times = np.fromfile(folder / "copies", np.int64)
+    repeated = first != np.arange(len(first))
+    wanted = set(first[repeated].tolist())  # the rows that others repeat, of which the place is told
+    places: dict[int, str] = {}
+    counts = dict.fromkeys(PARTS, 0)
+    at = 0
+    with ExitStack() as stack:
+        writers = [stack.enter_context(RowWriter(folder / f"{part}.arrow")) for part in PARTS]
+        rejected = stack.enter_context(
+            (folder / "rejected.jsonl").open("a", encoding="utf-8", errors="backslashreplace")
+        )
+        for batch in batches(folder, "every"):
+            here = slice(at, at + batch.num_rows)
+            places |= {at + row: batch["source"][row].as_py() for row in range(batch.num_rows) if at + row in wanted}
+            kept, back = ~repeated[here], held[here]
+            writers[0].write(batch.take(np.repeat(np.flatnonzero(kept & ~back), times[here][kept & ~back])))
+            writers[1].write(batch.take(np.flatnonzero(kept & back)))
+            for row in np.flatnonzero(repeated[here]).tolist():
+                why = Rejection(f"repeats {places[int(first[at + row])]}", "duplicates")
+                rejected.write(line_of(batch["source"][row].as_py(), why, batch["row"][row].as_py()))
+            at += batch.num_rows
+    if repeated.any():
+        intake.by_step["duplicates"] += int(repeated.sum())
+    if not (~repeated & ~held).any():
+        raise UserError(_nothing_left(intake, recipe.data.validation))
+    counts = {part: writer.count for part, writer in zip(PARTS, writers, strict=True)}
+    if not counts["train"]:
+        raise UserError("data.weights leave no row to train on: give at least one source a weight of 1")
+    for name in ("every.arrow", "signatures", "copies"):
+        remove(folder / name)
+    return counts
 
 
-def _nothing_left(rows: int, rejected: list[Rejected], share: float) -> str:
-    what = f"{rows} conversation(s) leave nothing to train on"
-    if len(rejected) == rows:
-        told = f"{rejected[0].place}, {rejected[0].rejection.step}: {rejected[0].rejection}"
-        return f"{what}, since all are rejected ({told}): correct the rows or the recipe's data.clean"
-    return f"{what} after the split (data.validation={share}): add conversations or set data.validation=0"
-
-
-def _counted(steps: Counter[str]) -> str:
-    """`5 (duplicates 4, length 1)`."""
-    each = ", ".join(f"{step} {count}" for step, count in steps.most_common())
-    return f"{steps.total()} ({each})" if each else "0"
-
-
-def read(source: Source, problems: list[Problem | str]) -> tuple[Read, dict[str, Any]]:
-    """(rows of a source, what the receipt tells of it); what is wrong is appended to `problems`."""
-    result = Read()
-    try:
-        detected = detect(source)
-        for chunk in whole_chunks(source, detected.format):
-            more = rows(detected, chunk)
-            result.rows += more.rows
-            result.rejected += more.rejected
-            result.changes += more.changes
-            problems += more.problems
-    except UserError as error:
-        problems += error.problems
-        return result, {}
-    count, lost = len(result.rows), len(result.rejected)
-    columns = f" ({', '.join(detected.columns)})" if detected.columns else ""
-    log.info("data: %s: %s%s, %d rows, %d left out", source.name, detected.format.name, columns, count, lost)
-    reasons = Counter(rejected.rejection.reason for rejected in result.rejected)
-    if not count and lost:
-        listed = "; ".join(f"{number} x {reason}" for reason, number in reasons.most_common(3))
-        problems.append(f"{source.name}: nothing in it can be learned: {listed}")
-    metrics = {
-        "source": source.name,
-        "format": detected.format.name,
-        "columns": detected.columns,
-        "weight": source.weight,
-        "rows": count,
-        "rejected": dict(reasons),
-        "changes": dict(result.changes),
-    }
-    return result, metrics
+def write_questions(path: Path, questions: list[Row]) -> None:
+    lines = [json.dumps(row.value | {"source": row.place}, ensure_ascii=False) + "\n" for row in questions]
+    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def told(problems: list[Problem | str]) -> list[str]:
@@ -177,45 +174,63 @@ def told(problems: list[Problem | str]) -> list[str]:
     return lines[:PROBLEMS_SHOWN] + ([f"and {more} more problems like these"] if more > 0 else [])
 
 
-def read_questions(name: str, problems: list[Problem | str]) -> list[Row]:
-    """The held-out questions of a file; what is wrong is appended to `problems`."""
-    found: list[Row] = []
-    try:
-        for chunk in chunks(Source(name)):
-            for place, record in records(chunk):
-                try:
-                    if isinstance(record, Problem):
-                        problems.append(record)
-                    else:
-                        found.append(Row(question(record), place))
-                except (ValueError, Rejection) as error:
-                    problems.append(Problem(place, str(error)))
-    except UserError as error:
-        problems += error.problems
-    return found
+def _works(intake: Intake) -> Iterator[Work]:
+    """The chunks of all sources; one that cannot be read on is told, and the next one is read."""
+    for number, source in enumerate(intake.sources):
+        try:
+            detected = detect(source)
+            intake.detected[number] = detected
+            for chunk in whole_chunks(source, detected.format):
+                yield Work(number, source, detected, chunk)
+        except UserError as error:
+            intake.problems += error.problems
 
 
-def question(row: Any) -> dict[str, Any]:
-    """The checked messages of a held-out row, which end with a question, its reference answer and key facts.
-
-    Raises:
-        ValueError: what is wrong with the row.
-    """
-    if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
-        raise ValueError('not a question: a held-out row is {"messages": [{"role": ..., "content": ...}, ...], ...}')
-    messages = turns(row["messages"], Counter())
-    if messages[-1]["role"] != "user":
-        raise ValueError(f"ends with role {messages[-1]['role']!r}: a held-out row ends with the user's question")
-    facts = row.get("facts")
-    if not isinstance(facts, list) or not facts or not all(isinstance(fact, str) and fact.strip() for fact in facts):
-        raise ValueError("'facts' must be a list of strings that a right answer contains, like [\"make serve\"]")
-    answer = text(row.get("answer"), "'answer'")
-    return {"messages": messages, "answer": answer, "facts": [text(fact, "'facts'") for fact in facts]}
+def _same(given: Settings) -> Settings:
+    return given
 
 
-def _write_lines(path: Path, values: list[dict[str, Any]]) -> None:
-    lines = [json.dumps(value, ensure_ascii=False, default=str) + "\n" for value in values]
-    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+def _count(intake: Intake, piece: Prepared) -> None:
+    intake.problems += piece.problems
+    intake.read[piece.number] += piece.read
+    intake.by_reason.setdefault(piece.number, Counter()).update(piece.by_reason)
+    intake.normalized.setdefault(piece.number, Counter()).update(piece.normalized)
+    intake.by_step += piece.by_step
+    intake.changed += piece.changed
+    intake.first_rejected = intake.first_rejected or next(iter(piece.rejected), "")
+
+
+def _told_of(intake: Intake, number: int) -> dict[str, Any]:
+    """What the receipt tells of a source, which is shown as well."""
+    source, detected = intake.sources[number], intake.detected[number]
+    reasons, count = intake.by_reason.get(number, Counter()), intake.read[number]
+    columns = f" ({', '.join(detected.columns)})" if detected.columns else ""
+    log.info("data: %s: %s%s, %d rows, %d left out", source.name, detected.format.name, columns, count, reasons.total())
+    return {
+        "source": source.name,
+        "format": detected.format.name,
+        "columns": detected.columns,
+        "weight": source.weight,
+        "rows": count,
+        "rejected": dict(reasons),
+        "changes": dict(intake.normalized.get(number, Counter())),
+    }
+
+
+def _nothing_left(intake: Intake, share: float) -> str:
+    rows = sum(intake.read.values())
+    what = f"{rows} conversation(s) leave nothing to train on"
+    if intake.by_step.total() >= rows and intake.first_rejected:
+        row = json.loads(intake.first_rejected)
+        shown = f"{row['source']}, {row['step']}: {row['reason']}"
+        return f"{what}, since all are rejected ({shown}): correct the rows or the recipe's data.clean"
+    return f"{what} after the split (data.validation={share}): add conversations or set data.validation=0"
+
+
+def _counted(steps: Counter[str]) -> str:
+    """`5 (duplicates 4, length 1)`."""
+    each = ", ".join(f"{step} {count}" for step, count in steps.most_common())
+    return f"{steps.total()} ({each})" if each else "0"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+"""What several tests of data share: rows of a file without the stage, and the stage on rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from recipe import Made, Run, load
+from recipe.rows import rows
+from train.data import data
+from train.formats import detect, whole_chunks
+from train.formats import rows as rows_of
+from train.row import Row
+from train.sources import Source
+
+
+def read(path: Path | str) -> list[Row]:
+    """The rows of a file of any format, in which nothing is wrong."""
+    source = Source(str(path))
+    detected = detect(source)
+    found = [rows_of(detected, chunk) for chunk in whole_chunks(source, detected.format)]
+    assert not [problem for read in found for problem in read.problems]
+    return [row for read in found for row in read.rows]
+
+
+def made(lines: list[str], **more: object) -> tuple[Made, dict[str, list[dict[str, Any]]]]:
+    """What the stage says, and what it writes by part, of these lines and keys of the recipe's `data`."""
+    Path("talks.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    Path("r.yaml").write_text(json.dumps({"data": {"train": "talks.jsonl", **more}}))
+    folder = Path("runs/r/data")
+    result = data(load("r.yaml"), Run("r"))
+    parts = {part: list(rows(folder, part)) for part in ("train", "validation")}
+    lines = (folder / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    return result, parts | {"rejected": [json.loads(line) for line in lines]}
