@@ -4,22 +4,34 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recipe import Made, Run, load
+from recipe import Made, Run, UserError, load
 from recipe.rows import rows
 from train.data import data
 from train.formats import detect, whole_chunks
 from train.formats import rows as rows_of
-from train.row import Row
+from train.row import Problem, Row
 from train.sources import Source
 
 
 def read(path: Path | str) -> list[Row]:
     """The rows of a file of any format, in which nothing is wrong."""
-    source = Source(str(path))
-    detected = detect(source)
-    found = [rows_of(detected, chunk) for chunk in whole_chunks(source, detected.format)]
-    assert not [problem for read in found for problem in read.problems]
-    return [row for read in found for row in read.rows]
+    found, problems = read_what_is_right(path)
+    assert problems == []
+    return found
+
+
+def read_what_is_right(path: Path | str) -> tuple[list[Row], list[Problem | str]]:
+    """(the rows of a file, what is wrong with others of it)."""
+    source, found, problems = Source(str(path)), list[Row](), list[Problem | str]()
+    try:
+        detected = detect(source)
+        for chunk in whole_chunks(source, detected.format):
+            result = rows_of(detected, chunk)
+            found += result.rows
+            problems += result.problems
+    except UserError as error:
+        problems += error.problems
+    return found, problems
 
 
 def made(lines: list[str], **more: object) -> tuple[Made, dict[str, list[dict[str, Any]]]]:

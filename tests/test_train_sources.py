@@ -15,12 +15,12 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from data_fixtures import read_what_is_right
 
 from recipe import UserError
 from recipe.schema import Data
 from tests.hub_double import hub
-from train.data import read, told
-from train.row import Problem
+from train.data import told
 from train.sources import Source, chunks, copies, sources
 
 REPOSITORY = Path(__file__).parent.parent
@@ -44,8 +44,7 @@ def read_file(name: str, content: str | bytes | None = None) -> tuple[list[Any],
     if content is not None:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
-    problems: list[Problem | str] = []
-    rows = read(Source(name), problems)[0].rows
+    rows, problems = read_what_is_right(name)
     return rows, told(problems)
 
 
