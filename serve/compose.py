@@ -133,8 +133,10 @@ def compose(*arguments: str) -> None:
     done = subprocess.run(["docker", "compose", *arguments], stdout=sys.stderr, check=False)
     if done.returncode == 0:
         return
-    for line in answer("ps", "--all", "--format", "{{.Service}}|{{.State}}|{{.Health}}|{{.ExitCode}}"):
-        service, state, health, code = line.split("|")
+    shown = "{{.Service}}|{{.State}}|{{.Health}}|{{.ExitCode}}"
+    rows = [line.split("|") for line in answer("ps", "--all", "--format", shown)]
+    # What ended first: others are only unhealthy because of it.
+    for service, state, health, code in sorted(rows, key=lambda row: row[1] != "exited"):
         if state == "restarting" or health == "unhealthy" or (state == "exited" and code not in ("0", "143")):
             said = answer("logs", "--no-log-prefix", "--tail", "20", service) or ["it said nothing"]
             raise UserError(f"the container {service} is {health or state}: {said[-1]}")
