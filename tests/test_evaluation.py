@@ -1,6 +1,7 @@
 """`make eval` on the tiny model: what it measures, that it repeats itself, and that forgetting shows."""
 
 import contextlib
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from recipe.confidence import Score, compare
 from recipe.scores import show
 from train.evaluation import KNOWLEDGE, choices_of, of_answers, question_of, right_answers
 from train.likelihood import TOKENS_AT_ONCE, Choices, batches, choice_losses, likelihoods
-from train.pair import Pair
+from train.pair import Pair, round_once
 from train.template import examples
 
 TEXTS = {"exact match", "token F1", "BLEU", "chrF", "ROUGE-1", "ROUGE-2", "ROUGE-L"}
@@ -125,6 +126,18 @@ def test_answers_have_the_likelihood_of_a_pass_of_their_own(speaker: Any, tokeni
         wanted = sum(plain_loss(speaker, row.input_ids[: at + 1], at) for at in told)
         assert found.loss == pytest.approx(wanted, rel=1e-4)
         assert found.tokens == len(told) and 0 <= found.hits <= found.tokens
+
+
+def test_weights_rounded_once_give_the_logits_that_autocast_gives(speaker: Any) -> None:
+    import torch
+
+    ids, rounded = torch.arange(40).reshape(2, 20), copy.deepcopy(speaker)
+    rounded.lm_head.weight = rounded.model.embed_tokens.weight  # tied, as small models are
+    plain = copy.deepcopy(rounded)
+    round_once(rounded)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rounded(ids).logits, plain(ids).logits)
+    assert rounded.model.embed_tokens.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("sizes", [[], [5], [400, 3, 700, 5, 5, 900, 2000], [300] * 20])

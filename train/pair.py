@@ -24,6 +24,8 @@ class Pair:
         self.tokenizer, base = load_base(recipe, run)
         self.both = PeftModel.from_pretrained(base, run.path("adapter")).eval()
         self.precision = fast_precision() if recipe.train.precision == "auto" else recipe.train.precision
+        if self.precision == "bfloat16":
+            round_once(self.both)
 
     @contextmanager
     def speaking(self, name: str) -> Iterator[Any]:
@@ -42,6 +44,16 @@ class Pair:
             with self.speaking(name) as model:
                 found.append(what(model, name))
         return found[0], found[1]
+
+
+def round_once(model: Any) -> None:
+    """Round the layers' weights to bfloat16, as autocast would again at every step: it keeps none that are frozen."""
+    import torch
+
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and module.weight.dtype == torch.float32:  # not those in 4 bits
+            # A new parameter, since the output layer may share the embedding's, which autocast leaves as it is.
+            module.weight = torch.nn.Parameter(module.weight.to(torch.bfloat16), requires_grad=False)
 
 
 def speed(model: Any, tokenizer: Any) -> dict[str, Any]:
