@@ -21,6 +21,7 @@ QUESTIONS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"}
     | {"/apply-template", "/tokenize", "/detokenize"}  # what `make prove` and the playground ask
 )
+PAGE = frozenset({"/v1/chat/completions/control", "/v1/stream", "/v1/streams/lookup"})  # of llama.cpp's own page
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
 ROOM_BYTES = 64 * 1024  # for what is no prompt: settings, schemas, the names of JSON's fields
 ESCAPED = 6  # JSON writes a byte with so many at most, as \u001f
@@ -79,19 +80,23 @@ class Gateway:
         self.turn = asyncio.Semaphore(bounds.slots)
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        if self.page and scope["method"] == "GET" and scope["path"] not in FACTS:
-            await self.pass_on(scope, b"", scope["raw_path"], send)
-        else:
-            await self.guarded(scope, receive, send)
+        await (self.answer if self.is_of_page(scope) else self.guarded)(scope, receive, send)
+
+    def is_of_page(self, scope: "Scope") -> bool:
+        path, method = scope["path"], scope["method"]
+        return self.page and (path in PAGE or (method == "GET" and path not in FACTS))
 
     async def answer(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        """Answer whoever has the key, or refuse."""
+        """Answer whoever has got so far, or refuse."""
         try:
             if scope["path"] in FACTS and scope["method"] in ("GET", "HEAD"):
                 await self.pass_on(scope, b"", scope["path"].encode(), send)
             elif scope["path"] in QUESTIONS and scope["method"] == "POST":
                 question = self.checked(await self.body(receive, scope))
                 await while_connected(receive, self.in_turn(question, scope, send))
+            elif self.is_of_page(scope):
+                target, body = scope["raw_path"] + b"?" + scope["query_string"], await self.body(receive, scope)
+                await while_connected(receive, self.pass_on(scope, body, target, send))
             else:
                 raise Refusal(404, "There is nothing here")
         except Refusal as refusal:

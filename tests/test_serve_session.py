@@ -16,7 +16,7 @@ from recipe import Recipe, Run, UserError
 from recipe.environment import Environment, SetupError
 from recipe.schema import Data, Serve
 from serve.api import refuse_taken_ports, ui_url
-from serve.endpoint import with_environment
+from serve.endpoint import ask, with_environment
 from serve.session import Session, find, held, tell
 
 pytest_plugins = ["serve_fixtures"]
@@ -142,6 +142,9 @@ def test_llama_cpps_own_page_needs_the_key_only_for_the_model(start) -> None:
         content = page.read()
     assert b"<html" in (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
     assert server.key.encode() not in content
+    for key, refused in ((server.key, False), ("wrong", True)):  # what the page asks when it is opened again
+        status = ask(server.port, "/v1/streams/lookup", key, {"conversation_ids": ["none"]})[0]
+        assert (status == 401) is refused and status != 404
     assert server.end() == 0
 
 
