@@ -328,10 +328,11 @@ def test_resolve_writes_the_keys_of_every_stage_once() -> None:
 
 
 CHANGES = {
-    "seed=1": {"data", "base", "train"},
+    "seed=1": {"data", "base", "train", "eval"},
     "data.validation=0.2": {"data"},
     "base=random": {"base"},
     "train.lora.rank=8": {"train"},
+    "eval.rows=50": {"eval"},
     "merge.precision=bfloat16": {"merge"},
     "gguf.types=[Q6_K]": {"gguf", "parity"},
     "serve.port=8001": {"serve"},
