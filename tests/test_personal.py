@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from recipe import UserError
 from recipe.schema import PERSONAL, Clean
 from train.clean import clean
 from train.personal import masking
@@ -85,6 +86,12 @@ def test_what_only_looks_like_it_stays(text: str) -> None:
 
 def test_national_numbers_are_those_of_the_region() -> None:
     assert masking(("phone",), "DE")("030 123456, (415) 555-2671") == "[PHONE], (415) 555-2671"
+
+
+def test_an_unknown_region_is_told() -> None:
+    with pytest.raises(UserError) as raised:
+        masking(("phone",), "Germany")
+    assert str(raised.value).startswith("data.clean.phone_region: unknown 'Germany': choose one of: AC, AD, ")
 
 
 @pytest.mark.parametrize("kind", PERSONAL)

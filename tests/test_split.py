@@ -1,5 +1,6 @@
 """Duplicates and the split: what is alike is on one side, and stays there when rows are added."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -137,6 +138,14 @@ def test_the_shipped_conversations_have_one_pair_of_near_duplicates() -> None:
     labels = near(rows, Clean().similarity)
     # "I forgot my API key." and "Show me my API key." with the same long answer: 0.86 by their real runs.
     assert [(label + 1, place + 1) for place, label in enumerate(labels) if label != place] == [(174, 365)]
+
+
+def test_the_shipped_conversations_are_split_by_the_hash_of_each() -> None:
+    lines = (REPOSITORY / "train" / "assistant.jsonl").read_text(encoding="utf-8").splitlines()
+    held = on_sides([json.loads(line) for line in lines], Data())
+    hashes = [hashlib.sha256(json.dumps([0, json.loads(line)], sort_keys=True).encode()).digest() for line in lines]
+    assert held == [int.from_bytes(digest[:8], "big") / 2**64 < 0.1 for digest in hashes]
+    assert sum(held) == 44, "what the losses of the default recipe were measured on"
 
 
 def test_the_split_is_the_same_each_time_and_another_with_another_seed() -> None:

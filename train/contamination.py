@@ -17,6 +17,7 @@ from train.text import texts
 
 RUN, PHRASE, QUOTED = 5, 8, 0.5
 FEW = 3  # so many questions have no template
+LONG = 2  # a turn so much longer than every question equals none, unless it repeats itself
 WORD, NUMBER = re.compile(r"\w+"), re.compile(r"\d+")
 
 
@@ -36,6 +37,7 @@ class Questions:
     places: list[str]
     numbers: list[set[str]]
     turns: set[int]
+    longest: int
     runs: Index
     phrases: Index
     edges: set[tuple[str, str]]
@@ -50,6 +52,7 @@ def questions(rows: list[Row], similarity: float) -> Questions:
         places=[place for _, place in turns.values()],
         numbers=[set(NUMBER.findall(text)) for text in turns],
         turns={count for count, _ in turns.values()},
+        longest=max(map(len, turns), default=0),
         runs=_index([_runs(text) for text in turns]),
         phrases=phrases,
         edges={(phrase[0], phrase[-1]) for phrase in phrases.questions},
@@ -67,17 +70,23 @@ def check(value: dict[str, Any], held_out: Questions) -> None:
 
 def _asks(value: dict[str, Any], held_out: Questions) -> int | None:
     """The question that some of the user's turns nearly equal."""
-    asked, index = _asked(value), held_out.runs
+    asked, index, least = _asked(value), held_out.runs, held_out.similarity
     for count in held_out.turns:
         for start in range(len(asked) - count + 1):
             text = _plain(asked[start : start + count])
+            if len(text) * least > LONG * held_out.longest:
+                continue
             own = _runs(text) - index.template
+            known = [index.questions[run] for run in own if run in index.questions]
+            lacking = int((1 - least) * len(own)) - (len(own) - len(known))
             # A question that is near enough lacks so few runs that it has one of these, which few questions have.
-            rarest = sorted((index.questions.get(run, ()) for run in own), key=len)
-            lacking = int((1 - held_out.similarity) * len(own))
-            for number in {number for having in rarest[: lacking + 1] for number in having}:
+            rarest = sorted(known, key=len)[: lacking + 1] if lacking >= 0 else []
+            for number in {number for having in rarest for number in having}:
                 features = index.features[number]
-                alike = len(own & features) >= held_out.similarity * len(own | features)
+                if not least * len(own) <= len(features) <= len(own) / least:
+                    continue
+                shared = len(own & features)
+                alike = shared >= least * (len(own) + len(features) - shared)
                 if alike and held_out.numbers[number] == set(NUMBER.findall(text)):
                     return number
     return None

@@ -1,7 +1,10 @@
 """Personal data and secrets in a text, each replaced by its kind in brackets: `[EMAIL]`, `[PHONE]`, `[KEY]`..."""
 
+import functools
 import re
 from collections.abc import Callable
+
+from recipe import UserError
 
 # Not an address: `git@host:path` of Git, `icon@2x.png` of web pages.
 EMAIL = re.compile(
@@ -34,8 +37,15 @@ PHONE = re.compile(r"\+\d|\d{2}[\d ().-]{4,}\d")  # what phonenumbers need not b
 DIGITS = re.compile(r"\d+")
 
 
+@functools.cache
 def masking(kinds: tuple[str, ...], region: str) -> Callable[[str], str]:
-    """A function that masks `kinds` in a text; phone numbers without a country code are read as those of `region`."""
+    """A function that masks `kinds` in a text; phone numbers without a country code are read as those of `region`.
+
+    Raises:
+        UserError: there is no such region.
+    """
+    if "phone" in kinds:
+        _require_known(region)
     masks: dict[str, Callable[[str], str]] = {
         "key": lambda text: KEY.sub(lambda match: f"{match['name'] or ''}[KEY]", text),
         "email": lambda text: EMAIL.sub("[EMAIL]", text),
@@ -50,6 +60,14 @@ def masking(kinds: tuple[str, ...], region: str) -> Callable[[str], str]:
         return text
 
     return mask
+
+
+def _require_known(region: str) -> None:
+    from phonenumbers import SUPPORTED_REGIONS
+
+    if region not in SUPPORTED_REGIONS:
+        known = ", ".join(sorted(SUPPORTED_REGIONS))
+        raise UserError(f"data.clean.phone_region: unknown {region!r}: choose one of: {known}")
 
 
 def _iban(match: re.Match[str]) -> str:

@@ -26,6 +26,8 @@ def sides(rows: Signatures, data: Data) -> tuple[Labels, NDArray[np.bool_]]:
     place = np.cumsum(kept) - 1  # of each row among those that are kept; a cluster's first one is
     held = np.zeros(len(rows), bool)
     held[kept] = held_back(rows["digest"][kept], place[clusters[kept]], data.validation, data.validation_rows)
+    if beside := int((place[clusters[kept]] != place[kept]).sum()):
+        log.info("data: %d rows are on the side of a near duplicate or of another answer to their prompt", beside)
     return first, held
 
 
