@@ -112,9 +112,21 @@ def test_a_chain_of_near_duplicates_is_one_cluster() -> None:
 
 
 def test_answers_to_the_same_prompt_are_one_cluster() -> None:
-    values = [talk("Why?", sentence(1)), talk("Who?", sentence(2)), talk("Why?", sentence(3)), {"text": "Why?"}]
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "x", "arguments": {"y": "z"}}}]}
+    values = [
+        talk("Why not now?", sentence(1)),
+        talk("Who?", sentence(2)),
+        talk("why not, now", sentence(3), system="Answer like a pirate."),
+        {"text": "Why not now?"},
+        talk("Why not now?", "Because.", "Why not now?", sentence(4)),
+        {"messages": [talk("Why not now?")["messages"][0], calling, {"role": "tool", "content": sentence(5)}, calling]},
+        talk("🙂", sentence(6)),
+        talk("🙁", sentence(7)),
+        talk(system="Say something.") | {"messages": [{"role": "assistant", "content": sentence(8)}]},
+        talk(system="Say something.") | {"messages": [{"role": "assistant", "content": sentence(9)}]},
+    ]
     rows = signatures(values, 0)
-    assert list(same_prompt(rows, near(rows, 0.8))) == [0, 1, 0, 3]
+    assert list(same_prompt(rows, near(rows, 0.8))) == [0, 1, 0, 3, 4, 5, 6, 7, 8, 9]
 
 
 def test_joining_is_what_a_search_through_the_pairs_finds() -> None:

@@ -9,6 +9,7 @@ A label names a group of rows: it is the index of the group's first row.
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from train.text import texts
 
+WORD = re.compile(r"\w+")
 RUN = 5  # characters; Mining of Massive Datasets, section 3.2.2, has 5 for texts as short as e-mails
 BANDS, HASHES, SEED = 16, 128, 42
 NEIGHBOURS = 32  # rows of one band that each is compared with, so that a band of a million rows stays cheap
@@ -107,14 +109,18 @@ def _digest(value: Any) -> int:
 
 
 def _prompt(value: dict[str, Any]) -> Any:
-    """What the last answer answers; plain text answers nothing."""
-    return value["messages"][:-1] if "messages" in value else value
+    """What the last answer answers, by its words and without the system prompt; plain text answers nothing."""
+    asked = "\n".join(texts({"messages": _spoken(value)[:-1]}))
+    return " ".join(WORD.findall(asked.casefold())) or asked or value
 
 
 def _compared(value: dict[str, Any]) -> str:
     """The whole conversation without its system prompt, which many share; case and white space do not count."""
-    spoken = [message for message in value.get("messages", ()) if message["role"] != "system"]
-    return " ".join("\n".join(texts(value | {"messages": spoken})).casefold().split())
+    return " ".join("\n".join(texts(value | {"messages": _spoken(value)})).casefold().split())
+
+
+def _spoken(value: dict[str, Any]) -> list[dict[str, Any]]:
+    return [message for message in value.get("messages", ()) if message["role"] != "system"]
 
 
 def _runs(compared: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
