@@ -374,6 +374,10 @@ PICTURE = {"content_type": "image_asset_pointer", "asset_pointer": "file-service
 LEFT_OUT: dict[str, tuple[Any, str]] = {
     "no turns": (messages(), "no turns"),
     "no answer": (messages(USER), "no turn of role 'assistant': there is nothing to learn from it"),
+    "only answers of weight 0": (
+        messages(USER, ASSISTANT | {"weight": 0}),
+        "no answer that is to be learned: all have weight 0",
+    ),
     "only an answer": (messages(ASSISTANT), "no turn of role 'user' before an answer"),
     "a late system prompt": (
         messages(USER, ASSISTANT, SYSTEM, USER, ASSISTANT),

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import pyarrow.parquet
 import pytest
 from data_fixtures import read_what_is_right
 
-from recipe import UserError
+from recipe import Run, UserError, load
+from recipe.rows import rows
 from recipe.schema import Data
 from tests.hub_double import hub
-from train.data import told
+from train.data import data, told
 from train.sources import Source, chunks, copies, sources
 
 REPOSITORY = Path(__file__).parent.parent
@@ -338,6 +340,37 @@ def test_a_weight_takes_rows_as_often_as_it_says_by_what_they_are() -> None:
     assert taken != [copies(Source("x", 1.5), value, seed=1) for value in values]
     assert {copies(Source("x", 2.0), value, seed=0) for value in values} == {2}
     assert {copies(Source("x", 0.0), value, seed=0) for value in values} == {0}
+
+
+def test_weights_repeat_rows_for_training_and_for_nothing_else() -> None:
+    Path("few.jsonl").write_text('{"text": "Some words that stand in no other row."}\n')
+    shipped = str(REPOSITORY / "train" / "assistant.jsonl")
+    Path("r.yaml").write_text(json.dumps({"data": {"train": [shipped, "few.jsonl"], "weights": [2, 0]}}))
+    data(load("r.yaml"), Run("r"))
+    times = {
+        part: Counter(row["source"] for row in rows(Path("runs/r/data"), part)) for part in ("train", "validation")
+    }
+    assert set(times["train"].values()) == {2} and set(times["validation"].values()) == {1}
+    assert "few.jsonl:1" not in times["train"]
+
+
+def test_a_source_of_which_nothing_can_be_learned_is_an_error() -> None:
+    Path("asked.jsonl").write_text(json.dumps({"messages": [USER]}) + "\n")
+    Path("r.yaml").write_text(json.dumps({"data": {"train": ["asked.jsonl"]}}))
+    with pytest.raises(UserError) as raised:
+        data(load("r.yaml"), Run("r"))
+    reason = "no turn of role 'assistant': there is nothing to learn from it"
+    assert raised.value.problems == (f"asked.jsonl: nothing in it can be learned: 1 x {reason}",)
+
+
+def test_what_is_left_out_stands_in_a_file_with_its_reason() -> None:
+    Path("talks.jsonl").write_text(LINES.replace("ping", "pong", 1) + json.dumps({"messages": [USER]}) + "\n")
+    Path("r.yaml").write_text(json.dumps({"data": {"train": ["talks.jsonl"]}}))
+    data(load("r.yaml"), Run("r"))
+    lost = [json.loads(line) for line in Path("runs/r/data/rejected.jsonl").read_text().splitlines()]
+    assert {"source": "talks.jsonl:3", "step": "format", "row": {"messages": [USER]}} | {
+        "reason": "no turn of role 'assistant': there is nothing to learn from it"
+    } in lost
 
 
 CARD = """---

@@ -110,6 +110,14 @@ def test_what_the_template_writes_after_the_turn_is_not_learned(tokenizer: Any) 
     assert row.labels[-2:] == [tokenizer.eos_token_id, IGNORED]
 
 
+def test_an_answer_of_weight_zero_is_read_and_not_learned(tokenizer: Any) -> None:
+    tokenizer.chat_template = CHATML
+    messages: list[dict[str, Any]] = talk("One", "1", "Two", "2")
+    (row,) = examples(tokenizer, [*messages[:1], messages[1] | {"weight": 0}, *messages[2:]], LONG)
+    assert tokenizer.decode(row.input_ids) == render(tokenizer, messages)
+    assert spoken(tokenizer, row) == ["2" + END]
+
+
 def test_another_end_of_turn_is_learned_too(tokenizer: Any) -> None:
     tokenizer.chat_template, tokenizer.eos_token = ZEPHYR, "<|endoftext|>"
     messages = talk("One", "1", "Two", "2")

@@ -85,7 +85,8 @@ def paired_results(messages: list[Message]) -> list[Message]:
                 raise Rejection("a tool's result without a call of it")
             answered = own[0]
             waiting.remove(answered)
-            paired.append({"name": answered["function"]["name"]} | message | {"tool_call_id": answered["id"]})
+            named = message if "name" in message else message | {"name": answered["function"]["name"]}
+            paired.append(named | {"tool_call_id": answered["id"]})
             continue
         _order(paired, calls)
         calls = []

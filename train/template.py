@@ -104,7 +104,9 @@ def examples(tokenizer: Any, messages: list[Message], max_tokens: int, tools: An
 def renderings(tokenizer: Any, messages: list[Message], tools: Any = None) -> list[Spoken]:
     """The texts of these training rows, each with where the assistant's words begin and end."""
     messages = _as_shown(tokenizer, messages, tools)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    # Weight 0 is OpenAI's mark of an answer that others follow and that is not to be learned itself.
+    spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [index for index in spoken if messages[index].get("weight") != 0]
     whole = render(tokenizer, messages, tools=tools)
     answers = []
     for turn in turns:

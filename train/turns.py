@@ -36,6 +36,8 @@ def conversation(given: Any, changes: Changes, tools: Any = None, system: Any = 
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise Rejection("no turn of role 'assistant': there is nothing to learn from it")
+    if all(messages[index].get("weight") == 0 for index in answers):
+        raise Rejection("no answer that is to be learned: all have weight 0")
     if answers[-1] + 1 < len(messages):
         changes[ENDING] += 1
     value: dict[str, Any] = {"messages": paired_results(messages[: answers[-1] + 1])}
