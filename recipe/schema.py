@@ -93,6 +93,10 @@ class Train:
     accumulate: int = knob(1, "Steps whose gradients are added up before the weights move", 1)
     evaluations: int = knob(1, "Validation losses and checkpoints an epoch", 1)
     patience: int = knob(2, "Stop after so many validations without a lower loss; 0 never stops early", 0)
+    tracker: Literal["tensorboard", "wandb", "mlflow", "none"] = knob(
+        "tensorboard",
+        "Where curves are logged; `wandb`, `mlflow`: also there, local unless you are logged in",
+    )
     divergence: bool = knob(True, "Stop when the loss is no number or stays far above what it was")
     checkpoint_minutes: float = knob(15.0, "Most minutes between checkpoints; each validation makes one too", 0)
     checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, slower")

@@ -49,6 +49,10 @@ class Journal:
                 continue
         return found
 
+    def began(self) -> str:
+        """When the training first started, as a name for its logs: 20260131-235959, in UTC."""
+        return datetime.fromisoformat(self.events()[0]["at"]).strftime("%Y%m%d-%H%M%S")
+
     def interruptions(self) -> list[dict[str, Any]]:
         """`{"step", "why"}` of each end before the last start."""
         ends = [event for event in self.events() if event["event"] not in ("start", "finished")]

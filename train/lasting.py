@@ -53,7 +53,7 @@ class Often(TrainerCallback):  # type: ignore[misc]
 class LastingTrainer(SFTTrainer):  # type: ignore[misc]
     """Its checkpoints are complete or absent, two at most, the best among them (`train.checkpoints`)."""
 
-    saving = False
+    saving = apart = False
 
     def __init__(self, callbacks: list[Any], **kwargs: Any) -> None:
         self.stopping, self.pace = Stopping(), Pace()
@@ -89,18 +89,32 @@ class LastingTrainer(SFTTrainer):  # type: ignore[misc]
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.apart:
+            return
         if "loss" in logs:
             logs |= self.pace.read()
             if self.journal:
                 self.journal.beat(self.state.global_step)
         super().log(logs, start_time)
 
+    def validation_loss(self) -> float | None:
+        """The loss of the model as it is, apart from the curves; None without validation data."""
+        if self.eval_dataset is None:
+            return None
+        self.apart = True
+        try:
+            return float(self.evaluate()["eval_loss"])
+        finally:
+            self.apart = False
+
     def summary(self) -> dict[str, Any]:
         """What the receipt tells of the training: steps, tokens, speed and the loss curves."""
         history = self.state.log_history
         return {
             "steps": self.state.global_step,
-            "ended": "all epochs" if self.state.global_step >= self.state.max_steps else "validation loss rose",
+            "ended": "all epochs were done"
+            if self.state.global_step >= self.state.max_steps
+            else "the validation loss fell no more",
             "best_step": self.state.best_global_step,
             **totals(history),
             "precision": "bfloat16" if self.args.bf16 else "float32",

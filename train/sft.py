@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import math
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from train.journal import Journal
 from train.recovery import recorded
 from train.space import check_disk
 from train.tokens import Tokens, longest_and_sum, tokenized
+from train.trackers import prepare
 
 log = logging.getLogger("truetune")
 SHORTEST_ROW_TOKENS = 256
 STEPS_AN_EPOCH = 100
 # A change of these goes on from the last checkpoint; so does one of rows whose product with accumulate is the same.
-LEARNS_THE_SAME = ("rows", "accumulate", "checkpointing", "checkpoint_minutes", "divergence")
+LEARNS_THE_SAME = ("rows", "accumulate", "checkpointing", "checkpoint_minutes", "divergence", "tracker")
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
@@ -40,19 +41,25 @@ def sft(recipe: Recipe, run: Run) -> Made:
         Stopped: by a signal, after a checkpoint.
     """
     check_disk(recipe, parameters(run.path("base")), run.folder)
-    resume_from = open_folder(run.path("checkpoints"), _training_key(recipe, run))
+    key = _training_key(recipe, run)
+    trackers = prepare(recipe.train.tracker, run, key)
+    resume_from = open_folder(run.path("checkpoints"), key)
     with recorded(recipe, run, resume_from) as journal:
-        return _train(recipe, run, resume_from, journal)
+        return _train(recipe, run, resume_from, journal, trackers)
 
 
-def _train(recipe: Recipe, run: Run, resume_from: Path | None, journal: Journal) -> Made:
+def _train(recipe: Recipe, run: Run, resume_from: Path | None, journal: Journal, trackers: list[str]) -> Made:
     from transformers import set_seed
+
+    from train.curves import Curves
 
     tokens = tokenized(recipe, run)  # before the model takes its memory
     tokenizer, model = load_base(recipe, run)
-    trainer = make_trainer(recipe, run, tokenizer, model, tokens.datasets)
+    trainer = make_trainer(recipe, run, tokenizer, model, tokens.datasets, trackers)
     trainer.check_stops()
     trainer.journal = journal
+    if recipe.train.tracker != "none":
+        trainer.add_callback(Curves(run.path("logs", journal.began())))
     questions = heldout(run.path("data"))
     before = _before(trainer, tokenizer, questions, recipe, run.path("checkpoints"))
     log.info("before: validation loss %s, key facts %.0f %%", _loss(before), 100 * before["key_fact_accuracy"])
@@ -111,7 +118,9 @@ def load_base(recipe: Recipe, run: Run) -> tuple[Any, Any]:
     return tokenizer, AutoModelForCausalLM.from_pretrained(run.path("base"), **options)
 
 
-def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dict[str, Any]) -> Any:
+def make_trainer(
+    recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dict[str, Any], trackers: Sequence[str] = ()
+) -> Any:
     """The trainer with the recipe's settings; `rows` maps train and validation to datasets of ids and labels."""
     import torch
     from transformers import PrinterCallback
@@ -127,7 +136,6 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
     knobs = recipe.train
     precision = fast_precision() if knobs.precision == "auto" else knobs.precision
     validated = len(rows["validation"]) > 0
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path("logs"))
     settings = SFTConfig(
         output_dir=str(run.path("checkpoints")),
         num_train_epochs=knobs.epochs,
@@ -151,7 +159,8 @@ def make_trainer(recipe: Recipe, run: Run, tokenizer: Any, model: Any, rows: dic
         greater_is_better=False,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would hide a loss that is no number
-        report_to="tensorboard",
+        report_to=list(trackers),
+        run_name=recipe.name,
         disable_tqdm=True,
         seed=recipe.seed,
         full_determinism=knobs.deterministic,
@@ -198,7 +207,7 @@ def _measure(trainer: Any, tokenizer: Any, questions: list[dict[str, Any]], reci
     from recipe.score import key_fact_accuracy
     from train.score import answers
 
-    loss = trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
+    loss = trainer.validation_loss()
     with trainer.autocast_smart_context_manager():
         found = answers(trainer.model, tokenizer, questions, recipe.train.answer_tokens)
     return {

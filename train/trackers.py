@@ -1,0 +1,86 @@
+"""W&B and MLflow, beside TensorBoard's files: installed where a recipe names one, and told where to write.
+
+Without a login or a server of the user's own, both write below the run folder and send nothing anywhere.
+"""
+
+import importlib.util
+import logging
+import netrc
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from recipe import Run, UserError
+from recipe.environment import OURS, ROOT, SetupError, run
+
+PROJECT = "truetune"
+
+log = logging.getLogger("truetune")
+
+
+def prepare(tracker: str, place: Run, training: str) -> list[str]:
+    """Make a tracker ready, before anything heavy starts; transformers' names of those that are to be told.
+
+    `training` names the training, so that the same run goes on when the training does.
+
+    Raises:
+        UserError: it is not installed and no package index answers.
+    """
+    if tracker not in ("wandb", "mlflow"):
+        return []
+    if importlib.util.find_spec(tracker) is None:
+        _install(tracker)
+    folder = place.path("logs", tracker).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = _wandb(folder, place.name, training) if tracker == "wandb" else _mlflow(folder)
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    return [tracker]
+
+
+def _wandb(folder: Path, name: str, training: str) -> dict[str, str]:
+    mode = "online" if _logged_in() else "offline"
+    if os.environ.get("WANDB_MODE", mode) == "offline":
+        log.info("W&B: written to %s; 'wandb login', then 'wandb sync' sends it", folder)
+    return {
+        "WANDB_MODE": mode,
+        "WANDB_DIR": str(folder),
+        "WANDB_PROJECT": PROJECT,
+        "WANDB_NAME": name,
+        "WANDB_RUN_ID": training[:16],
+        "WANDB_RESUME": "allow",
+        "WANDB_SILENT": "true",
+        "WANDB_CONSOLE": "off",
+        "WANDB_ERROR_REPORTING": "false",
+    }
+
+
+def _mlflow(folder: Path) -> dict[str, str]:
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        log.info("MLflow: written to %s", folder)
+    return {
+        "MLFLOW_TRACKING_URI": folder.as_uri(),
+        "MLFLOW_EXPERIMENT_NAME": PROJECT,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+    }
+
+
+def _logged_in() -> bool:
+    """Whether W&B's key is in the environment or where `wandb login` puts it; it is not read."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _install(tracker: str) -> None:
+    requirements = ROOT / "train" / f"{tracker}.txt"
+    try:
+        run(OURS, f"{tracker}, once", [*OURS.install_locked, str(requirements)])
+    except SetupError as error:
+        raise UserError(f"train.tracker={tracker} is not installed: {error}") from None
+    importlib.invalidate_caches()
