@@ -15,7 +15,7 @@ from recipe.environment import device
 from recipe.error import UserError
 from recipe.run import Run
 from recipe.schema import Recipe
-from serve.artefacts import artefacts
+from serve.artefacts import Artefact, artefacts
 from serve.conversation import Conversation
 from serve.pane import QUIET, Pane, Update, keep, make_pane, read, told, unanswered, whole
 from serve.voices import Sampling, Voices, together
@@ -97,10 +97,17 @@ def _wire(
     fields = list(vars(controls).values())
     asking = [question, stop, clear, *(part for pane in panes for part in pane.changing)]
 
+    def listed(found: dict[str, Artefact]) -> list[tuple[str, str]]:
+        return [(artefact.label(recipe.name), name) for name, artefact in found.items()]
+
+    def refreshed() -> Update:
+        """Without a value: what was chosen while this was looked up stays."""
+        named = listed(artefacts(recipe.name))
+        return {pane.choice: gr.Dropdown(choices=named) for pane in panes}
+
     def choices(left: str | None, right: str | None) -> Update:
         found = artefacts(recipe.name)
-        named = [(artefact.label(recipe.name), name) for name, artefact in found.items()]
-        names = list(found)
+        named, names = listed(found), list(found)
         base = f"{recipe.name}/base"
         first = left if left in found else names[0] if names else None
         second = right if right in found else base if base in found else names[-1] if names else None
@@ -151,7 +158,7 @@ def _wire(
     blocks.unload(end)
     clear.click(empty, None, [part for pane in panes for part in pane.changing], **QUIET)
     for pane in panes:
-        pane.choice.focus(choices, picked, picked, **QUIET)
+        pane.choice.focus(refreshed, None, picked, **QUIET)
         pane.chat.clear(empty, None, [part for other in panes for part in other.changing], **QUIET)
         keep(run, pane)
 
