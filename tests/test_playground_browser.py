@@ -17,9 +17,11 @@ from typing import Any
 import psutil
 import pytest
 from conftest import REPOSITORY, Workplace
-from data_fixtures import read
+from gguf_fixture import Server
 
 from serve.endpoint import free_port
+from train.data import read
+from train.sources import Source
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -89,7 +91,7 @@ def opened(browser: Any, playground: Playground, **context: Any) -> Any:
     page.on("request", lambda asked: None if _is_here(asked.url, playground.port) else foreign.append(asked.url))
     page.foreign = foreign
     page.goto(playground.address)
-    page.get_by_label("Message").wait_for()
+    page.locator("#question textarea").wait_for()
     page.locator("#left input").first.wait_for()
     page.wait_for_function("document.querySelector('#left input').value != ''")
     return page
@@ -116,7 +118,7 @@ def clear(page: Any) -> None:
 
 def ask(page: Any, question: str, *sides: str) -> None:
     """Type, send, and wait until every side has told its speed and its prompt."""
-    page.get_by_label("Message").fill(question)
+    page.locator("#question textarea").fill(question)
     page.keyboard.press("Enter")
     for side in sides:
         page.locator(f"#{side} .status b").wait_for(timeout=ANSWER_MS)
@@ -156,10 +158,10 @@ def test_a_chat_with_the_adapter_is_streamed_rated_and_exported(
 
     with page.expect_download() as download:
         page.locator("#left").get_by_role("button", name="Export").click()
-    path = tmp_path / "exported.jsonl"
+    path, problems = tmp_path / "exported.jsonl", []  # type: ignore[var-annotated]
     download.value.save_as(path)
-    (row,) = read(path)
-    assert [turn["role"] for turn in row.value["messages"]] == ["user", "assistant"]
+    (row,) = read(Source(str(path)), problems)[0].rows
+    assert problems == [] and [turn["role"] for turn in row.value["messages"]] == ["user", "assistant"]
     assert page.foreign == []
 
 
@@ -186,6 +188,67 @@ def test_two_artefacts_answer_the_same_question_side_by_side(browser: Any, playg
     assert answers(page, "left") != answers(page, "right")
     assert page.locator("#right .status b").inner_text() == "base"
     assert page.foreign == []
+
+
+def test_stop_ends_an_answer_that_streams_and_keeps_what_came(browser: Any, playground: Playground) -> None:
+    page = opened(browser, playground)
+    set_numbers(page, **HOT | {"Max tokens": 2000})
+    page.locator("#question textarea").fill("What says the cat?")
+    page.keyboard.press("Enter")
+    page.locator("#left .bot.message").get_by_text(re.compile(r"\S")).first.wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#left .status b").wait_for(timeout=60_000)
+    assert page.locator("#left .prose.status").inner_text().endswith("stopped")
+    (came,) = answers(page, "left")
+    assert came
+    picture(page, "stopped")
+    set_numbers(page, **HOT)
+    ask(page, "And twice?", "left")
+    page.wait_for_function("document.querySelectorAll('#left .bot.message').length == 2")
+    assert answers(page, "left")[0] == came
+
+
+def test_an_edited_turn_is_exported_as_edited_and_read_by_the_next_answer(
+    browser: Any, playground: Playground, converted: Workplace, tmp_path: Path
+) -> None:
+    page = opened(browser, playground)
+    set_numbers(page, **HOT)
+    ask(page, "What says the cat?", "left")
+    page.locator("#left .bot.message").hover()
+    page.locator("#left").get_by_role("button", name="Edit").last.click()
+    page.locator("#left textarea").first.fill("The cat says meow.")
+    page.locator("#left").get_by_role("button", name="Submit").first.click()
+    page.locator("#left .bot.message").get_by_text("The cat says meow.").wait_for()
+    picture(page, "edited")
+    with page.expect_download() as download:
+        page.locator("#left").get_by_role("button", name="Export").click()
+    row = json.loads(Path(download.value.path()).read_text())
+    assert [turn["content"] for turn in row["messages"]] == ["What says the cat?", "The cat says meow."]
+    page.locator("#left .status b").evaluate("told => told.remove()")  # so that the next answer's is waited for
+    ask(page, "And twice?", "left")
+    page.locator("#left-prompt .tokens").get_by_text("meow").first.wait_for()
+
+
+def test_what_make_serve_serves_answers_in_a_pane(browser: Any, converted: Workplace) -> None:
+    server = Server(converted.folder, name="line")
+    server.wait_for("Ctrl-C stops", seconds=120)
+    playground = Playground(converted)
+    try:
+        page = opened(browser, playground)
+        page.get_by_label("Compare two").check()
+        choose(page, "left", "served")
+        choose(page, "right", "Q8_0")
+        set_numbers(page, **HOT)
+        ask(page, "What says the dog?", "left", "right")
+        picture(page, "served")
+        assert str(server.port) in page.get_by_label("Who answers, left").input_value()
+        assert all(answers(page, "left")) and all(answers(page, "right"))
+        ids = [page.locator(f"#{side}-prompt details code").text_content() for side in ("left", "right")]
+        assert ids[0] == ids[1]
+    finally:
+        playground.end()
+        playground.process.communicate()
+        assert server.end() == 0
 
 
 def test_a_phone_shows_it_all_without_scrolling_sideways(browser: Any, playground: Playground) -> None:
