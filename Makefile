@@ -7,7 +7,7 @@ MAKEFLAGS   += --no-builtin-rules --no-print-directory
 # An exported path would make llama.cpp's tools import our packages instead of theirs.
 unexport PYTHONPATH
 
-# SET, PORT, UI, UI_PORT, ENGINE and Q given on the command line or in the environment reach Python through the environment, unquoted.
+# SET, PORT, UI, UI_PORT, ENGINE, ROW and Q given on the command line or in the environment reach Python through the environment, unquoted.
 RECIPE ?= assistant
 UV     ?= uv
 FILE   := $(if $(filter %.yaml %.yml,$(RECIPE)),$(RECIPE),recipe/$(RECIPE).yaml)
@@ -15,7 +15,7 @@ NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
 PYTHON := .venv/bin/python
 
-USES_RECIPE := resolve data base train reference eval merge gguf parity prove report verify serve register vllm cluster ready status stop docker up chat ask playground tensorboard clean
+USES_RECIPE := resolve data base preview train reference eval merge gguf parity prove report verify serve register vllm cluster ready status stop docker up chat ask playground tensorboard clean
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
@@ -30,7 +30,7 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor resolve ready data base train reference eval merge gguf parity prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard test test-ollama lint format lock clean
+.PHONY: help setup doctor resolve ready data base preview train reference eval merge gguf parity prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard test test-ollama lint format lock clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,7 @@ help: ## Show this list
 	@echo "  OLLAMA_HOST=gpu-box:11434       for register and test-ollama; OLLAMA_API_KEY if it wants one"
 	@echo "  PROFILE='llamacpp playground'   for up: ollama (the default), gpu, llamacpp or vllm; playground; train"
 	@echo "  Q='What is a receipt?'          for ask"
+	@echo "  ROW=17                          for preview: that conversation alone; ROW=talks.jsonl:17 too"
 	@echo "  FORCE=1                         for serve: serve even what failed its proof"
 
 setup: .venv/.complete ## Make the environment: .venv and .cache
@@ -89,6 +90,9 @@ $(RUN)/gguf.json: $(RUN)/keys/gguf.json $(RUN)/data.json $(RUN)/merge.json
 
 $(RUN)/parity.json: $(RUN)/keys/parity.json $(RUN)/data.json $(RUN)/base.json $(RUN)/reference.json $(RUN)/merge.json $(RUN)/gguf.json
 	@$(PYTHON) -m convert.prove $(FILE)
+
+preview: $(RUN)/data.json $(RUN)/base.json ## Print what training will read, with what is learned in colour: ROW=17
+	@$(PYTHON) -m train.preview $(FILE)
 
 prove: $(RUN)/parity.json ## Prove that what is served is the model that was trained
 	@$(PYTHON) -m serve.prove $(FILE)

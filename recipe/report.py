@@ -15,6 +15,7 @@ from typing import Any
 from recipe.card import card
 from recipe.chart import HEIGHT, WIDTH
 from recipe.command import boundary, log, recipe_of_arguments
+from recipe.conversations import conversations
 from recipe.files import write_whole
 from recipe.pictures import change_chart, loss_chart, size_chart, speed_chart
 from recipe.proof import Comparison
@@ -120,6 +121,7 @@ def page(recipe: Recipe, run: Run) -> str:
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         verdict=told,
         data=run.find_receipt("data"),
+        data_told=conversations(run),
         base=run.find_receipt("base"),
         train=run.receipt("train"),
         figures=figures(run.receipt("train"), files, served_type(recipe, choice)),

@@ -1,0 +1,226 @@
+"""Show what training will read, before it trains:  python -m train.preview RECIPE
+
+Conversations as the chat template writes them, what is learned in colour (between brackets where there is none), packed
+rows with the boundaries of their conversations, and what became of all rows. `ROW=17`, or `ROW=talks.jsonl:17`, shows
+that one whole. The numbers and an example stay in `preview.json` for the report.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from recipe import Recipe, Run, UserError
+from recipe.command import boundary, recipe_of_arguments
+from recipe.files import write_whole
+from recipe.rows import count, picked, rows
+from train.sft import row_tokens
+from train.template import IGNORED, Example, row_examples
+from train.tokens import Tokens, longest_and_sum, tokenized
+
+SHOWN, PACKED_SHOWN = 3, 2
+SHOWN_TOKENS = 600  # of a conversation, unless it was asked for
+PACKED = 10_000  # conversations of which the fill of packed rows is told
+SHORTEST_BAR = 16  # tokens, the upper end of the histogram's first bar; each next one ends at twice as many
+BAR_CHARACTERS = 40
+LEARNED, SPECIAL = "bold green", "cyan"
+OPEN, CLOSE = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens of one kind, as text: `learned` are those in the loss."""
+
+    text: str
+    learned: bool
+    special: bool
+
+
+def pieces(tokenizer: Any, ids: list[int], labels: list[int]) -> list[Piece]:
+    """The tokens as text; a character that a boundary cuts lies in the later piece."""
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    kinds = [(label != IGNORED, token in special) for token, label in zip(ids, labels, strict=True)]
+    found, written, index = [], "", 0
+    for (learned, is_special), run in groupby(kinds):
+        index += len(list(run))
+        text = tokenizer.decode(ids[:index], clean_up_tokenization_spaces=False)
+        if index < len(ids):
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        found.append(Piece(text[len(written) :], learned, is_special))
+        written = text
+    return found
+
+
+def histogram(dataset: Any) -> list[tuple[int, int]]:
+    """(most tokens, conversations) of bars whose ends double, none before the shortest or after the longest."""
+    import pyarrow.compute as compute
+
+    if not len(dataset):
+        return []
+    lengths = compute.list_value_length(dataset.data.column("input_ids")).to_numpy()
+    bars, end = [], SHORTEST_BAR
+    while not bars or end // 2 < lengths.max():
+        low = end // 2 if bars else 0
+        bars.append((end, int(((lengths > low) & (lengths <= end)).sum())))
+        end *= 2
+    first = next(index for index, (_, number) in enumerate(bars) if number)
+    return bars[first:]
+
+
+def packed_rows(recipe: Recipe, tokens: Tokens) -> tuple[Any, int]:
+    """(rows as TRL packs them, tokens that one can hold) of the first conversations."""
+    from trl import pack_dataset
+
+    most = row_tokens(*longest_and_sum(tokens.datasets.values()), recipe.train.max_tokens)
+    train = tokens.datasets["train"]
+    return pack_dataset(train.select(range(min(PACKED, len(train)))), most), most
+
+
+def summary(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any) -> dict[str, Any]:
+    """What the report shows: counts of each part, lengths, packing and the first conversation with its labels."""
+    packed, most = packed_rows(recipe, tokens)
+    train = tokens.datasets["train"]
+    first = next(rows(run.path("data"), "train", first=1))
+    example = Example(train[0]["input_ids"][:SHOWN_TOKENS], train[0]["labels"][:SHOWN_TOKENS])
+    return {
+        "parts": tokens.counts,
+        "lengths": histogram(train),
+        "packing": {
+            "conversations": min(PACKED, len(train)),
+            "rows": len(packed),
+            "row_tokens": most,
+            "fill": round(sum(map(len, packed["input_ids"])) / (len(packed) * most), 4),
+        },
+        "example": {
+            "source": first["source"],
+            "tokens": len(train[0]["input_ids"]),
+            "pieces": [asdict(piece) for piece in pieces(tokenizer, example.input_ids, example.labels)],
+        },
+    }
+
+
+def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any) -> dict[str, Any]:
+    """Write `preview.json`; returns what is in it."""
+    found = summary(recipe, run, tokens, tokenizer)
+    write_whole(run.path("preview.json"), json.dumps(found, ensure_ascii=False) + "\n")
+    return found
+
+
+def preview(recipe: Recipe, run: Run, wish: str | None = None) -> None:
+    """Print it; `wish` names one conversation by its number or its place.
+
+    Raises:
+        UserError: no such conversation; what the template refuses; nothing is left to learn.
+    """
+    from rich.console import Console
+    from transformers import AutoTokenizer
+
+    console = Console(highlight=False, soft_wrap=True)
+    tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
+    if wish:
+        show_row(console, tokenizer, recipe, _wished(run, wish), SHOWN_TOKENS * recipe.train.max_tokens)
+        return
+    tokens = tokenized(recipe, run)
+    told = write_preview(recipe, run, tokens, tokenizer)
+    number = count(run.path("data"), "train")
+    for row in picked(run.path("data"), "train", sorted({0, number // 2, number - 1})[:SHOWN]):
+        show_row(console, tokenizer, recipe, row, SHOWN_TOKENS)
+    packed, most = packed_rows(recipe, tokens)
+    for index in range(min(PACKED_SHOWN, len(packed))):
+        show_packed(console, tokenizer, packed[index], index, most)
+    show_numbers(console, recipe, told)
+
+
+def show_row(console: Any, tokenizer: Any, recipe: Recipe, row: dict[str, Any], most: int) -> None:
+    """A conversation as each of its training rows."""
+    found = row_examples(tokenizer, row, recipe.train.max_tokens)
+    if not found:
+        console.rule(f"{row['source']}: left out, no answer is within train.max_tokens={recipe.train.max_tokens}")
+    for index, example in enumerate(found):
+        learned = sum(label != IGNORED for label in example.labels)
+        part = f", row {index + 1} of {len(found)}" if len(found) > 1 else ""
+        size = f"{len(example.input_ids)} tokens, {learned} learned"
+        cut = ", cut" if len(example.input_ids) == recipe.train.max_tokens else ""
+        console.rule(f"{row['source']}{part}: {size}{cut}", align="left")
+        show_tokens(console, tokenizer, example.input_ids[:most], example.labels[:most])
+        if len(example.input_ids) > most:
+            console.print(f"... and {len(example.input_ids) - most} tokens more: ROW={row['source']} shows all")
+
+
+def show_packed(console: Any, tokenizer: Any, row: dict[str, Any], index: int, most: int) -> None:
+    """A packed row: its conversations end to end, none of which sees another."""
+    console.rule(f"packed row {index + 1}: {len(row['input_ids'])} of {most} tokens", align="left", characters="=")
+    first = 0
+    for number, length in enumerate(row["seq_lengths"], 1):
+        console.rule(f"conversation {number} of {len(row['seq_lengths'])}: positions 0 to {length - 1}", align="left")
+        span = slice(first, first + length)
+        show_tokens(console, tokenizer, row["input_ids"][span], row["labels"][span])
+        first += length
+
+
+def show_tokens(console: Any, tokenizer: Any, ids: list[int], labels: list[int]) -> None:
+    """The text of the tokens; what is learned is green, or stands between brackets where there is no colour."""
+    from rich.text import Text
+
+    colour, text, inside = console.color_system is not None and not console.no_color, Text(), False
+    for piece in pieces(tokenizer, ids, labels):
+        if not colour and piece.learned != inside:
+            text.append(OPEN if piece.learned else CLOSE)
+            inside = piece.learned
+        style = " ".join(word for word, on in ((LEARNED, piece.learned), ("underline", piece.special)) if on)
+        text.append(piece.text, style or (SPECIAL if piece.special else ""))
+    text.append(CLOSE if inside else "")
+    console.print(text)
+
+
+def show_numbers(console: Any, recipe: Recipe, told: dict[str, Any]) -> None:
+    """What became of all rows: counts, histogram, share learned, fill."""
+    console.rule("all rows", align="left", characters="=")
+    for part, numbers in told["parts"].items():
+        if not numbers.get("rows"):
+            continue
+        share = numbers["supervised_tokens"] / max(1, numbers["tokens"])
+        console.print(
+            f"{part}: {numbers['rows']:,} conversations, {numbers['tokens']:,} tokens, "
+            f"{numbers['supervised_tokens']:,} of them learned ({share:.0%})"
+        )
+        lost = {
+            f"cut to train.max_tokens={recipe.train.max_tokens}": numbers["cut"],
+            "left out, no answer within train.max_tokens": numbers["dropped"],
+            "left out, the template does not show it": numbers["unshown"],
+        }
+        for what, number in lost.items():
+            if number:
+                console.print(f"  {number:,} {what}")
+    widest = max((number for _, number in told["lengths"]), default=1)
+    for end, number in told["lengths"]:
+        bar = "\N{FULL BLOCK}" * round(BAR_CHARACTERS * number / widest)
+        console.print(f"  up to {end:>7,} tokens {number:>9,} {bar}")
+    packing = told["packing"]
+    of = f" of the first {packing['conversations']:,}" if packing["conversations"] == PACKED else ""
+    console.print(
+        f"packed{of}: {packing['rows']:,} rows of {packing['row_tokens']:,} tokens, {packing['fill']:.0%} full"
+    )
+
+
+def _wished(run: Run, wish: str) -> dict[str, Any]:
+    data = run.path("data")
+    if wish.isdecimal():
+        number = count(data, "train")
+        if not 1 <= int(wish) <= number:
+            raise UserError(f"ROW={wish}: there is no such conversation: give a number from 1 to {number}")
+        return next(picked(data, "train", [int(wish) - 1]))
+    for part in ("train", "validation"):
+        found = next((row for row in rows(data, part) if row["source"] in (wish, f"{wish}")), None)
+        if found:
+            return found
+    raise UserError(f"ROW={wish}: no conversation is from there: name file and line, as rejected.jsonl and errors do")
+
+
+if __name__ == "__main__":
+    with boundary():
+        recipe = recipe_of_arguments("train.preview", "Show what training will read, before it trains")
+        run = Run(recipe.name)
+        with run.lock():
+            preview(recipe, run, os.environ.get("ROW"))
