@@ -65,7 +65,11 @@ SCORES = [
     for values in [(base, trained, trained - base)]
 ]
 METRICS: dict[str, dict[str, Any]] = {
-    "data": {"train": 378, "validation": 42, "heldout": 3, "read": 420, "changed": {}, "rejected": {}},
+    "data": {
+        "train": 378, "validation": 42, "heldout": 3, "read": 1656,
+        "changed": {"unicode": 3}, "rejected": {"too_short": 2, "near_duplicates": 1234},
+        "sources": [{"source": "talks.jsonl", "format": "OpenAI messages", "rows": 423, "rejected": {"no answer": 1}}],
+    },
     "base": {"parameters": 134515008, "license": "apache-2.0", "languages": ["en"],
              "model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
     "train": {
@@ -83,6 +87,26 @@ METRICS: dict[str, dict[str, Any]] = {
              for kind, values in TYPES.items()},
     "parity": {"recommended": "Q5_K_M", "rule": "the smallest type that loses at most 0.05 nats",
                "reasons": {"Q2_K": "0.33 nats are more than 0.05"}},
+}  # fmt: skip
+
+
+PREVIEW = {
+    "parts": {
+        "train": {"rows": 378, "tokens": 27007, "supervised_tokens": 10808, "cut": 2, "dropped": 1, "unshown": 0},
+        "validation": {"rows": 42, "tokens": 3095, "supervised_tokens": 1227, "cut": 0, "dropped": 0, "unshown": 0},
+    },
+    "lengths": [[64, 127], [128, 233], [256, 18]],
+    "packing": {"rows": 94, "row_tokens": 301, "fill": 0.954},
+    "example": {
+        "source": "talks.jsonl:1", "tokens": 14,
+        "pieces": [
+            {"text": "<|im_start|>", "learned": False, "special": True},
+            {"text": "user\nWho <b>are</b> you?", "learned": False, "special": False},
+            {"text": "<|im_end|>", "learned": False, "special": True},
+            {"text": "I am Mina & co.", "learned": True, "special": False},
+            {"text": "<|im_end|>", "learned": True, "special": True},
+        ],
+    },
 }  # fmt: skip
 
 
@@ -123,6 +147,7 @@ class Told:
             ])  # fmt: skip
             return [self.run.path("parity.jsonl")]
         if name == "train":
+            self.run.path("preview.json").write_text(json.dumps(PREVIEW))
             self.jsonl("answers.jsonl", [
                 {"question": question, "facts": facts, "before": "I am a model.", "after": f"It is {right}."}
                 for question, facts, right in QUESTIONS

@@ -62,9 +62,9 @@ def made(run: Told) -> Outline:
 
 
 SECTIONS = [
-    (("data", "base", "train"), {"training", "answers", "lineage", "costs", "recipe"}),
-    (EVERY[:-2], {"files", "training", "evaluation", "answers", "lineage", "costs", "recipe"}),
-    (EVERY, {"proof", "files", "training", "evaluation", "answers", "lineage", "costs", "recipe"}),
+    (("data", "base", "train"), {"data", "training", "answers", "lineage", "costs", "recipe"}),
+    (EVERY[:-2], {"files", "data", "training", "evaluation", "answers", "lineage", "costs", "recipe"}),
+    (EVERY, {"proof", "files", "data", "training", "evaluation", "answers", "lineage", "costs", "recipe"}),
 ]
 
 
@@ -125,6 +125,31 @@ def test_what_a_model_says_is_text(told: Callable[..., Told]) -> None:
     outline = made(run)
     assert {tag for tag, _ in outline.seen} & {"script", "img"} == set()
     assert outline.text.count(EVIL) >= 4
+
+
+def test_the_data_are_told_by_source_step_and_length(told: Callable[..., Told]) -> None:
+    text = made(told("data", "base", "train")).text
+    assert "talks.jsonlOpenAI messages4231 no answer" in text
+    assert "near duplicates" in text and "1,234" in text
+    assert "packed into 94 rows of 301 tokens that are 95% full" in text
+    assert "127 of up to 64 tokens, 233 of up to 128 tokens, 18 of up to 256 tokens" in text
+
+
+def test_the_example_marks_what_is_learned_and_no_markup_of_the_data(told: Callable[..., Told]) -> None:
+    text = page((run := told("data", "base", "train")).recipe, run.run)
+    example = re.search(r'<pre class="tokens">(.*?)</pre>', text, re.DOTALL)
+    assert example and example[1] == (
+        '<span class="special">&lt;|im_start|&gt;</span>user\nWho &lt;b&gt;are&lt;/b&gt; you?'
+        '<span class="special">&lt;|im_end|&gt;</span><mark class="learned">I am Mina &amp; co.</mark>'
+        '<mark class="learned">&lt;|im_end|&gt;</mark>'
+    )
+
+
+def test_a_run_made_before_there_was_a_preview_tells_its_sources(told: Callable[..., Told]) -> None:
+    run = told("data", "base", "train")
+    run.run.path("preview.json").unlink()
+    text = made(run).text
+    assert "OpenAI messages" in text and "as the model reads them" not in text
 
 
 def test_key_facts_are_marked_where_they_stand(told: Callable[..., Told]) -> None:
@@ -199,7 +224,7 @@ def test_each_chart_says_in_words_what_it_shows(told: Callable[..., Told]) -> No
 def test_each_table_has_a_caption_and_scopes(told: Callable[..., Told]) -> None:
     text = page((run := told()).recipe, run.run)
     tables = re.findall(r"<table.*?</table>", text, re.DOTALL)
-    assert len(tables) == 8
+    assert len(tables) == 11
     assert all("<caption>" in table and not re.search(r"<th(?![^>]*scope)[ >]", table) for table in tables)
 
 

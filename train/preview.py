@@ -7,6 +7,7 @@ that one whole. The numbers and an example stay in `preview.json` for the report
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -16,7 +17,7 @@ from recipe.command import boundary, recipe_of_arguments
 from recipe.files import write_whole
 from recipe.rows import count, picked, rows
 from train.sft import row_tokens
-from train.template import IGNORED, Example, row_examples
+from train.template import IGNORED, row_examples
 from train.tokens import Tokens, longest_and_sum, tokenized
 
 SHOWN, PACKED_SHOWN = 3, 2
@@ -77,32 +78,29 @@ def packed_rows(recipe: Recipe, tokens: Tokens) -> tuple[Any, int]:
     return pack_dataset(train.select(range(min(PACKED, len(train)))), most), most
 
 
-def summary(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any) -> dict[str, Any]:
-    """What the report shows: counts of each part, lengths, packing and the first conversation with its labels."""
-    packed, most = packed_rows(recipe, tokens)
+def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any, packed: Any, most: int) -> dict[str, Any]:
+    """Write `preview.json`, which the report shows; returns what is in it.
+
+    Args:
+        packed: the rows as TRL packs them, `most` tokens at most in each.
+    """
     train = tokens.datasets["train"]
-    first = next(rows(run.path("data"), "train", first=1))
-    example = Example(train[0]["input_ids"][:SHOWN_TOKENS], train[0]["labels"][:SHOWN_TOKENS])
-    return {
+    ids, labels = (train[0][name] for name in ("input_ids", "labels"))
+    shown = pieces(tokenizer, ids[:SHOWN_TOKENS], labels[:SHOWN_TOKENS])
+    found = {
         "parts": tokens.counts,
         "lengths": histogram(train),
         "packing": {
-            "conversations": min(PACKED, len(train)),
             "rows": len(packed),
             "row_tokens": most,
-            "fill": round(sum(map(len, packed["input_ids"])) / (len(packed) * most), 4),
+            "fill": round(longest_and_sum([packed])[1] / (len(packed) * most), 4),
         },
         "example": {
-            "source": first["source"],
-            "tokens": len(train[0]["input_ids"]),
-            "pieces": [asdict(piece) for piece in pieces(tokenizer, example.input_ids, example.labels)],
+            "source": _first_source(recipe, run, tokenizer),
+            "tokens": len(ids),
+            "pieces": [asdict(piece) for piece in shown],
         },
     }
-
-
-def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any) -> dict[str, Any]:
-    """Write `preview.json`; returns what is in it."""
-    found = summary(recipe, run, tokens, tokenizer)
     write_whole(run.path("preview.json"), json.dumps(found, ensure_ascii=False) + "\n")
     return found
 
@@ -122,11 +120,11 @@ def preview(recipe: Recipe, run: Run, wish: str | None = None) -> None:
         show_row(console, tokenizer, recipe, _wished(run, wish), SHOWN_TOKENS * recipe.train.max_tokens)
         return
     tokens = tokenized(recipe, run)
-    told = write_preview(recipe, run, tokens, tokenizer)
+    packed, most = packed_rows(recipe, tokens)
+    told = write_preview(recipe, run, tokens, tokenizer, packed, most)
     number = count(run.path("data"), "train")
     for row in picked(run.path("data"), "train", sorted({0, number // 2, number - 1})[:SHOWN]):
         show_row(console, tokenizer, recipe, row, SHOWN_TOKENS)
-    packed, most = packed_rows(recipe, tokens)
     for index in range(min(PACKED_SHOWN, len(packed))):
         show_packed(console, tokenizer, packed[index], index, most)
     show_numbers(console, recipe, told)
@@ -198,10 +196,19 @@ def show_numbers(console: Any, recipe: Recipe, told: dict[str, Any]) -> None:
         bar = "\N{FULL BLOCK}" * round(BAR_CHARACTERS * number / widest)
         console.print(f"  up to {end:>7,} tokens {number:>9,} {bar}")
     packing = told["packing"]
-    of = f" of the first {packing['conversations']:,}" if packing["conversations"] == PACKED else ""
+    first = f" (the first {PACKED:,} conversations)" if told["parts"]["train"]["examples"] > PACKED else ""
     console.print(
-        f"packed{of}: {packing['rows']:,} rows of {packing['row_tokens']:,} tokens, {packing['fill']:.0%} full"
+        f"packed{first}: {packing['rows']:,} rows of {packing['row_tokens']:,} tokens, {packing['fill']:.0%} full"
     )
+
+
+def _first_source(recipe: Recipe, run: Run, tokenizer: Any) -> str:
+    """The place of the first conversation that was not left out."""
+    for row in rows(run.path("data"), "train"):
+        with suppress(UserError):
+            if row_examples(tokenizer, row, recipe.train.max_tokens):
+                return str(row["source"])
+    return ""
 
 
 def _wished(run: Run, wish: str) -> dict[str, Any]:
@@ -212,7 +219,7 @@ def _wished(run: Run, wish: str) -> dict[str, Any]:
             raise UserError(f"ROW={wish}: there is no such conversation: give a number from 1 to {number}")
         return next(picked(data, "train", [int(wish) - 1]))
     for part in ("train", "validation"):
-        found = next((row for row in rows(data, part) if row["source"] in (wish, f"{wish}")), None)
+        found = next((row for row in rows(data, part) if row["source"] == wish), None)
         if found:
             return found
     raise UserError(f"ROW={wish}: no conversation is from there: name file and line, as rejected.jsonl and errors do")

@@ -52,10 +52,12 @@ def _train(recipe: Recipe, run: Run, resume_from: Path | None, journal: Journal,
     from transformers import set_seed
 
     from train.curves import Curves
+    from train.preview import write_preview
 
     tokens = tokenized(recipe, run)  # before the model takes its memory
     tokenizer, model = load_base(recipe, run)
     trainer = make_trainer(recipe, run, tokenizer, model, tokens.datasets, trackers)
+    write_preview(recipe, run, tokens, tokenizer, trainer.train_dataset, trainer.args.max_length)
     trainer.check_stops()
     trainer.journal = journal
     if recipe.train.tracker != "none":
