@@ -131,7 +131,7 @@ def test_the_data_are_told_by_source_step_and_length(told: Callable[..., Told]) 
     text = made(told("data", "base", "train")).text
     assert "talks.jsonlOpenAI messages4231 no answer" in text
     assert "near duplicates" in text and "1,234" in text
-    assert "packed into 94 rows of 301 tokens that are 95% full" in text
+    assert "packed into 94 rows of 301 tokens that are 95.4% full" in text
     assert "127 of up to 64 tokens, 233 of up to 128 tokens, 18 of up to 256 tokens" in text
 
 
