@@ -117,7 +117,15 @@ def impossible(recipe: Recipe, machine: Machine) -> list[str]:
 
 
 def model_of(recipe: Recipe, run: Run) -> Model:
-    """The folders that the recipe serves."""
+    """The folders that the recipe serves.
+
+    Raises:
+        UserError: an adapter with trained tokens, which vLLM does not apply.
+    """
+    if recipe.serve.vllm.adapter and (added := run.receipt("base").metrics.get("added_tokens")):
+        raise UserError(
+            f"serve.vllm.adapter: vLLM applies no adapter with new tokens ({', '.join(added)}): set it to false"
+        )
     return Model(run.path("base"), run.path("adapter")) if recipe.serve.vllm.adapter else Model(run.path("merged"))
 
 

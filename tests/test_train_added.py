@@ -126,3 +126,20 @@ def test_added_tokens_are_trained_merged_and_proved(tied: bool, untrained: Prove
         assert torch.equal(merged[name][:512], base[name][:512])
         assert ((merged[name][512:] - base[name][512:]).abs().amax(1) > 1e-4).all(), "both tokens were trained"
     assert {name: row.problems for name, row in untrained.comparisons().items()} == {"merge": [], "F16": [], "Q8_0": []}
+
+
+def test_vllm_is_not_asked_to_apply_an_adapter_with_new_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from recipe import Recipe, Run, UserError
+    from recipe.run import Receipt
+    from serve.vllm import model_of
+
+    monkeypatch.chdir(tmp_path)
+    recipe, run = Recipe("line"), Run("line")
+    recipe = replace(recipe, serve=replace(recipe.serve, vllm=replace(recipe.serve.vllm, adapter=True)))
+    run.write_receipt(Receipt("base", {}, {}, {}, {}, {"added_tokens": NEW}, "2026-01-01T00:00:00+00:00", 0.0, 0))
+    with pytest.raises(
+        UserError, match=r"^serve\.vllm\.adapter: vLLM applies no adapter with new tokens \(<\|im_start"
+    ):
+        model_of(recipe, run)
