@@ -54,7 +54,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
 
 def make_trainer(
     name: str = "llama", attention: str = "sdpa", rows: list[dict[str, Any]] | None = None, lora: bool = False,
-    knobs: dict[str, Any] | None = None, **settings: Any,
+    dropout: float = 0, knobs: dict[str, Any] | None = None, **settings: Any,
 ) -> Any:  # fmt: skip
     import torch
     import transformers
@@ -70,6 +70,7 @@ def make_trainer(
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for weights in model.parameters():
         torch.nn.init.normal_(weights, std=0.2)  # as sharp as a trained one: what is wrong shows
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=dropout)
     settings = {"packing": True, "max_length": 48, "per_device_train_batch_size": 1} | settings
     return AssistantTrainer(
         model=model,
@@ -78,7 +79,7 @@ def make_trainer(
         processing_class=tokenizer(),
         train_dataset=Dataset.from_list(rows or random_rows()),
         callbacks=[],
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear") if lora else None,
+        peft_config=adapter if lora else None,
         **knobs or {},
     )  # fmt: skip
 
@@ -293,6 +294,34 @@ def test_a_quantized_base_trains_its_adapter_in_float32(monkeypatch: pytest.Monk
     monkeypatch.setattr(LlamaForCausalLM, "is_loaded_in_4bit", True, raising=False)
     made = trainer(lora=True)
     assert {weights.dtype for weights in made.model.parameters() if weights.requires_grad} == {torch.float32}
+
+
+TRAINING = """
+from test_train_loss import make_trainer
+made = make_trainer(lora=True, dropout=0.2, knobs={{"noise": 5.0}}, max_steps=8, seed={seed}, full_determinism={exact})
+made.train()
+made.save_model("{name}")
+"""
+
+
+@pytest.mark.slow
+def test_a_seed_gives_the_same_bytes_in_every_process_and_another_others(tmp_path: Path) -> None:
+    """With all that throws dice: order, dropout, noise; what makes a GPU deterministic changes nothing on a CPU."""
+
+    def trained(name: str, seed: int = 0, exact: bool = False) -> bytes:
+        code = TRAINING.format(name=name, seed=seed, exact=exact)
+        path = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / name / "adapter_model.safetensors").read_bytes()
+
+    first = trained("first")
+    assert trained("again") == first
+    assert trained("exact", exact=True) == first
+    assert trained("other", seed=1) != first
 
 
 if __name__ == "__main__":  # one rank of the test above
