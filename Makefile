@@ -15,7 +15,7 @@ NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
 PYTHON := .venv/bin/python
 
-USES_RECIPE := resolve data base preview train reference eval merge gguf parity prove report verify serve register vllm cluster ready status stop docker up chat ask playground tensorboard clean
+USES_RECIPE := plan resolve data base preview train reference eval merge gguf parity prove report verify serve register vllm cluster ready status stop docker up chat ask playground tensorboard clean
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
@@ -30,7 +30,7 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor resolve ready data base preview train reference eval merge gguf parity prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard test test-ollama lint format lock clean
+.PHONY: help setup doctor plan resolve ready data base preview train reference eval merge gguf parity prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard test test-ollama lint format lock clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,7 +44,7 @@ help: ## Show this list
 	@echo "  PROFILE='llamacpp playground'   for up: ollama (the default), gpu, llamacpp or vllm; playground; train"
 	@echo "  Q='What is a receipt?'          for ask"
 	@echo "  ROW=17                          for preview: that conversation alone; ROW=talks.jsonl:17 too"
-	@echo "  FORCE=1                         for serve: serve even what failed its proof"
+	@echo "  FORCE=1                         for train and serve: even what is planned not to fit, or failed its proof"
 
 setup: .venv/.complete ## Make the environment: .venv and .cache
 
@@ -53,6 +53,10 @@ doctor: ## Show what this machine has, and what is missing for which target
 
 .venv/.complete: pyproject.toml requirements.lock recipe/environment.py
 	@$(or $(SYSTEM_PYTHON),$(error $(NO_PYTHON))) recipe/environment.py
+
+# SET is for this once: a plan changes nothing.
+plan: | .venv/.complete ## Tell what training takes, what fits here and which GPU would do, before any download
+	@$(PYTHON) -m train.plan $(FILE)
 
 # The line from data to chat, as in recipe/stages.py. Each receipt is a target. A stage runs again when a receipt
 # before it is newer, or when resolve rewrote its keys, which it does only if they changed.

@@ -126,6 +126,7 @@ def page(recipe: Recipe, run: Run) -> str:
         train=run.receipt("train"),
         figures=figures(run.receipt("train"), files, served_type(recipe, choice)),
         learned=learned(run.receipt("train")),
+        planned=planned(run.receipt("train")),
         groups=groups,
         compared=taken(FIDELITY, told.rows),
         files=files,
@@ -165,6 +166,21 @@ def learned(train: Receipt) -> list[tuple[str, str, str]]:
         (name, show(before[key]), show(after[key]))
         for name, key, show in known
         if before.get(key) is not None and after.get(key) is not None
+    ]
+
+
+def planned(train: Receipt) -> list[tuple[str, str, str]]:
+    """(measure, planned, measured) of a training that was planned."""
+    told = train.metrics.get("planned", {})
+    measured: dict[str, Any] = {
+        "memory_bytes": train.metrics.get("peak_gpu_bytes") or train.peak_rss_bytes,
+        "tokens": train.metrics.get("tokens"),
+        "tokens_per_second": train.metrics.get("tokens_per_second"),
+    }
+    named = (("peak memory", "memory_bytes", size), ("tokens", "tokens", number),
+             ("tokens a second", "tokens_per_second", number))  # fmt: skip
+    return [
+        (name, show(told[key]), show(measured[key])) for name, key, show in named if told.get(key) and measured[key]
     ]
 
 

@@ -173,6 +173,16 @@ class Serve:
 
 
 @dataclass(frozen=True)
+class Plan:
+    gpu: str | None = knob(None, "A GPU of train/devices.py to plan for, as `a100-80gb`; this machine if not given")
+    devices: int = knob(1, "How many of them", 1)
+    zero: int = knob(0, "Stage of ZeRO by which they share optimizer (1), gradients (2) and weights (3)", 0, 3)
+    efficiency: float = knob(0.0, "Share of the device's peak that training reaches; 0 takes what is known", 0, 1)
+    price: float = knob(0.0, "USD that one device costs an hour; 0 takes the table's range", 0)
+    tokens: int = knob(0, "Tokens of one epoch; 0 counts those of the data's files", 0)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One model from data to chat. `name` is the file's stem, the run folder's and the served model's name."""
 
@@ -187,6 +197,7 @@ class Recipe:
     prove: Prove = Prove()
     eval: Evaluation = Evaluation()
     serve: Serve = Serve()
+    plan: Plan = Plan()
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong between keys, as (key, problem)."""

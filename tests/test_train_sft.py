@@ -125,7 +125,9 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_conversations_alone(rows
     made = trainer(rows=rows, max_tokens=256 // rows**2)
     batch = made.data_collator([made.train_dataset[index] for index in range(len(made.train_dataset))])
     assert len(made.train_dataset) == rows and batch["input_ids"].shape[0] == 1
-    assert (batch["position_ids"] == 0).sum() == len(TALKS), "every conversation starts at position 0"
+    starts = (batch["position_ids"][:, :-1] == 0) & (batch["position_ids"][:, 1:] == 1)  # padding has zeros alone
+    assert starts.sum() == len(TALKS), "every conversation starts at position 0"
+    assert batch["input_ids"].shape[1] % made.args.max_length == 0, "rows have one length"
     supervised = torch.tensor(sum(label != -100 for row in made.rows for label in row["labels"]))
 
     packed = made.compute_loss(made.model, batch, num_items_in_batch=supervised)

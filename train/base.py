@@ -110,15 +110,12 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _from_random(folder: Path, seed: int) -> Fingerprints:
-    """Two random layers around the packaged tokenizer; dimensions are multiples of 256, so that K-quants apply."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def random_config(vocabulary: int, **tokens: Any) -> Any:
+    """Config of the random base: two layers, whose dimensions are multiples of 256, so that K-quants apply."""
+    from transformers import LlamaConfig
 
-    source = packaged_gguf()
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    return LlamaConfig(
+        vocab_size=vocabulary,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=2,
@@ -126,9 +123,18 @@ def _from_random(folder: Path, seed: int) -> Fingerprints:
         num_key_value_heads=2,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **tokens,
     )
+
+
+def _from_random(folder: Path, seed: int) -> Fingerprints:
+    """Random weights around the packaged tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    source = packaged_gguf()
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    config = random_config(len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(seed)
     _save(LlamaForCausalLM(config), tokenizer, folder)
     return {PACKAGED: fingerprint(source)}

@@ -22,8 +22,12 @@ class Pace:
         self.began = self.began or time.monotonic()
 
     def count(self, inputs: dict[str, Any]) -> None:
-        """Tokens of whole rows, prompts included, and those whose loss is learned; `inputs` are (batch, time)."""
-        self.tokens += inputs["input_ids"].numel()
+        """Tokens of whole rows, prompts included, and those whose loss is learned; `inputs` are (batch, time).
+
+        Padding, which TRL's collator gives position 0 each, is left out.
+        """
+        positions = inputs.get("position_ids")
+        self.tokens += inputs["input_ids"].numel() if positions is None else int(positions[0].nonzero()[-1]) + 1
         self.supervised += int((inputs["labels"][:, 1:] != IGNORED).sum())
 
     def read(self) -> dict[str, float]:

@@ -16,10 +16,12 @@ from recipe import Made, Recipe, Run, UserError, command
 from recipe.error import Stopped
 from recipe.files import fresh_folder, put_in_place, write_whole
 from recipe.rows import heldout
+from recipe.schema import Lora
 from train.base import parameters
 from train.checkpoints import open_folder
 from train.divergence import Watch
 from train.journal import Journal
+from train.plan import check
 from train.recovery import recorded
 from train.space import check_disk
 from train.tokens import Tokens, longest_and_sum, tokenized
@@ -55,6 +57,7 @@ def _train(recipe: Recipe, run: Run, resume_from: Path | None, journal: Journal,
     from train.preview import write_preview
 
     tokens = tokenized(recipe, run)  # before the model takes its memory
+    planned = check(recipe, run, tokens.counts)
     tokenizer, model = load_base(recipe, run)
     trainer = make_trainer(recipe, run, tokenizer, model, tokens.datasets, trackers)
     write_preview(recipe, run, tokens, tokenizer, trainer.train_dataset, trainer.args.max_length)
@@ -84,7 +87,7 @@ def _train(recipe: Recipe, run: Run, resume_from: Path | None, journal: Journal,
         outputs=[run.path("adapter"), run.path("answers.jsonl")],
         metrics={"before": before, "after": after, "data": tokens.counts, "packing": _packing(trainer, tokens)}
         | trainer.summary()
-        | {"interruptions": journal.interruptions()},
+        | {"interruptions": journal.interruptions(), "planned": planned, "peak_gpu_bytes": _peak_gpu_bytes()},
         packages=PACKAGES,
     )
 
@@ -138,14 +141,16 @@ def make_trainer(
     knobs = recipe.train
     precision = fast_precision() if knobs.precision == "auto" else knobs.precision
     validated = len(rows["validation"]) > 0
+    row = row_tokens(*longest_and_sum(rows.values()), knobs.max_tokens)
     settings = SFTConfig(
         output_dir=str(run.path("checkpoints")),
         num_train_epochs=knobs.epochs,
         learning_rate=knobs.learning_rate,
         lr_scheduler_type=knobs.schedule,
         warmup_steps=knobs.warmup,
-        max_length=row_tokens(*longest_and_sum(rows.values()), knobs.max_tokens),
+        max_length=row,
         packing=True,
+        pad_to_multiple_of=row,  # rows of one length: oneDNN compiles, and keeps, its kernels for each length
         per_device_train_batch_size=knobs.rows,
         per_device_eval_batch_size=knobs.rows,
         gradient_accumulation_steps=knobs.accumulate,
@@ -188,6 +193,19 @@ def make_trainer(
     return trainer
 
 
+def lora_config(lora: Lora) -> Any:
+    """PEFT's settings of the adapter."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets),
+    )
+
+
 def row_tokens(longest: int, total: int, most: int) -> int:
     """Length of a packed row: short enough that few conversations still make many steps, at most `most` tokens.
 
@@ -196,6 +214,12 @@ def row_tokens(longest: int, total: int, most: int) -> int:
         total: tokens of all conversations.
     """
     return min(most, max(SHORTEST_ROW_TOKENS, longest, total // STEPS_AN_EPOCH))
+
+
+def _peak_gpu_bytes() -> int:
+    import torch
+
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
 
 
 def _packing(trainer: Any, tokens: Tokens) -> dict[str, float]:

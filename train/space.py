@@ -5,17 +5,27 @@ from pathlib import Path
 
 from recipe import Recipe, UserError
 from recipe.schema import QUANTIZATIONS
+from train.memory import checkpoint_bytes
 
 BYTES_A_WEIGHT = {"float32": 4.0, "bfloat16": 2.0}
 MARGIN = 1.1  # tensors that a quantization cannot take are written in wider types
 
 
-def needed_bytes(recipe: Recipe, parameters: int) -> dict[str, int]:
-    """Bytes that merged weights, full GGUF and each quantization will take, by name."""
+def needed_bytes(recipe: Recipe, parameters: int, trained: int = 0) -> dict[str, int]:
+    """Bytes that merged weights, full GGUF and each quantization will take, by name; with `trained` weights also those
+    of the base and of the checkpoints, two that are kept and one that is being written."""
     types = (recipe.gguf.full, *(type for type in recipe.gguf.types if type != recipe.gguf.full))
     needed = {"merged": BYTES_A_WEIGHT[recipe.merge.precision] * parameters}
     needed |= {type: QUANTIZATIONS[type] / 8 * parameters for type in types}
-    return {name: int(size * MARGIN) for name, size in needed.items()}
+    needed = {name: size * MARGIN for name, size in needed.items()}
+    if trained:
+        base = 2.0 if "/" in recipe.base and not Path(recipe.base).exists() else 4.0
+        needed = {
+            "base": base * parameters,
+            "checkpoints": 3 * checkpoint_bytes(parameters, trained, recipe.train.tuner, 4),
+            **needed,
+        }
+    return {name: int(size) for name, size in needed.items()}
 
 
 def check_disk(recipe: Recipe, parameters: int, folder: Path) -> None:

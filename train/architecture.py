@@ -1,0 +1,132 @@
+"""What a base model is made of, from its config alone: counts of weights, without one of them."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipe import Recipe, Run, UserError
+from train.base import PACKAGED, RANDOM, packaged_gguf, random_config
+
+# Configs name a mixture's experts, and those that one token meets, in several ways.
+EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts", "moe_topk")
+NOT_GENERATING = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Numbers of weights by what becomes of them; `width` is a layer's hidden size, `depth` the layers."""
+
+    parameters: int
+    active: int  # that one token meets: of a mixture's experts only its own
+    linear: int  # in the linear layers between embedding and head, which QLoRA keeps in 4 bits
+    head: int  # of the output head, multiplied only where the assistant speaks
+    looked_up: int  # of the embedding, which nothing multiplies; 0 where the head is tied to it
+    depth: int
+    width: int
+    vocabulary: int
+
+
+def read_config(recipe: Recipe, run: Run) -> Any:
+    """transformers' config of the recipe's base; of a Hub id no other file is fetched.
+
+    Raises:
+        UserError: the base is unknown, out of reach, of an unknown kind, or does not generate text.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from train.gguf_config import gguf_config
+
+    made, named = run.find_receipt("base"), Path(recipe.base)
+    try:
+        if made and made.recipe.get("base") == recipe.base and run.path("base", "config.json").is_file():
+            config = AutoConfig.from_pretrained(run.path("base"))
+        elif recipe.base == RANDOM:
+            config = random_config(gguf_config(packaged_gguf()).vocab_size)
+        elif recipe.base == PACKAGED or (named.suffix == ".gguf" and named.is_file()):
+            config = gguf_config(packaged_gguf() if recipe.base == PACKAGED else named)
+        else:
+            folder = named if named.is_dir() else _config_of_hub(recipe.base)
+            if not (folder / "config.json").is_file():
+                raise UserError(f"{folder} holds no config.json, by which a model is planned: name a model's folder")
+            # A config may name code of its own; it is never run, and most such models are known without it.
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"base {recipe.base!r}: its config is not understood ({reason[:200]}): use another base"
+        ) from None
+    kinds = [str(kind) for kind in config.architectures or ()]
+    generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not any(k.endswith(NOT_GENERATING) for k in kinds)
+    if not generates or not isinstance(config, PretrainedConfig):
+        raise UserError(
+            f"base {recipe.base!r} is a {config.model_type} ({', '.join(kinds) or 'no architecture named'}), which "
+            "does not generate text: use a base whose architecture ends with ForCausalLM"
+        )
+    return config
+
+
+def architecture(config: Any) -> Architecture:
+    """Counts of the very model that transformers would build, on the meta device, where tensors have no data."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    model = on_meta(config)
+    text = config.get_text_config()
+    sizes = {name: weights.numel() for name, weights in model.named_parameters()}  # tied ones once
+    output = model.get_output_embeddings()
+    head = output.weight.numel() if output is not None else 0
+    embedding = model.get_input_embeddings().weight
+    tied = output is not None and output.weight is embedding
+    linear = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not output
+    )
+    experts, chosen = (next((int(getattr(text, name)) for name in names if getattr(text, name, None)), 0)
+                       for names in (EXPERTS, CHOSEN))  # fmt: skip
+    routed = sum(size for name, size in sizes.items() if re.search(r"\bexperts\.", name)) if experts else 0
+    return Architecture(
+        parameters=sum(sizes.values()),
+        active=sum(sizes.values()) - (routed - routed * chosen // experts if experts else 0),
+        linear=linear,
+        head=head,
+        looked_up=0 if tied else embedding.numel(),
+        depth=text.num_hidden_layers,
+        width=text.hidden_size,
+        vocabulary=text.vocab_size,
+    )
+
+
+def on_meta(config: Any, dtype: str = "float32") -> Any:
+    """The model of a config, on the meta device.
+
+    Raises:
+        UserError: transformers cannot build it from this config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"a {config.model_type} cannot be built from its config ({reason}): use another base") from None
+
+
+def _config_of_hub(name: str) -> Path:
+    """The folder of a Hub model's config.json, the one file that is fetched."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"base {name!r}: its config.json cannot be fetched ({str(error).strip().splitlines()[0]}): check the name "
+            f"and the network, for gated models set HF_TOKEN, or use base: {PACKAGED}"
+        ) from None

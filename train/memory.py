@@ -1,0 +1,67 @@
+"""What training and serving hold and compute, from counts alone: the formulas of the papers, in bytes and FLOPs."""
+
+from train.architecture import Architecture
+
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight, a scale for 64 of them, a scale for 256 scales (QLoRA, section 3)
+ADAM_BYTES = 8  # two moments in float32
+STEP_TUNERS = ("full", "lora", "qlora")
+
+
+def state_bytes(
+    parameters: int, trained: int, linear: int, tuner: str, width: int, devices: int = 1, zero: int = 0
+) -> dict[str, float]:
+    """Bytes a device of weights, gradients and optimizer; `width` is bytes a weight, `zero` the stage of ZeRO.
+
+    A full tuning has 16 bytes a weight: 2 + 2 + 12 in mixed precision, whose optimizer keeps a float32 copy, or 4 + 4
+    + 8 in float32 (ZeRO, arXiv 1910.02054, section 3.1). An adapter's weights are float32, the base below them is
+    frozen. Stage 1 spreads the optimizer over the devices, 2 the gradients too, 3 the weights too.
+    """
+    if tuner == "full":
+        weights, gradients, optimizer = width * parameters, width * parameters, (16 - 2 * width) * parameters
+    else:
+        frozen = NF4_BITS / 8 * linear + width * (parameters - linear) if tuner == "qlora" else width * parameters
+        weights, gradients, optimizer = frozen + 4 * trained, 4 * trained, ADAM_BYTES * trained
+    shares = [devices if zero >= stage else 1 for stage in (3, 2, 1)]
+    return {
+        "weights": weights / shares[0],
+        "gradients": gradients / shares[1],
+        "optimizer": optimizer / shares[2],
+    }
+
+
+def checkpoint_bytes(parameters: int, trained: int, tuner: str, width: int) -> int:
+    """One checkpoint: an adapter with its optimizer, or all weights with the float32 copy where there is one."""
+    if tuner == "full":
+        return (width + (4 if width == 2 else 0) + ADAM_BYTES) * parameters
+    return (4 + ADAM_BYTES) * trained
+
+
+def cache_bytes(config: object, tokens: int, width: int = 2) -> int:
+    """Keys and values of one conversation of `tokens`; layers that keep a window of them keep no more than it."""
+    text = config.get_text_config()  # type: ignore[attr-defined]
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        groups = 1
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    values = 2 * groups * head
+    if latent := getattr(text, "kv_lora_rank", None):  # of multi-head latent attention, which llama.cpp caches so
+        values = latent + text.qk_rope_head_dim
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    window = getattr(text, "sliding_window", None) or tokens
+    kept = {"full_attention": tokens, "sliding_attention": min(window, tokens)}
+    return sum(kept.get(kind, 0) for kind in kinds) * values * width
+
+
+def token_flops(of: Architecture, attended: float, supervised: float) -> float:
+    """FLOPs of one token's forward pass, `attended` tokens being before it, a share `supervised` getting logits.
+
+    2 a weight that multiplies, and 2 a layer for each token attended to and each of its width (arXiv 2001.08361, 2.1).
+    """
+    multiplied = of.active - of.looked_up - of.head + supervised * of.head
+    return 2 * multiplied + 2 * of.depth * attended * of.width
+
+
+def training_flops(forward: float, tuner: str, checkpointing: bool) -> float:
+    """A training step's FLOPs: backward costs as much again for the inputs, and again for weights where they train."""
+    return forward * ((3 if tuner == "full" else 2) + checkpointing)

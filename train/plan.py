@@ -1,0 +1,239 @@
+"""Tell what a training takes before anything is downloaded:  python -m train.plan RECIPE
+
+Memory, disk, time, energy and price, what fits this machine and which GPU would do; and the check that stops
+`make train` before it loads weights that cannot fit.
+"""
+
+import logging
+import os
+import shutil
+import sys
+from typing import Any
+
+from recipe import Recipe, Run, UserError
+from recipe.command import boundary
+from recipe.load import environment_overrides, load
+from recipe.units import duration, number, size
+from train.corpus import counted
+from train.devices import DEVICES, PRICED
+from train.memory import STEP_TUNERS, cache_bytes
+from train.prediction import (
+    Job,
+    Place,
+    devices_needed,
+    fitting,
+    job,
+    largest_base,
+    memory_bytes,
+    place,
+    predicted,
+    tokens_per_second,
+)
+from train.space import needed_bytes
+
+log = logging.getLogger("truetune")
+RENTED_SHOWN = 6
+SERVED_TYPE_BITS = 16
+
+
+def plan(recipe: Recipe, run: Run) -> tuple[str, str]:
+    """(the page, why the training cannot run or nothing); nothing is downloaded but the config of a Hub id.
+
+    Raises:
+        UserError: base or data cannot be read, or no such GPU.
+    """
+    of, at = job(recipe, run), place(recipe)
+    sections = [_model(of), _memory(of, at), _disk(of, at), _time(of, at, run), _serving(of), _rent(of)]
+    problem = impossible(of, at) or ("" if recipe.plan.gpu else _no_disk(of, at))
+    return "\n\n".join(section for section in sections if section), problem
+
+
+def check(recipe: Recipe, run: Run, counts: dict[str, dict[str, int]]) -> dict[str, float]:
+    """What this training will take, for its receipt; before weights are loaded. `counts` are of train.tokens.
+
+    Raises:
+        UserError: it does not fit this machine, unless FORCE=1 says to try.
+    """
+    of, at = job(recipe, run, counted(counts, recipe)), place(_of_this_machine(recipe))
+    if problem := impossible(of, at):
+        if os.environ.get("FORCE") != "1":
+            raise UserError(f"{problem}; FORCE=1 tries it all the same")
+        log.warning("WARNING: %s (FORCE=1)", problem)
+    return predicted(of, at, run)
+
+
+def advice(recipe: Recipe, run: Run) -> str:
+    """What to change when a training ran out of memory, though it was planned to fit: `key=value` and what it saves."""
+    of, at = job(recipe, run), place(_of_this_machine(recipe))
+    needed = sum(memory_bytes(of, at).values())
+    tight = Place(**{**vars(at), "memory": min(at.memory, 0.8 * needed)})
+    changes = fitting(of, tight)
+    if changes:
+        return f"set {' '.join(changes)}: planned with {size(needed)}, with that it has at most {size(tight.memory)}"
+    return f"use a base of at most {_weights(largest_base(of, tight))}, this one has {_weights(of.base.parameters)}"
+
+
+def impossible(of: Job, at: Place) -> str:
+    """Why the training cannot run there and what would, or nothing."""
+    tuner = of.recipe.train.tuner
+    if tuner == "qlora" and at.kind == "processor":
+        return "train.tuner=qlora needs an NVIDIA GPU, here is none: use train.tuner=lora or a smaller base"
+    needed = sum(memory_bytes(of, at).values())
+    if needed <= at.memory:
+        return ""
+    changes = fitting(of, at)
+    mend = f"SET='{' '.join(changes)}' fits" if changes else f"a base of at most {_weights(largest_base(of, at))} fits"
+    rent = next(
+        (name for name in _by_price() if (found := devices_needed(of, of.recipe, name)) and found.devices == 1), ""
+    )
+    where = f", or plan.gpu={rent}" if rent and rent != of.recipe.plan.gpu else ""
+    return f"training needs {size(needed)} a device, {at.name} has {size(at.memory)}: {mend}{where}"
+
+
+def _of_this_machine(recipe: Recipe) -> Recipe:
+    import dataclasses
+
+    from recipe.schema import Plan
+
+    return dataclasses.replace(recipe, plan=Plan(efficiency=recipe.plan.efficiency, tokens=recipe.plan.tokens))
+
+
+def _model(of: Job) -> str:
+    base = of.base
+    active = f", of which a token meets {number(base.active)}" if base.active != base.parameters else ""
+    return (
+        f"{of.recipe.base}: {number(base.parameters)} weights{active}, {base.depth} layers of {base.width}\n"
+        f"data: {number(of.data.tokens)} tokens an epoch by {of.data.told}, rows of {of.row(of.recipe.train)}, "
+        f"{of.data.supervised:.0%} of them learned"
+    )
+
+
+def _memory(of: Job, at: Place) -> str:
+    """A column for each way to tune; the recipe's has a star."""
+    tuners = [tuner for tuner in STEP_TUNERS if not (tuner == "qlora" and at.kind == "processor")]
+    columns = {tuner: memory_bytes(of, at, tuner) for tuner in tuners}
+    heads = [f"{tuner} *" if tuner == of.recipe.train.tuner else tuner for tuner in tuners]
+    rows = [[part, *(size(columns[tuner][part]) for tuner in tuners)] for part in columns[tuners[0]]]
+    totals = [sum(column.values()) for column in columns.values()]
+    rows += [
+        ["together", *map(size, totals)],
+        [f"fits {size(at.memory)}", *("yes" if total <= at.memory else "no" for total in totals)],
+    ]
+    spread = f" x {at.devices}, ZeRO stage {at.zero}" if at.devices > 1 else ""
+    told = [f"memory of a step on {at.name}{spread}, {at.precision}", table(["", *heads], rows)]
+    total = sum(memory_bytes(of, at).values())
+    if total > at.memory and (changes := fitting(of, at)):
+        told.append(f"to fit: make train SET='{' '.join(changes)}'")
+    return "\n".join(told)
+
+
+def _disk(of: Job, at: Place) -> str:
+    needed = _on_disk(of, at)
+    parts = ", ".join(f"{name} {size(bytes)}" for name, bytes in needed.items())
+    return f"disk: {size(sum(needed.values()))}, {size(shutil.disk_usage('.').free)} are free here ({parts})"
+
+
+def _no_disk(of: Job, at: Place) -> str:
+    missing = sum(_on_disk(of, at).values()) - shutil.disk_usage(".").free
+    return f"the disk lacks {size(missing)}: free some space or name fewer gguf.types" if missing > 0 else ""
+
+
+def _on_disk(of: Job, at: Place) -> dict[str, int]:
+    trained = of.rehearsal(at, of.recipe.train.tuner, of.recipe.train).trained
+    return needed_bytes(of.recipe, of.base.parameters, trained)
+
+
+def _time(of: Job, at: Place, run: Run) -> str:
+    speed, told = tokens_per_second(of, at, run)
+    tokens = of.data.tokens * of.recipe.train.epochs
+    seconds = tokens / speed
+    lines = f"time: {duration(seconds)} for {number(round(tokens))} tokens, {number(round(speed))} a second ({told})"
+    energy = at.watts * at.devices * seconds / 3.6e6
+    return f"{lines}\nenergy: {energy:.2g} kWh at {at.watts:g} W a device{_cost(at, seconds)}"
+
+
+def _cost(at: Place, seconds: float) -> str:
+    hours = seconds / 3600 * at.devices
+    low, high = (hours * price for price in at.price)
+    if high < 0.01:
+        return ", less than 0.01 USD" if high else ""
+    return f", {low:.2f} USD" if low == high else f", {low:.2f} to {high:.2f} USD"
+
+
+def _serving(of: Job) -> str:
+    serve = of.recipe.serve
+    weights = needed_bytes(of.recipe, of.base.parameters)[of.recipe.served_type]
+    cache = serve.slots * cache_bytes(of.config, serve.context)
+    told = f"{serve.slots} conversations of {serve.context} tokens"
+    return f"serving: {size(weights + cache)}: {of.recipe.served_type} {size(weights)}, cache of {told} {size(cache)}"
+
+
+def _rent(of: Job) -> str:
+    """The cheapest GPUs, by the price of the whole training, that hold it."""
+    if of.recipe.train.tuner not in STEP_TUNERS:
+        return ""
+    found = []
+    for name in DEVICES:
+        at = devices_needed(of, of.recipe, name)
+        if at:
+            seconds = of.data.tokens * of.recipe.train.epochs / tokens_per_second(of, at)[0]
+            found.append((at.price[0] * at.devices * seconds, at, seconds))
+    found.sort(key=lambda row: row[0])
+    rows = [
+        [
+            f"{at.devices} x {at.name}",
+            size(at.memory),
+            size(sum(memory_bytes(of, at).values())),
+            duration(seconds),
+            f"{at.watts * at.devices * seconds / 3.6e6:.2g} kWh",
+            _cost(at, seconds).removeprefix(", "),
+        ]
+        for _, at, seconds in found[:RENTED_SHOWN]
+    ]
+    heads = ["GPU", "memory", "needed", "time", "energy", "price"]
+    if not rows:
+        return f"no 64 GPUs of train/devices.py hold it by ZeRO stage 3 with rows of {of.row(of.recipe.train)} tokens"
+    return f"to rent, by price ({PRICED}, spot to on demand; plan.price sets yours)\n{table(heads, rows)}"
+
+
+def _holds(of: Job, name: str) -> bool:
+    found = devices_needed(of, of.recipe, name)
+    return found is not None and found.devices == 1
+
+
+def _by_price() -> list[str]:
+    return sorted(DEVICES, key=lambda name: DEVICES[name].price[0])
+
+
+def _weights(count: int) -> str:
+    return f"{count / 1e9:.3g} billion weights" if count >= 1e9 else f"{count / 1e6:.3g} million weights"
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """Columns as wide as their widest cell, the first to the left, numbers to the right."""
+    widths = [max(len(row[index]) for row in [heads, *rows]) for index in range(len(heads))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in [heads, *rows]
+    ]
+    return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def _arguments() -> Any:
+    """The recipe with SET, which a plan does not keep for later commands."""
+    given = sys.argv[1:]
+    if not given or given[0].startswith("-"):
+        raise UserError("no recipe given: usage: python -m train.plan RECIPE [key=value ...]")
+    return load(given[0], given[1:] or environment_overrides())
+
+
+if __name__ == "__main__":
+    with boundary():
+        recipe = _arguments()
+        page, problem = plan(recipe, Run(recipe.name))
+        sys.stdout.write(f"{page}\n")
+        sys.stdout.flush()
+        if problem:
+            raise UserError(problem)

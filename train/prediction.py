@@ -1,0 +1,194 @@
+"""What a training will take on a device: memory at its peak, time, energy and price, from base, recipe and data."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from recipe import Recipe, Run, UserError
+from recipe.machine import cores, free_bytes, machine
+from recipe.schema import Train
+from train.architecture import Architecture, architecture, read_config
+from train.corpus import Corpus, corpus, supervised_positions
+from train.devices import DEVICES, processor_peak
+from train.memory import state_bytes, token_flops, training_flops
+from train.rehearsal import Rehearsal, rehearse
+
+# Resident before any weight: Python with torch, transformers and TRL, or CUDA's context with its libraries' buffers.
+RUNTIME_BYTES = {"processor": 0.58e9, "gpu": 0.8e9}
+# What the allocators hold beyond the tensors of a step: glibc a quarter (measured), CUDA's caching one a tenth.
+HOLES = {"processor": 1.25, "gpu": 1.1}
+# Of the peak: published LoRA and full trainings on GPUs reach 0.33 to 0.52; a small model on a processor far less.
+EFFICIENCY = {"processor": 0.15, "gpu": 0.35}
+WATTS_A_CORE = 10
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a training runs: one kind of device, its memory in bytes, and what it multiplies fast."""
+
+    name: str
+    kind: str  # processor or gpu
+    memory: float
+    precision: str
+    peak: float
+    watts: float
+    price: tuple[float, float]
+    devices: int = 1
+    zero: int = 0
+
+
+@dataclass
+class Job:
+    """A recipe with what its base and its data are."""
+
+    recipe: Recipe
+    config: Any
+    base: Architecture
+    data: Corpus
+    rehearsed: dict[Any, Rehearsal] = field(default_factory=dict)
+
+    def row(self, knobs: Train) -> int:
+        return min(self.data.row, knobs.max_tokens)
+
+    def rehearsal(self, place: Place, tuner: str, knobs: Train) -> Rehearsal:
+        tokens = knobs.rows * self.row(knobs)
+        width = "float32" if place.kind == "processor" else place.precision
+        supervised = supervised_positions(tokens, self.data.supervised)
+        key = (tuner == "full" or knobs.lora, tokens, supervised, place.precision == "bfloat16", width)
+        if key not in self.rehearsed:
+            adapted = None if tuner == "full" else dataclasses.replace(self.recipe, train=knobs)
+            self.rehearsed[key] = rehearse(self.config, adapted, *key[1:])
+        return self.rehearsed[key]
+
+
+def job(recipe: Recipe, run: Run, data: Corpus | None = None) -> Job:
+    """Reads the base's config and the data, and neither weights nor anything from the Hub but one config.json.
+
+    Raises:
+        UserError: of train.architecture and train.corpus.
+    """
+    config = read_config(recipe, run)
+    return Job(recipe, config, architecture(config), data or corpus(recipe, run))
+
+
+def place(recipe: Recipe) -> Place:
+    """The recipe's `plan.gpu`, else this machine.
+
+    Raises:
+        UserError: no such GPU in the table.
+    """
+    wanted = recipe.plan
+    if wanted.gpu is None:
+        return dataclasses.replace(_here(recipe), devices=wanted.devices, zero=wanted.zero)
+    if wanted.gpu not in DEVICES:
+        raise UserError(f"plan.gpu={wanted.gpu!r} is unknown: choose one of: {', '.join(DEVICES)}")
+    return rented(recipe, wanted.gpu, wanted.devices, wanted.zero)
+
+
+def rented(recipe: Recipe, name: str, devices: int = 1, zero: int = 0) -> Place:
+    """A GPU of the table."""
+    known = DEVICES[name]
+    precision = "bfloat16" if known.bfloat16 > known.float32 and recipe.train.precision != "float32" else "float32"
+    price = (recipe.plan.price,) * 2 if recipe.plan.price else known.price
+    peak = known.bfloat16 if precision == "bfloat16" else known.float32
+    return Place(name, "gpu", known.memory, precision, peak, known.watts, price, devices, zero)
+
+
+def _here(recipe: Recipe) -> Place:
+    import torch
+
+    from recipe.machine import fast_precision
+
+    precision = fast_precision() if recipe.train.precision == "auto" else recipe.train.precision
+    price = (recipe.plan.price,) * 2
+    if not torch.cuda.is_available():
+        peak, watts = processor_peak(precision), WATTS_A_CORE * cores()
+        return Place("this machine's processor", "processor", free_bytes(), precision, peak, watts, price)
+    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    words = name.lower().replace("-", " ").split()
+    known = [device for device in DEVICES.values() if device.name.split("-")[0] in words or _is(device.name, words)]
+    near = min(known or DEVICES.values(), key=lambda device: abs(device.memory - memory))
+    peak = near.bfloat16 if precision == "bfloat16" else near.float32
+    return Place(name, "gpu", memory, precision, peak, near.watts, price)
+
+
+def _is(name: str, words: list[str]) -> bool:
+    return all(part in words for part in name.split("-"))
+
+
+def memory_bytes(of: Job, at: Place, tuner: str = "", knobs: Train | None = None) -> dict[str, float]:
+    """What each device holds at the peak of a step, by what it is for."""
+    knobs, tuner = knobs or of.recipe.train, tuner or of.recipe.train.tuner
+    step = of.rehearsal(at, tuner, knobs)
+    width = 4 if at.kind == "processor" or at.precision == "float32" else 2
+    held = state_bytes(of.base.parameters, step.trained, of.base.linear, tuner, width, at.devices, at.zero)
+    held["activations and logits"] = HOLES[at.kind] * step.bytes(knobs.checkpointing)
+    return held | {"libraries": RUNTIME_BYTES[at.kind]}
+
+
+def flops(of: Job, tuner: str = "") -> float:
+    """FLOPs of one token of training."""
+    knobs = of.recipe.train
+    forward = token_flops(of.base, of.row(knobs), of.data.supervised)
+    return training_flops(forward, tuner or knobs.tuner, knobs.checkpointing)
+
+
+def tokens_per_second(of: Job, at: Place, run: Run | None = None) -> tuple[float, str]:
+    """(tokens that all devices train in a second, where the speed is from): this run's own last training, if it is
+    there and ran on this machine, else the peak and the efficiency."""
+    made = run.find_receipt("train") if run else None
+    known = machine()
+    if made and not of.recipe.plan.efficiency and of.recipe.plan.gpu is None:
+        alike = all(made.machine.get(key) == known[key] for key in ("processor", "cores"))
+        same = all(made.recipe["train"].get(key) == getattr(of.recipe.train, key) for key in ("tuner", "checkpointing"))
+        if alike and same and made.recipe.get("base") == of.recipe.base and made.metrics.get("tokens_per_second"):
+            return made.metrics["tokens_per_second"], "measured by this run's last training"
+    efficiency = of.recipe.plan.efficiency or EFFICIENCY[at.kind]
+    return at.devices * at.peak * efficiency / flops(of), f"{efficiency:.0%} of {at.peak / 1e12:.3g} TFLOP/s"
+
+
+def fitting(of: Job, at: Place) -> list[str]:
+    """The fewest changes of the recipe, as `key=value`, with which a step fits; empty if none suffices."""
+    knobs, tuner = of.recipe.train, of.recipe.train.tuner
+    changes: list[str] = []
+    row = of.row(knobs)
+    steps: list[tuple[str, Any]] = [("rows", 1)] if knobs.rows > 1 else []
+    steps += [("checkpointing", True)] if not knobs.checkpointing else []
+    steps += [("tuner", "qlora")] if at.kind == "gpu" and tuner == "lora" else []
+    steps += [("max_tokens", size) for size in (4096, 2048, 1024, 512, 256, 128) if size < row]
+    for key, value in steps:
+        knobs = dataclasses.replace(knobs, **{key: value})
+        changes = [change for change in changes if not change.startswith(f"train.{key}=")]
+        changes.append(f"train.{key}={str(value).lower()}")
+        if sum(memory_bytes(of, at, knobs.tuner, knobs).values()) <= at.memory:
+            return changes
+    return []
+
+
+def devices_needed(of: Job, recipe: Recipe, name: str) -> Place | None:
+    """The fewest of this GPU, to 64 by powers of two, that hold the training; more than one by ZeRO stage 3."""
+    for power in range(7):
+        at = rented(recipe, name, 2**power, 3 if power else 0)
+        if sum(memory_bytes(of, at).values()) <= at.memory:
+            return at
+    return None
+
+
+def largest_base(of: Job, at: Place) -> int:
+    """About how many weights a base may have to fit, all else in proportion."""
+    held = memory_bytes(of, at)
+    free = at.memory - held.pop("libraries")
+    return max(0, math.floor(of.base.parameters * free / sum(held.values())))
+
+
+def predicted(of: Job, at: Place, run: Run) -> dict[str, float]:
+    """What a receipt keeps of a prediction, beside what was measured."""
+    speed, _ = tokens_per_second(of, at, run)
+    tokens = of.data.tokens * of.recipe.train.epochs
+    return {
+        "memory_bytes": round(sum(memory_bytes(of, at).values())),
+        "tokens": round(tokens),
+        "tokens_per_second": round(speed, 1),
+        "seconds": round(tokens / speed, 1),
+    }
