@@ -48,26 +48,22 @@ def main() -> None:
         recipe = folder / f"{name}.yaml"
         recipe.write_text(json.dumps({"base": "random", "data": {"train": str(file)}}))
         found: dict[str, Any] = {"rows": rows, "bytes": file.stat().st_size, "cores": cores()}
-        found["data"] = measured([sys.executable, "-m", "train.data", str(recipe)], rows)
+        found["data"] = measured("data", [sys.executable, "-m", "train.data", str(recipe)], rows)
         receipt = Run(name).receipt("data").metrics
         found["kept"], found["rejected"] = receipt["train"] + receipt["validation"], receipt["rejected"]
-        measured([sys.executable, "-m", "train.base", str(recipe)], rows)
-        found["tokens"] = measured([sys.executable, "-m", "bench.data", "--tokens", str(recipe)], found["kept"])
+        measured("base", [sys.executable, "-m", "train.base", str(recipe)], rows)
+        found["tokens"] = measured(
+            "tokens", [sys.executable, "-m", "bench.data", "--tokens", str(recipe)], found["kept"]
+        )
         first, few = folder / "first.jsonl", min(rows, PEER_ROWS)
         with file.open("rb") as every, first.open("wb") as some:
             some.writelines(islice(every, few))
         found["peer"] = measured(
-            [sys.executable, "-m", "bench.data", "--peer", str(first), str(Run(name).path("base"))], few
+            "peer", [sys.executable, "-m", "bench.data", "--peer", str(first), str(Run(name).path("base"))], few
         )
         for unit in ("seconds", "cpu_seconds"):
             ours = (found["data"][unit] + found["tokens"][unit]) / rows
             found[f"ratio_{unit}"] = round(found["peer"][unit] / few / ours, 2)
-        for step in ("data", "tokens", "peer"):
-            told = found[step]
-            print(
-                f"{step:<7} {told['seconds']:8.1f} s {told['cpu_seconds']:8.1f} s of processors "
-                f"{told['rows_per_second']:9,.0f} rows/s {told['peak_bytes'] / 2**30:6.2f} GiB at most"
-            )
         print(
             f"the peer takes {found['ratio_seconds']} times as long a row ({found['ratio_cpu_seconds']} of processors)"
         )
@@ -118,7 +114,7 @@ def said(dice: random.Random, words: int) -> str:
     return " ".join(dice.choices(WORDS, k=dice.randint(max(1, words // 2), words)))
 
 
-def measured(command: list[str], rows: int) -> dict[str, float]:
+def measured(name: str, command: list[str], rows: int) -> dict[str, float]:
     """Seconds, rows a second, and the most resident memory of the process and all below it, added up."""
     start, peak, before = time.monotonic(), 0, os.times()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
@@ -133,8 +129,12 @@ def measured(command: list[str], rows: int) -> dict[str, float]:
     seconds = time.monotonic() - start
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    print(
+        f"{name:<7} {seconds:8.1f} s {cpu:8.1f} s of processors {rows / seconds:9,.0f} rows/s "
+        f"{peak / 2**30:6.2f} GiB at most"
+    )
     told = {"seconds": seconds, "cpu_seconds": cpu, "rows_per_second": rows / seconds}
-    return {name: round(value, 1) for name, value in told.items()} | {"peak_bytes": peak}
+    return {unit: round(value, 1) for unit, value in told.items()} | {"peak_bytes": peak}
 
 
 def resident(process: psutil.Process) -> int:

@@ -21,6 +21,8 @@ Result = TypeVar("Result")
 AHEAD = 2  # items under way a worker, so that none waits while the parent writes
 ALONE = 4  # so many items are done before the first worker has started
 
+ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # a core each
+
 _state: Any = None
 
 
@@ -69,6 +71,7 @@ def _begin(prepare: Callable[[], Any]) -> None:
     global _state
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ |= ONE_THREAD
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _state = prepare()
 

@@ -80,7 +80,8 @@ def prepared(settings: Settings, work: Work) -> Prepared:
     for row in found.rows:
         try:
             value, steps = clean(row.value, settings.clean)
-            contamination.check(value, settings.held_out)
+            if settings.held_out.places:
+                contamination.check(value, settings.held_out)
         except Rejection as rejection:
             rejected.append(Rejected(row.value, row.place, rejection))
         else:
