@@ -130,6 +130,7 @@ def test_a_stopped_run_leaves_no_process_and_nothing_half_written(sent: str) -> 
     Path("r.yaml").write_text("data: {train: talks.jsonl}\n")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "train.data", "r.yaml"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         end = time.monotonic() + 60
         while not (workers := psutil.Process(process.pid).children(recursive=True)) and time.monotonic() < end:

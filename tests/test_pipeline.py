@@ -141,7 +141,7 @@ def test_the_receipts_chain(line: Path) -> None:
 def test_the_run_has_these_files(line: Path) -> None:
     files = set(state(line, "data", "base", "adapter", "merged", "gguf"))
     assert files == {
-        *(f"data/{name}" for name in ("train.arrow", "validation.arrow", "heldout.jsonl")),
+        *(f"data/{name}" for name in ("train.arrow", "validation.arrow", "heldout.jsonl", "rejected.jsonl")),
         *(f"base/{name}" for name in MODEL),
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",

@@ -102,6 +102,7 @@ if __name__ == "__main__":
 def test_workers_end_with_their_parent(tmp_path: Path, sent: str, code: int) -> None:
     (tmp_path / "parent.py").write_text(PARENT)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell ignores it
     with subprocess.Popen(
         [sys.executable, "parent.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE
     ) as parent:
