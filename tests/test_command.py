@@ -139,7 +139,8 @@ def test_a_reader_that_is_gone_is_no_traceback(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wish", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_unwinds(wish: signal.Signals, tmp_path: Path) -> None:
     code = (
-        "import time; from recipe.command import boundary\n"
+        "import signal, time; from recipe.command import boundary\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background of a shell ignores it
         "with boundary():\n"
         "    try: print('ready', flush=True); time.sleep(60)\n"
         "    finally: open('unwound', 'w').close()"

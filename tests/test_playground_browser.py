@@ -20,8 +20,8 @@ from conftest import REPOSITORY, Workplace
 from gguf_fixture import Server
 
 from serve.endpoint import free_port
-from train.data import read
-from train.sources import Source
+from train.formats import detect, rows
+from train.sources import Source, chunks
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -158,10 +158,12 @@ def test_a_chat_with_the_adapter_is_streamed_rated_and_exported(
 
     with page.expect_download() as download:
         page.locator("#left").get_by_role("button", name="Export").click()
-    path, problems = tmp_path / "exported.jsonl", []  # type: ignore[var-annotated]
-    download.value.save_as(path)
-    (row,) = read(Source(str(path)), problems)[0].rows
-    assert problems == [] and [turn["role"] for turn in row.value["messages"]] == ["user", "assistant"]
+    source = Source(str(tmp_path / "exported.jsonl"))
+    download.value.save_as(source.name)
+    (chunk,) = chunks(source)
+    read = rows(detect(source), chunk)
+    (row,) = read.rows
+    assert read.problems == [] and [turn["role"] for turn in row.value["messages"]] == ["user", "assistant"]
     assert page.foreign == []
 
 

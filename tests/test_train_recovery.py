@@ -12,7 +12,7 @@ import pytest
 from conftest import Workplace
 
 from recipe import UserError
-from recipe.files import files_below
+from recipe.files import files_below, fingerprint
 from recipe.schema import Train
 from train import sft as stage
 from train.checkpoints import MANIFEST, last_complete, open_folder
@@ -51,8 +51,13 @@ def test_what_was_being_written_is_set_aside(trained: Workplace) -> None:
 def test_a_lost_best_checkpoint_is_told_and_the_best_of_the_others_kept(
     trained: Workplace, caplog: pytest.LogCaptureFixture, replace: Callable[[Path, bytes], None]
 ) -> None:
-    best = trained.run.path("checkpoints/checkpoint-5")
-    assert trained.receipt("train")["metrics"]["best_step"] == 5
+    best, last = (trained.run.path("checkpoints", f"checkpoint-{step}") for step in (5, 10))
+    state = json.loads((last / "trainer_state.json").read_text()) | {"best_global_step": 5}
+    replace(last / "trainer_state.json", json.dumps(state).encode())
+    manifest = json.loads((last / MANIFEST).read_text()) | {
+        "trainer_state.json": fingerprint(last / "trainer_state.json")
+    }
+    replace(last / MANIFEST, json.dumps(manifest).encode())
     replace(best / "adapter_model.safetensors", b"")
     trained.run.receipt_path("train").unlink()
     with caplog.at_level(logging.INFO, "truetune"):

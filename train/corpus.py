@@ -7,6 +7,7 @@ from typing import Any
 
 from recipe import Recipe, Run, UserError
 from recipe.rows import count, rendered, rows
+from train.tokens import row_tokens
 
 SAMPLE = 300
 CHARACTERS_A_TOKEN = 4  # of English; a chat template adds some tokens to each message
@@ -29,8 +30,6 @@ def corpus(recipe: Recipe, run: Run) -> Corpus:
     Raises:
         UserError: the data is only on the Hub, or cannot be read.
     """
-    from train.sft import row_tokens
-
     if recipe.plan.tokens:
         return Corpus(recipe.plan.tokens, recipe.train.max_tokens, 0.5, "plan.tokens")
     made = run.find_receipt("data")
@@ -53,8 +52,6 @@ def corpus(recipe: Recipe, run: Run) -> Corpus:
 
 def counted(counts: dict[str, dict[str, int]], recipe: Recipe) -> Corpus:
     """The same of data whose tokens are made (train.tokens), exactly."""
-    from train.sft import row_tokens
-
     train = counts["train"]
     longest, total = (reduce(part.get(key, 0) for part in counts.values())
                       for key, reduce in (("longest", max), ("tokens", sum)))  # fmt: skip

@@ -212,7 +212,8 @@ def of_tasks(pair: Pair, recipe: Recipe, tasks: dict[str, Any] | None) -> list[S
         return []
     from lm_eval.models.huggingface import HFLM
 
-    speaker = HFLM(pretrained=pair.both, tokenizer=pair.tokenizer, batch_size=ROWS_AT_ONCE)
+    mixed = "bfloat16" if pair.precision == "bfloat16" else None  # it switches our own autocast off
+    speaker = HFLM(pretrained=pair.both, tokenizer=pair.tokenizer, batch_size=ROWS_AT_ONCE, mixed_precision_dtype=mixed)
     log.info("eval: %s, both models", ", ".join(recipe.eval.tasks))
     both = pair.ask(lambda _, name: harness.asked(speaker, tasks, recipe.eval.rows, recipe.seed))
     return harness.compared(*both, recipe.seed)

@@ -16,9 +16,8 @@ from recipe import Recipe, Run, UserError
 from recipe.command import boundary, recipe_of_arguments
 from recipe.files import write_whole
 from recipe.rows import count, picked, rows
-from train.sft import row_tokens
 from train.template import IGNORED, row_examples
-from train.tokens import Tokens, longest_and_sum, tokenized
+from train.tokens import Tokens, longest_and_sum, row_tokens, tokenized
 
 SHOWN, PACKED_SHOWN = 3, 2
 SHOWN_TOKENS = 600  # of a conversation, unless it was asked for

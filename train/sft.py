@@ -16,7 +16,6 @@ from recipe import Made, Recipe, Run, UserError, command
 from recipe.error import Stopped
 from recipe.files import fresh_folder, put_in_place, write_whole
 from recipe.rows import heldout
-from recipe.schema import Lora
 from train.base import parameters
 from train.checkpoints import open_folder
 from train.divergence import Watch
@@ -24,12 +23,10 @@ from train.journal import Journal
 from train.plan import check
 from train.recovery import recorded
 from train.space import check_disk
-from train.tokens import Tokens, longest_and_sum, tokenized
+from train.tokens import Tokens, longest_and_sum, row_tokens, tokenized
 from train.trackers import prepare
 
 log = logging.getLogger("truetune")
-SHORTEST_ROW_TOKENS = 256
-STEPS_AN_EPOCH = 100
 # A change of these goes on from the last checkpoint; so does one of rows whose product with accumulate is the same.
 LEARNS_THE_SAME = ("rows", "accumulate", "checkpointing", "checkpoint_minutes", "divergence", "tracker")
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
@@ -191,29 +188,6 @@ def make_trainer(
     steps_an_epoch = math.ceil(len(trainer.train_dataset) / (knobs.rows * knobs.accumulate))
     settings.eval_steps = settings.save_steps = math.ceil(steps_an_epoch / knobs.evaluations)
     return trainer
-
-
-def lora_config(lora: Lora) -> Any:
-    """PEFT's settings of the adapter."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets),
-    )
-
-
-def row_tokens(longest: int, total: int, most: int) -> int:
-    """Length of a packed row: short enough that few conversations still make many steps, at most `most` tokens.
-
-    Args:
-        longest: tokens of the longest conversation.
-        total: tokens of all conversations.
-    """
-    return min(most, max(SHORTEST_ROW_TOKENS, longest, total // STEPS_AN_EPOCH))
 
 
 def _peak_gpu_bytes() -> int:

@@ -28,6 +28,8 @@ PARTS = ("train", "validation")
 COLUMNS = ("input_ids", "labels")
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 PROBLEMS_SHOWN = 20
+SHORTEST_ROW_TOKENS = 256
+STEPS_AN_EPOCH = 100
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,16 @@ def longest_and_sum(datasets: Iterable[Any]) -> tuple[int, int]:
 
     lengths = [compute.list_value_length(dataset.data.column("input_ids")) for dataset in datasets if len(dataset)]
     return max(compute.max(part).as_py() for part in lengths), sum(compute.sum(part).as_py() for part in lengths)
+
+
+def row_tokens(longest: int, total: int, most: int) -> int:
+    """Length of a packed row: short enough that few conversations still make many steps, at most `most` tokens.
+
+    Args:
+        longest: tokens of the longest conversation.
+        total: tokens of all conversations.
+    """
+    return min(most, max(SHORTEST_ROW_TOKENS, longest, total // STEPS_AN_EPOCH))
 
 
 def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int]]:
