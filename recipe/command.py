@@ -21,6 +21,7 @@ from recipe.error import Stopped, UserError
 from recipe.files import files_below, fingerprint
 from recipe.load import as_dict, load
 from recipe.machine import machine
+from recipe.progress import AboveBars
 from recipe.run import Fingerprints, Receipt, Run
 from recipe.schema import Recipe
 from recipe.stages import Stage, stage, value_at
@@ -115,7 +116,7 @@ def boundary() -> Iterator[None]:
         os.environ.setdefault(bars, "1")  # the libraries' bars; the stages show their own
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[AboveBars()])
     for chatty in ("httpx", "httpx2", "huggingface_hub", "absl", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

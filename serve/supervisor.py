@@ -10,14 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 from recipe.error import UserError
+from recipe.progress import progress
 from serve.backend import Service
 from serve.endpoint import port_problem
 
@@ -126,7 +127,7 @@ class Keeper:
         begin = self._spawn()
         self._change("starting")
         doing = self.service.loading or f"waiting for the {self.service.name}"
-        with _progress(doing) as tick:
+        with progress(doing) as tick:
             deadline = time.monotonic() + self.service.ready_seconds
             while time.monotonic() < deadline and not self.supervisor.ended.is_set():
                 if self.process is None or self.process.poll() is not None:
@@ -245,23 +246,3 @@ class Keeper:
 def now() -> str:
     """This moment, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@contextmanager
-def _progress(doing: str) -> Iterator[Callable[[], None]]:
-    """A spinner on a terminal, else a line every few seconds."""
-    began = said = time.monotonic()
-
-    def line() -> None:
-        nonlocal said
-        if time.monotonic() - said >= 5:
-            said = time.monotonic()
-            log.info("%s: %.0f s", doing, said - began)
-
-    if not sys.stderr.isatty() or threading.current_thread() is not threading.main_thread():
-        yield line
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(doing) as status:
-        yield lambda: status.update(f"{doing}: {time.monotonic() - began:.0f} s")

@@ -7,6 +7,7 @@ has to be in memory, it is decided which rows repeat others and which are held b
 
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,10 +19,10 @@ from typing import Any
 from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fingerprint, fresh_folder, put_in_place, remove
 from recipe.machine import cores
+from recipe.progress import progress
 from recipe.rows import RowWriter, batches
 from train.formats import Detected, detect, whole_chunks
 from train.heldout import read_questions
-from train.meter import Meter
 from train.pool import in_order
 from train.prepare import Prepared, Settings, Work, line_of, prepared, settings
 from train.row import Problem, Rejection, Row
@@ -84,9 +85,9 @@ def data(recipe: Recipe, run: Run) -> Made:
 def take_in(intake: Intake, given: Settings, folder: Path) -> None:
     """Read, clean and sign the rows of all sources on all cores; what is wrong is told in `intake.problems`."""
     sizes = [0 if source.hub else Path(source.name).stat().st_size for source in intake.sources]
-    done = Counter[int]()
+    done, read, start = Counter[int](), 0, time.monotonic()
     with ExitStack() as stack:
-        meter = stack.enter_context(Meter("data", sum(sizes)))
+        tell = stack.enter_context(progress("data", sum(sizes), "MB", 1e-6))
         every = stack.enter_context(RowWriter(folder / "every.arrow"))
         signatures, copies = (stack.enter_context((folder / name).open("wb")) for name in ("signatures", "copies"))
         rejected = stack.enter_context(
@@ -100,7 +101,8 @@ def take_in(intake: Intake, given: Settings, folder: Path) -> None:
             _count(intake, piece)
             step = min(piece.bytes, sizes[piece.number] - done[piece.number])  # of a packed file more than its size
             done[piece.number] += step
-            meter.add(step, piece.read)
+            read += piece.read
+            tell(done.total(), f"{read:,} rows", f"{read / (time.monotonic() - start):,.0f} rows/s")
             if len(intake.problems) > PROBLEMS_KEPT:
                 break
     for number, source in enumerate(intake.sources):

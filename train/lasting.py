@@ -15,10 +15,13 @@ from trl import SFTTrainer
 from recipe import UserError
 from recipe.command import FULL
 from recipe.files import files_below, remove
+from recipe.progress import progress
+from recipe.units import size
 from train.checkpoints import SAVING, complete, damage
 from train.divergence import Diverged, Watch
 from train.journal import Journal
 from train.pace import Pace, totals
+from train.progress import TrainingProgress
 from train.stopping import Stopping
 
 MOMENTS = 2  # Adam keeps two numbers for each weight that is trained
@@ -56,18 +59,24 @@ class LastingTrainer(SFTTrainer):  # type: ignore[misc]
     saving = apart = False
 
     def __init__(self, callbacks: list[Any], **kwargs: Any) -> None:
-        self.stopping, self.pace = Stopping(), Pace()
+        self.stopping, self.pace, self.progress = Stopping(), Pace(), TrainingProgress()
         self.watch: Watch | None = None
         self.journal: Journal | None = None
         self.batches: list[dict[str, Any]] = []
         self.step_loss = 0.0
-        super().__init__(callbacks=[*callbacks, self.stopping], **kwargs)
+        super().__init__(callbacks=[*callbacks, self.stopping, self.progress], **kwargs)
 
     def train(self, **kwargs: Any) -> Any:
-        try:
-            return super().train(**kwargs)
-        finally:
-            self.stopping.restore()
+        with self.progress.shown:
+            try:
+                return super().train(**kwargs)
+            finally:
+                self.stopping.restore()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        rows_at_once = self.args.eval_batch_size * self.args.world_size
+        with self.progress.validation(math.ceil(len(self.eval_dataset) / rows_at_once)):
+            return super().evaluate(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         if self.pace.began is None:
@@ -134,13 +143,14 @@ class LastingTrainer(SFTTrainer):  # type: ignore[misc]
             raise _no_space(folder, step, needed)
         self.saving = True
         try:
-            Trainer._save_checkpoint(self, model, trial)  # TRL's own adds a model card each time
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                # The parent takes the folder that is being written for the best one's place.
-                self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}") if best else None
-                self.state.save_to_json(str(folder / SAVING / f"checkpoint-{step}" / TRAINER_STATE_NAME))
-                complete(folder, step, best)
+            with progress(f"saving checkpoint-{step}, {size(needed)}"):
+                Trainer._save_checkpoint(self, model, trial)  # TRL's own adds a model card each time
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    # The parent takes the folder that is being written for the best one's place.
+                    self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}") if best else None
+                    self.state.save_to_json(str(folder / SAVING / f"checkpoint-{step}" / TRAINER_STATE_NAME))
+                    complete(folder, step, best)
         except (OSError, RuntimeError) as error:
             remove(folder / SAVING)
             # torch tells a failed write by a RuntimeError without the system's number.

@@ -75,7 +75,7 @@ def _train(recipe: Recipe, run: Run, resume_from: Path | None, journal: Journal,
     if trainer.stopping.wish:
         at = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, its checkpoint is saved"
         raise Stopped(f"{at}: 'make train RECIPE={recipe.name}' goes on from there", trainer.stopping.wish)
-    after = _measure(trainer, tokenizer, questions, recipe)
+    after = _measure(trainer, tokenizer, questions, recipe, "after")
     log.info("after: validation loss %s, key facts %.0f %%", _loss(after), 100 * after["key_fact_accuracy"])
 
     _save_adapter(trainer.model, run)
@@ -132,7 +132,6 @@ def make_trainer(
     from train.adapter import lora_config
     from train.lasting import Often, Patience
     from train.order import curriculum
-    from train.progress import TrainingProgress
     from train.trainer import AssistantTrainer
 
     knobs = recipe.train
@@ -169,7 +168,7 @@ def make_trainer(
         seed=recipe.seed,
         full_determinism=knobs.deterministic,
     )
-    callbacks: list[Any] = [TrainingProgress(), Often(knobs.checkpoint_minutes)]
+    callbacks: list[Any] = [Often(knobs.checkpoint_minutes)]
     if validated and knobs.patience:
         callbacks.append(Patience(knobs.patience))
     trainer = AssistantTrainer(
@@ -202,14 +201,16 @@ def _packing(trainer: Any, tokens: Tokens) -> dict[str, float]:
     return {"rows": rows, "row_tokens": length, "fill": round(tokens.counts["train"]["tokens"] / (rows * length), 4)}
 
 
-def _measure(trainer: Any, tokenizer: Any, questions: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
+def _measure(
+    trainer: Any, tokenizer: Any, questions: list[dict[str, Any]], recipe: Recipe, when: str
+) -> dict[str, Any]:
     """Validation loss, key-fact accuracy and the answers that it was counted in."""
     from recipe.score import key_fact_accuracy
     from train.score import answers
 
     loss = trainer.validation_loss()
     with trainer.autocast_smart_context_manager():
-        found = answers(trainer.model, tokenizer, questions, recipe.train.answer_tokens)
+        found = answers(trainer.model, tokenizer, questions, recipe.train.answer_tokens, f"questions, {when}")
     return {
         "validation_loss": loss,
         "key_fact_accuracy": round(key_fact_accuracy(found, questions), 4),
@@ -224,7 +225,7 @@ def _before(
     kept = checkpoints / "before.json"
     if not kept.is_file():
         with trainer.model.disable_adapter():  # untrained, it adds nothing but time
-            write_whole(kept, json.dumps(_measure(trainer, tokenizer, questions, recipe)))
+            write_whole(kept, json.dumps(_measure(trainer, tokenizer, questions, recipe, "before")))
     loaded: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
     return loaded
 

@@ -18,8 +18,8 @@ from typing import Any
 from recipe import Recipe, Run, UserError
 from recipe.files import fingerprint, fresh_folder, put_in_place, remove
 from recipe.machine import cores
+from recipe.progress import progress
 from recipe.rows import batches, count
-from train.meter import Meter
 from train.pool import in_order
 from train.template import IGNORED, batch_examples
 
@@ -95,7 +95,7 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
     items = ((part, batch) for part in PARTS for batch in batches(data, part))
     prepare = partial(_tokenizer, str(run.path("base")), knobs.max_tokens)
     with ExitStack() as stack:
-        meter = stack.enter_context(Meter("tokens", sum(count(data, part) for part in PARTS)))
+        tell = stack.enter_context(progress("tokens", sum(count(data, part) for part in PARTS), "rows"))
         paths = {part: str(folder / f"{part}.arrow") for part in PARTS}
         streams = {part: stack.enter_context(pyarrow.ipc.new_stream(paths[part], schema)) for part in PARTS}
         for part, batch, numbers, problems in in_order(_examples, items, prepare, cores()):
@@ -104,7 +104,7 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
             counts[part].update(numbers)
             counts[part]["longest"] = longest
             unshown[part] += problems[: PROBLEMS_SHOWN - len(unshown[part])]
-            meter.add(numbers["rows"], numbers["rows"])
+            tell(sum(counted["rows"] for counted in counts.values()))
             if knobs.unshown == "error" and len(unshown[part]) == PROBLEMS_SHOWN:
                 break
     for part, problems in unshown.items():
