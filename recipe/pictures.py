@@ -88,17 +88,28 @@ def loss_chart(train: Receipt) -> Chart | None:
         Curve("smoothed", thinned(smoothed(losses)), "plain"),
         Curve("validation loss", validation, "chosen", dots=True),
     ]
+    marks = _marks(train, validation, curves[1].pairs[-1])
     ends = f"Training loss from {number(losses[0][1])} to {number(curves[1].pairs[-1][1])} in {len(losses)} steps"
     held = ", ".join(f"{number(loss)} at step {step:g}" for step, loss in validation)
     return Chart(
         "losses",
         "Loss by step",
         "Nats a token of the assistant's words; the validation conversations were never trained on.",
-        f"{ends}; validation loss {held}." if held else f"{ends}.",
+        "; ".join([ends, *([f"validation loss {held}"] if held else []), *(mark.text for mark in marks)]) + ".",
         horizontal("step", [0, *(step for step, _ in losses)]),
         vertical("loss, nats a token", [0, *(loss for curve in curves for _, loss in curve.pairs)]),
+        points=marks,
         curves=[curve for curve in curves if curve.pairs],
     )
+
+
+def _marks(train: Receipt, validation: list[tuple[float, float]], end: tuple[float, float]) -> list[Point]:
+    """The step whose weights were kept, and where training ended if that was before its epochs were done."""
+    best, ended = train.metrics.get("best_step"), train.metrics.get("ended")
+    marks = [Point("best", *pair, "chosen", f"best at step {pair[0]:g}") for pair in validation if pair[0] == best]
+    if ended not in (None, "all epochs were done"):
+        marks.append(Point("stopped", *end, "plain", f"stopped at step {end[0]:g}: {ended}"))
+    return marks
 
 
 def change_chart(scores: list[Score]) -> Tracks | None:

@@ -76,7 +76,7 @@ METRICS: dict[str, dict[str, Any]] = {
         "before": {"validation_loss": 4.16, "key_fact_accuracy": 0.017},
         "after": {"validation_loss": 0.84, "key_fact_accuracy": 0.93},
         "steps": 400, "tokens": 54014, "supervised_tokens": 21616, "tokens_per_second": 184.7,
-        "precision": "float32", "trainable_parameters": 4884480,
+        "mfu": 0.124, "precision": "float32", "trainable_parameters": 4884480,
         "loss_curve": [[step, 0.6 + 4 / (1 + step / 30) + 0.3 * (step % 7 - 3) / 3] for step in range(1, 401)],
         "validation_curve": [[200, 1.14], [400, 0.84], [400, 0.84]],
     },

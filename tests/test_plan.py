@@ -17,7 +17,7 @@ from train.architecture import architecture, read_config
 from train.corpus import supervised_positions
 from train.devices import DEVICES
 from train.memory import NF4_BITS, cache_bytes, checkpoint_bytes, state_bytes, token_flops, training_flops
-from train.prediction import HOLES, devices_needed, job, memory_bytes, place, tokens_per_second
+from train.prediction import HOLES, devices_needed, fitting, full_speed, job, memory_bytes, place, tokens_per_second
 
 REPOSITORY = Path(__file__).parent.parent
 LLAMA_2 = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000}
@@ -285,8 +285,27 @@ def test_the_page_goes_to_stdout_and_a_refusal_to_stderr(tmp_path: Path) -> None
 
 def test_training_stores_what_it_was_planned_to_take(trained: Any) -> None:
     metrics = trained.receipt("train")["metrics"]
-    assert metrics["planned"].keys() == {"memory_bytes", "tokens", "tokens_per_second", "seconds"}
+    peak = metrics["planned"]["peak_tokens_per_second"]
+    assert metrics["planned"].keys() - {"memory_bytes", "tokens", "tokens_per_second", "seconds"} == {
+        "peak_tokens_per_second"
+    }
+    assert metrics["mfu"] == pytest.approx(metrics["tokens_per_second"] / peak, rel=0.05, abs=1e-3)
     assert metrics["planned"]["tokens"] == pytest.approx(metrics["tokens"], rel=0.01)
+
+
+def test_what_checkpointing_computes_again_does_not_count_as_training(planned: Callable) -> None:
+    plain, again = planned("llama-2-7b"), planned("llama-2-7b", "train.checkpointing=true")
+    at = place(plain.recipe)
+    assert full_speed(plain, at) == full_speed(again, at)
+    assert full_speed(plain, at) == pytest.approx(312e12 / (4 * 6.6e9), rel=0.05)  # LoRA: 2 FLOPs a weight, twice
+
+
+def test_fewer_rows_at_once_learn_the_same(planned: Callable) -> None:
+    of = planned(
+        "llama-2-7b", "train.rows=8", "train.accumulate=2", "train.max_tokens=2048", "train.checkpointing=true"
+    )
+    small = replace(place(of.recipe), memory=30e9)
+    assert fitting(of, small)[:2] == ["train.accumulate=16", "train.rows=1"]
 
 
 def test_training_that_cannot_fit_stops_before_weights_are_loaded(

@@ -15,6 +15,7 @@ import pytest
 from report_run import EVERY, METRICS, TYPES, Told, comparisons
 
 from recipe import Run, UserError
+from recipe.pictures import loss_chart
 from recipe.report import page, report
 from recipe.summary import lineage
 
@@ -219,6 +220,26 @@ def test_each_chart_says_in_words_what_it_shows(told: Callable[..., Told]) -> No
     assert described.keys() == {"size", "speed", "losses", "change"}
     assert "Q4_K_M: 105\N{NO-BREAK SPACE}MB, 0.0480 nats" in described["size"]
     assert "validation loss 4.16 at step 0, 1.14 at step 200, 0.840 at step 400" in described["losses"]
+
+
+def test_the_losses_mark_the_best_step_and_where_training_stopped(told: Callable[..., Told]) -> None:
+    receipt = told().run.receipt("train")
+    receipt.metrics.update(
+        loss_curve=[[step, 2.0] for step in range(1, 31)],
+        validation_curve=[[10, 2.0], [20, 1.0], [30, 1.1]],
+        best_step=20,
+        ended="all epochs were done",
+    )
+    chart = loss_chart(receipt)
+    assert chart and [(mark.label, mark.x, mark.y) for mark in chart.points] == [("best", 20, 1.0)]
+    receipt.metrics["ended"] = "the validation loss fell no more"
+    chart = loss_chart(receipt)
+    assert chart and [(mark.label, mark.x) for mark in chart.points] == [("best", 20), ("stopped", 30)]
+    assert chart.description.endswith("best at step 20; stopped at step 30: the validation loss fell no more.")
+
+
+def test_the_share_of_the_devices_peak_is_told(told: Callable[..., Told]) -> None:
+    assert "185 tokens a second, 12.4% of what the device could compute." in made(told()).text
 
 
 def test_each_table_has_a_caption_and_scopes(told: Callable[..., Told]) -> None:

@@ -11,6 +11,7 @@ class Pace:
     """Counts from one log to the next; a training's totals are those of its history, which outlives the process."""
 
     def __init__(self) -> None:
+        self.full_speed: float | None = None  # tokens a second at the device's peak, where that is known
         self._reset()
 
     def _reset(self) -> None:
@@ -40,6 +41,8 @@ class Pace:
             "tokens_per_second": round(self.tokens / max(seconds, 1e-9), 1),
             "memory_bytes": memory_bytes(),
         }
+        if self.full_speed:
+            measured["mfu"] = round(self.tokens / max(seconds, 1e-9) / self.full_speed, 4)
         self._reset()
         return measured
 
@@ -55,7 +58,9 @@ def totals(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Tokens and speed of a whole training, however many processes it took."""
     steps = [row for row in history if "step_tokens" in row]
     tokens, seconds = sum(row["step_tokens"] for row in steps), sum(row["step_seconds"] for row in steps)
-    return {
+    peaks = [(row["mfu"], row["step_seconds"]) for row in steps if "mfu" in row]
+    used = sum(mfu * spent for mfu, spent in peaks) / max(sum(spent for _, spent in peaks), 1e-9)
+    return ({"mfu": round(used, 4)} if peaks else {}) | {
         "tokens": tokens,
         "supervised_tokens": sum(row["supervised_tokens"] for row in steps),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),

@@ -36,6 +36,7 @@ class Place:
     price: tuple[float, float]
     devices: int = 1
     zero: int = 0
+    known: bool = True  # whether the peak is this device's own and not that of one like it
 
 
 @dataclass
@@ -110,7 +111,7 @@ def _here(recipe: Recipe) -> Place:
     known = [device for device in DEVICES.values() if device.name.split("-")[0] in words or _is(device.name, words)]
     near = min(known or DEVICES.values(), key=lambda device: abs(device.memory - memory))
     peak = near.bfloat16 if precision == "bfloat16" else near.float32
-    return Place(name, "gpu", memory, precision, peak, near.watts, price)
+    return Place(name, "gpu", memory, precision, peak, near.watts, price, known=bool(known))
 
 
 def _is(name: str, words: list[str]) -> bool:
@@ -134,6 +135,15 @@ def flops(of: Job, tuner: str = "") -> float:
     return training_flops(forward, tuner or knobs.tuner, knobs.checkpointing)
 
 
+def full_speed(of: Job, at: Place) -> float:
+    """Tokens a second of devices that do nothing but train at their peak, by which a measured speed is divided.
+
+    What checkpointing computes again is no training (model FLOPs utilization, arXiv 2204.02311, appendix B).
+    """
+    forward = token_flops(of.base, of.row(of.recipe.train), of.data.supervised)
+    return at.devices * at.peak / training_flops(forward, of.recipe.train.tuner, False)
+
+
 def tokens_per_second(of: Job, at: Place, run: Run | None = None) -> tuple[float, str]:
     """(tokens that all devices train in a second, where the speed is from): this run's own last training, if it is
     there and ran on this machine, else the peak and the efficiency."""
@@ -153,7 +163,8 @@ def fitting(of: Job, at: Place) -> list[str]:
     knobs, tuner = of.recipe.train, of.recipe.train.tuner
     changes: list[str] = []
     row = of.row(knobs)
-    steps: list[tuple[str, Any]] = [("rows", 1)] if knobs.rows > 1 else []
+    accumulate = knobs.rows * knobs.accumulate  # with it fewer rows at once learn the same
+    steps: list[tuple[str, Any]] = [("accumulate", accumulate), ("rows", 1)] if knobs.rows > 1 else []
     steps += [("checkpointing", True)] if not knobs.checkpointing else []
     steps += [("tuner", "qlora")] if at.kind == "gpu" and tuner == "lora" else []
     steps += [("max_tokens", size) for size in (4096, 2048, 1024, 512, 256, 128) if size < row]
@@ -161,7 +172,7 @@ def fitting(of: Job, at: Place) -> list[str]:
         knobs = dataclasses.replace(knobs, **{key: value})
         changes = [change for change in changes if not change.startswith(f"train.{key}=")]
         changes.append(f"train.{key}={str(value).lower()}")
-        if sum(memory_bytes(of, at, knobs.tuner, knobs).values()) <= at.memory:
+        if key != "accumulate" and sum(memory_bytes(of, at, knobs.tuner, knobs).values()) <= at.memory:
             return changes
     return []
 
@@ -186,7 +197,8 @@ def predicted(of: Job, at: Place, run: Run) -> dict[str, float]:
     """What a receipt keeps of a prediction, beside what was measured."""
     speed, _ = tokens_per_second(of, at, run)
     tokens = of.data.tokens * of.recipe.train.epochs
-    return {
+    peak = {"peak_tokens_per_second": round(full_speed(of, at), 1)} if at.known else {}
+    return peak | {
         "memory_bytes": round(sum(memory_bytes(of, at).values())),
         "tokens": round(tokens),
         "tokens_per_second": round(speed, 1),

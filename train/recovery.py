@@ -13,7 +13,8 @@ from recipe.units import size
 from train.checkpoints import set_aside_from, step_of
 from train.divergence import Diverged, sources
 from train.journal import OUT_OF_MEMORY, Journal
-from train.shortage import advice, is_shortage
+from train.plan import advice
+from train.shortage import is_shortage
 
 SOURCES_SHOWN = 10
 SMALLER = 3  # a learning rate that diverges is mostly some times too large
@@ -26,7 +27,7 @@ def recorded(recipe: Recipe, run: Run, resume_from: Path | None) -> Iterator[Jou
     """Keep the journal of a training, and turn what ends it into a UserError that says what to do."""
     journal = Journal(run.path("checkpoints"))
     if died := journal.start(step_of(resume_from) if resume_from else 0):
-        change = f": {advice(recipe.train)}, or it may happen again" if died == OUT_OF_MEMORY else ""
+        change = f": {advice(recipe, run)}, or it may happen again" if died == OUT_OF_MEMORY else ""
         log.warning("the last training ended without a word, %s%s", died, change)
     try:
         yield journal
@@ -42,7 +43,7 @@ def recorded(recipe: Recipe, run: Run, resume_from: Path | None) -> Iterator[Jou
             raise
         journal.end(OUT_OF_MEMORY)
         held = f"{size(resident_bytes()[0])} held, {size(free_bytes())} free"
-        raise UserError(f"out of memory while training ({held}): {advice(recipe.train)}, and run again") from None
+        raise UserError(f"out of memory while training ({held}): {advice(recipe, run)}, and run again") from None
     journal.end("finished")
 
 

@@ -24,7 +24,7 @@ from train.plan import check
 from train.recovery import recorded
 from train.space import check_disk
 from train.tokens import Tokens, longest_and_sum, row_tokens, tokenized
-from train.trackers import prepare
+from train.trackers import prepare, same_run
 
 log = logging.getLogger("truetune")
 # A change of these goes on from the last checkpoint; so does one of rows whose product with accumulate is the same.
@@ -43,6 +43,8 @@ def sft(recipe: Recipe, run: Run) -> Made:
     key = _training_key(recipe, run)
     trackers = prepare(recipe.train.tracker, run, key)
     resume_from = open_folder(run.path("checkpoints"), key)
+    if "mlflow" in trackers:
+        same_run(run.path("checkpoints", "mlflow.run"), recipe.name)
     with recorded(recipe, run, resume_from) as journal:
         return _train(recipe, run, resume_from, journal, trackers)
 
@@ -59,7 +61,7 @@ def _train(recipe: Recipe, run: Run, resume_from: Path | None, journal: Journal,
     trainer = make_trainer(recipe, run, tokenizer, model, tokens.datasets, trackers)
     write_preview(recipe, run, tokens, tokenizer, trainer.train_dataset, trainer.args.max_length)
     trainer.check_stops()
-    trainer.journal = journal
+    trainer.journal, trainer.pace.full_speed = journal, planned.get("peak_tokens_per_second")
     if recipe.train.tracker != "none":
         trainer.add_callback(Curves(run.path("logs", journal.began())))
     questions = heldout(run.path("data"))

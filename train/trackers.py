@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from recipe import Run, UserError
 from recipe.environment import OURS, ROOT, SetupError, run
+from recipe.files import write_whole
 
 PROJECT = "truetune"
 
@@ -36,6 +37,31 @@ def prepare(tracker: str, place: Run, training: str) -> list[str]:
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     return [tracker]
+
+
+def same_run(kept: Path, name: str) -> None:
+    """Let MLflow go on with the run whose id stands in `kept`, or begin one and keep its id there.
+
+    Raises:
+        UserError: the server that the user named does not answer.
+    """
+    if "MLFLOW_RUN_ID" in os.environ:
+        return
+    from mlflow import MlflowClient, set_experiment
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient()
+    try:
+        run_id = client.get_run(kept.read_text(encoding="utf-8")).info.run_id
+        os.environ["MLFLOW_MAX_LOG_PARAMS"] = "0"  # they stand there, and MLflow refuses another value
+    except (FileNotFoundError, MlflowException):
+        try:
+            experiment = set_experiment(os.environ["MLFLOW_EXPERIMENT_NAME"]).experiment_id
+            run_id = client.create_run(experiment, run_name=name).info.run_id
+        except MlflowException as error:
+            raise UserError(f"MLflow at {os.environ['MLFLOW_TRACKING_URI']}: {error}") from None
+        write_whole(kept, run_id)
+    os.environ["MLFLOW_RUN_ID"] = run_id
 
 
 def _wandb(folder: Path, name: str, training: str) -> dict[str, str]:
