@@ -206,7 +206,7 @@ def test_a_job_that_is_too_large_is_refused_with_what_fits(planned: Callable) ->
     of = planned("llama-3.1-8b", "plan.gpu=rtx-4090", "train.max_tokens=4096", "train.rows=4")
     said = plan.impossible(of, place(of.recipe))
     assert re.fullmatch(
-        r"training needs [\d.]+\WGB a device, rtx-4090 has 25\WGB: SET='train\.rows=1 train\.checkpoint.*' fits.*",
+        r"training needs [\d.]+\WGB a device, rtx-4090 has 25\WGB: SET='train\.rows=1 train\.accumulate=4 train\.checkpoint.*' fits.*",
         said,
     )
     changes = said.partition("SET='")[2].partition("'")[0].split()
@@ -305,7 +305,7 @@ def test_fewer_rows_at_once_learn_the_same(planned: Callable) -> None:
         "llama-2-7b", "train.rows=8", "train.accumulate=2", "train.max_tokens=2048", "train.checkpointing=true"
     )
     small = replace(place(of.recipe), memory=30e9)
-    assert fitting(of, small)[:2] == ["train.accumulate=16", "train.rows=1"]
+    assert fitting(of, small)[:2] == ["train.rows=1", "train.accumulate=16"]
 
 
 def test_training_that_cannot_fit_stops_before_weights_are_loaded(

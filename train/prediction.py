@@ -164,7 +164,7 @@ def fitting(of: Job, at: Place) -> list[str]:
     changes: list[str] = []
     row = of.row(knobs)
     accumulate = knobs.rows * knobs.accumulate  # with it fewer rows at once learn the same
-    steps: list[tuple[str, Any]] = [("accumulate", accumulate), ("rows", 1)] if knobs.rows > 1 else []
+    steps: list[tuple[str, Any]] = [("rows", 1), ("accumulate", accumulate)] if knobs.rows > 1 else []
     steps += [("checkpointing", True)] if not knobs.checkpointing else []
     steps += [("tuner", "qlora")] if at.kind == "gpu" and tuner == "lora" else []
     steps += [("max_tokens", size) for size in (4096, 2048, 1024, 512, 256, 128) if size < row]
@@ -172,7 +172,7 @@ def fitting(of: Job, at: Place) -> list[str]:
         knobs = dataclasses.replace(knobs, **{key: value})
         changes = [change for change in changes if not change.startswith(f"train.{key}=")]
         changes.append(f"train.{key}={str(value).lower()}")
-        if key != "accumulate" and sum(memory_bytes(of, at, knobs.tuner, knobs).values()) <= at.memory:
+        if key != "rows" and sum(memory_bytes(of, at, knobs.tuner, knobs).values()) <= at.memory:
             return changes
     return []
 
