@@ -206,7 +206,8 @@ def test_a_job_that_is_too_large_is_refused_with_what_fits(planned: Callable) ->
     of = planned("llama-3.1-8b", "plan.gpu=rtx-4090", "train.max_tokens=4096", "train.rows=4")
     said = plan.impossible(of, place(of.recipe))
     assert re.fullmatch(
-        r"training needs [\d.]+\WGB a device, rtx-4090 has 25\WGB: SET='train\.rows=1 train\.accumulate=4 train\.checkpoint.*' fits.*",
+        r"training needs [\d.]+\WGB a device, rtx-4090 has 25\WGB: "
+        r"SET='train\.rows=1 train\.accumulate=4 train\.checkpoint.*' fits.*",
         said,
     )
     changes = said.partition("SET='")[2].partition("'")[0].split()
