@@ -73,7 +73,9 @@ def test_the_others_need_nothing(tracker: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tracker", "written"), [("wandb", "*/offline-run-*/*.wandb"), ("mlflow", "*/*/metrics/loss")])
-def test_a_run_is_written_offline(tracker: str, written: str, based: Workplace, tmp_path: Path) -> None:
+def test_a_run_is_written_offline_and_goes_on_as_the_same(
+    tracker: str, written: str, based: Workplace, tmp_path: Path
+) -> None:
     """Installed from its own lock, aside from this environment."""
     aside = tmp_path / "packages"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "--target", aside]
@@ -81,11 +83,17 @@ def test_a_run_is_written_offline(tracker: str, written: str, based: Workplace, 
     if done.returncode:
         pytest.skip("no package index in reach")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "MLFLOW"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "train.sft", "line.yaml", f"train.tracker={tracker}", "train.epochs=0.4"],
-        env={**clean, "HOME": str(tmp_path), "PYTHONPATH": f"{REPOSITORY}:{aside}"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert list(based.run.path("logs", tracker).glob(written)), sorted(based.run.path("logs").rglob("*"))[:20]
+    for rows in (1, 2):  # another value of a key that goes on from the same checkpoint
+        done = subprocess.run(
+            [sys.executable, "-m", "train.sft", "line.yaml", f"train.tracker={tracker}", "train.epochs=0.4",
+             f"train.rows={rows}", f"train.accumulate={2 // rows}"],
+            env={**clean, "HOME": str(tmp_path), "PYTHONPATH": f"{REPOSITORY}:{aside}"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stderr
+    files = list(based.run.path("logs", tracker).glob(written))
+    assert files, sorted(based.run.path("logs").rglob("*"))[:20]
+    runs = {file.parent.name.rpartition("-")[2] if tracker == "wandb" else file.parts[-3] for file in files}
+    assert len(runs) == 1, runs
     assert list(based.run.path("logs").glob("*/events.*")), "TensorBoard's files are written too"
