@@ -25,11 +25,11 @@ from datatrove.pipeline.writers import JsonlWriter
 
 from recipe import Recipe, UserError, load
 from recipe.command import boundary
-from train.formats import detect, whole_chunks
 from train.heldout import read_questions
 from train.prepare import Settings, Work, prepared, settings
-from train.row import Problem, Row
-from train.sources import Source, sources
+from train.reading.formats import detect, whole_chunks
+from train.reading.row import Problem, Row
+from train.reading.sources import Source, sources
 
 FIRST = 65_535  # datatrove keeps the document of the highest priority, which is at most this
 
@@ -82,7 +82,7 @@ def questions(recipe: Recipe) -> list[Row]:
 
 
 def content(document: Document) -> bytes:
-    """What equal rows have in common: the row with its keys sorted, as train/duplicates.py compares it."""
+    """What equal rows have in common: the row with its keys sorted, as train/cleaning/duplicates.py compares it."""
     return json.dumps(json.loads(document.text), sort_keys=True).encode()
 
 

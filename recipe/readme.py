@@ -32,12 +32,12 @@ def files() -> str:
     """Every module with the first sentence of its docstring."""
     lines = []
     for folder in FOLDERS:
-        for path in sorted(Path(folder).glob("*.py")):
+        for path in sorted(Path(folder).rglob("*.py")):
             sentence = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").splitlines()
             if sentence:
-                lines.append(f"{path!s:<26} {re.sub(r':  .*$', '', sentence[0])}")
+                lines.append(f"{path!s:<30} {re.sub(r':  .*$', '', sentence[0])}")
         for kind in ("*.yaml", "*.jinja", "*.css"):
-            lines += [f"{path!s:<26} {first_comment(path)}" for path in sorted(Path(folder).glob(kind))]
+            lines += [f"{path!s:<30} {first_comment(path)}" for path in sorted(Path(folder).glob(kind))]
     return "```text\n" + "\n".join(lines) + "\n```"
 
 

@@ -174,7 +174,7 @@ class Serve:
 
 @dataclass(frozen=True)
 class Plan:
-    gpu: str | None = knob(None, "A GPU of train/devices.py to plan for, as `a100-80gb`; this machine if not given")
+    gpu: str | None = knob(None, "A GPU to plan for, as `a100-80gb` (train/planning/devices.py); else this machine")
     devices: int = knob(1, "How many of them", 1)
     zero: int = knob(0, "Stage of ZeRO by which they share optimizer (1), gradients (2) and weights (3)", 0, 3)
     efficiency: float = knob(0.0, "Share of the device's peak that training reaches; 0 takes what is known", 0, 1)

@@ -7,10 +7,10 @@ from typing import Any
 from recipe import Made, Run, UserError, load
 from recipe.rows import rows
 from train.data import data
-from train.formats import detect, whole_chunks
-from train.formats import rows as rows_of
-from train.row import Problem, Row
-from train.sources import Source
+from train.reading.formats import detect, whole_chunks
+from train.reading.formats import rows as rows_of
+from train.reading.row import Problem, Row
+from train.reading.sources import Source
 
 
 def read(path: Path | str) -> list[Row]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from recipe import UserError
-from train.classification import labelled, path_of
+from train.scoring.classification import labelled, path_of
 
 SHAPES = {
     "SST-2": ("sst.tsv=negative|positive", "sentence\tlabel\na fine film\t1\na \"bad\" one\t0\n", [1, 0]),

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from recipe.schema import Clean
-from train.clean import characters, clean, encoding
-from train.row import Rejection
+from train.cleaning.clean import characters, clean, encoding
+from train.reading.row import Rejection
 
 REPOSITORY = Path(__file__).parent.parent
 OFF = Clean(unicode=False, encoding=False, empty_turns=False)

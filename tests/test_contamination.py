@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from train.contamination import check, questions
-from train.row import Rejection, Row
+from train.cleaning.contamination import check, questions
+from train.reading.row import Rejection, Row
 
 REPOSITORY = Path(__file__).parent.parent
 QUESTION = "Which quantization loses the least accuracy, and how many bits does a weight of it have?"

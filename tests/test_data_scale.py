@@ -16,7 +16,8 @@ from data_fixtures import made, read
 
 from recipe import Run, UserError, load
 from recipe.rows import rows
-from train import chunks, data, pool
+from train import data, pool
+from train.reading import chunks
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -62,10 +63,10 @@ def test_the_number_of_cores_changes_no_byte(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_stage_is_that_of_each_step_alone() -> None:
     """The same rows by the plain functions: read, clean, sign, decide; in one process, in lists."""
-    from train.clean import clean
-    from train.duplicates import signatures
-    from train.row import Rejection
-    from train.split import sides
+    from train.cleaning.clean import clean
+    from train.cleaning.duplicates import signatures
+    from train.cleaning.split import sides
+    from train.reading.row import Rejection
 
     _, parts = made(talks(300))
     recipe = load("r.yaml")

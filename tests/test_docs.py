@@ -11,7 +11,7 @@ from recipe.load import load
 from recipe.readme import rendered
 from recipe.schema import Recipe
 from train.heldout import question
-from train.shapes import talk
+from train.reading.shapes import talk
 
 README = Path("README.md").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z]+):", Path("Makefile").read_text(encoding="utf-8"), re.MULTILINE))

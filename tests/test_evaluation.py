@@ -15,8 +15,8 @@ from recipe import Run, load
 from recipe.confidence import Score, compare
 from recipe.scores import show
 from train.evaluation import KNOWLEDGE, choices_of, of_answers, question_of, right_answers
-from train.likelihood import TOKENS_AT_ONCE, Choices, batches, choice_losses, likelihoods
-from train.pair import Pair, round_once
+from train.scoring.likelihood import TOKENS_AT_ONCE, Choices, batches, choice_losses, likelihoods
+from train.scoring.pair import Pair, round_once
 from train.template import examples
 
 TEXTS = {"exact match", "token F1", "BLEU", "chrF", "ROUGE-1", "ROUGE-2", "ROUGE-L"}

@@ -7,9 +7,9 @@ import pytest
 
 from recipe import UserError
 from recipe.schema import Clean
-from train.clean import clean
-from train.language import detect, require_known
-from train.row import Rejection
+from train.cleaning.clean import clean
+from train.cleaning.language import detect, require_known
+from train.reading.row import Rejection
 
 SENTENCES = {
     "en": "How do I train a model?",
@@ -74,7 +74,7 @@ def test_no_network_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("the network was asked")
 
-    from train import language
+    from train.cleaning import language
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     language._detector.cache_clear()

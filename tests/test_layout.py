@@ -13,7 +13,7 @@ STAGES = ("train", "convert", "serve")
 MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
     for package in ("recipe", *STAGES)
-    for path in (REPOSITORY / package).glob("*.py")
+    for path in (REPOSITORY / package).rglob("*.py")
 }
 ENTRIES = [name for name, path in MODULES.items() if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
 SOURCES = [*MODULES.values(), *(REPOSITORY / "tests").glob("*.py"), *(REPOSITORY / "bench").glob("*.py")]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from recipe.confidence import LEAST_ROWS, Score, as_rows, compare, wilson
-from train.measures import confusion, macro_f1, matthews, normalized, text_measures, token_f1, words
+from train.scoring.measures import confusion, macro_f1, matthews, normalized, text_measures, token_f1, words
 
 ANSWERS = ["The cat sat on the mat.", "I am Truetune, the assistant.", "8000", ""]
 REFERENCES = ["A cat sat on a mat", "No, I am Truetune, the assistant of this project.", "Port 8000.", "Nothing."]

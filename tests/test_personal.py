@@ -6,8 +6,8 @@ import pytest
 
 from recipe import UserError
 from recipe.schema import PERSONAL, Clean
-from train.clean import clean
-from train.personal import masking
+from train.cleaning.clean import clean
+from train.cleaning.personal import masking
 
 HEX = "da39a3ee5e6b4b0d3255bfef95601890afd80709"
 # Put together here, so that no scanner of secrets takes this file for one.

@@ -13,11 +13,20 @@ import pytest
 
 from recipe import Run, UserError, load
 from train import plan
-from train.architecture import architecture, read_config
-from train.corpus import supervised_positions
-from train.devices import DEVICES
-from train.memory import NF4_BITS, cache_bytes, checkpoint_bytes, state_bytes, token_flops, training_flops
-from train.prediction import HOLES, devices_needed, fitting, full_speed, job, memory_bytes, place, tokens_per_second
+from train.planning.architecture import architecture, read_config
+from train.planning.corpus import supervised_positions
+from train.planning.devices import DEVICES
+from train.planning.memory import NF4_BITS, cache_bytes, checkpoint_bytes, state_bytes, token_flops, training_flops
+from train.planning.prediction import (
+    HOLES,
+    devices_needed,
+    fitting,
+    full_speed,
+    job,
+    memory_bytes,
+    place,
+    tokens_per_second,
+)
 
 REPOSITORY = Path(__file__).parent.parent
 LLAMA_2 = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000}
@@ -174,7 +183,7 @@ def test_what_fits_is_what_people_train(name: str, tuner: str, gpu: str, fits: b
 def test_the_adapter_is_pefts(planned: Callable) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from train.architecture import on_meta
+    from train.planning.architecture import on_meta
 
     of = planned("qwen3-0.6b")
     model = get_peft_model(on_meta(config("qwen3-0.6b")), LoraConfig(r=16, target_modules="all-linear"))
@@ -312,7 +321,7 @@ def test_fewer_rows_at_once_learn_the_same(planned: Callable) -> None:
 def test_training_that_cannot_fit_stops_before_weights_are_loaded(
     trained: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.prediction.free_bytes", lambda: 600e6)
+    monkeypatch.setattr("train.planning.prediction.free_bytes", lambda: 600e6)
     counts = {"train": {"tokens": 9000, "supervised_tokens": 3000, "longest": 100}, "validation": {"tokens": 0}}
     with pytest.raises(
         UserError, match=r"training needs \d+\WMB a device, this machine's processor has 600\WMB: .*FORCE=1"

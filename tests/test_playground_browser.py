@@ -20,8 +20,8 @@ from conftest import REPOSITORY, Workplace
 from gguf_fixture import Server
 
 from serve.endpoint import free_port
-from train.formats import detect, rows
-from train.sources import Source, chunks
+from train.reading.formats import detect, rows
+from train.reading.sources import Source, chunks
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [

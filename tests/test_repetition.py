@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from recipe.schema import Clean
-from train.clean import clean
-from train.repetition import WORDS, repeats
-from train.row import Rejection
+from train.cleaning.clean import clean
+from train.cleaning.repetition import WORDS, repeats
+from train.reading.row import Rejection
 
 REPOSITORY = Path(__file__).parent.parent
 PROSE = (REPOSITORY / "LICENSE").read_text(encoding="utf-8").split("1. Definitions.")[1][:2000]

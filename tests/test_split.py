@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from recipe.schema import Clean, Data
-from train.duplicates import RUN, equal, joined, near, same_prompt, signatures
-from train.split import TEMPLATE_ROWS, held_back, sides
+from train.cleaning.duplicates import RUN, equal, joined, near, same_prompt, signatures
+from train.cleaning.split import TEMPLATE_ROWS, held_back, sides
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = Data(validation=0.3)

@@ -12,7 +12,7 @@ from recipe.rows import heldout
 from recipe.rows import rows as written
 from train.data import data, told
 from train.heldout import read_questions
-from train.row import Problem, Row
+from train.reading.row import Problem, Row
 
 REPOSITORY = Path(__file__).parent.parent
 USER, ASSISTANT = {"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from train.formats import Detected, Read, detect, format_of, rows, whole_chunks
-from train.row import Rejection
-from train.sources import Source
+from train.reading.formats import Detected, Read, detect, format_of, rows, whole_chunks
+from train.reading.row import Rejection
+from train.reading.sources import Source
 
 USER, ASSISTANT = {"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}
 SYSTEM = {"role": "system", "content": "Be brief."}

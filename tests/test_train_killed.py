@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Workplace
 
-from train.checkpoints import last_complete
+from train.keeping.checkpoints import last_complete
 
 KILLS = 6
 LONGER = ("epochs: 2", "epochs: 9, patience: 0, lora: {dropout: 0.1}")  # with dropout the dice too must go on
@@ -86,7 +86,7 @@ def test_kills_at_random_moments_change_nothing(
 def test_a_signal_saves_a_checkpoint_and_ends(
     wish: signal.Signals, code: int, based: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from train.lasting import LastingTrainer
+    from train.keeping.lasting import LastingTrainer
 
     recipe = Path("line.yaml")
     recipe.write_text(recipe.read_text().replace(*LONGER))

@@ -14,10 +14,10 @@ from conftest import Workplace
 from recipe import UserError
 from recipe.files import files_below, fingerprint
 from train import sft as stage
-from train.checkpoints import MANIFEST, last_complete, open_folder
-from train.journal import OUT_OF_MEMORY, Journal
-from train.recovery import recorded
-from train.shortage import is_shortage
+from train.keeping.checkpoints import MANIFEST, last_complete, open_folder
+from train.keeping.journal import OUT_OF_MEMORY, Journal
+from train.keeping.recovery import recorded
+from train.keeping.shortage import is_shortage
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "zeros, as after a loss of power": lambda content: bytes(len(content)),

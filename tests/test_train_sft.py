@@ -20,7 +20,7 @@ import pytest
 from recipe import UserError
 from recipe.score import has_fact, key_fact_accuracy
 from train import sft as stage
-from train.checkpoints import last_complete, open_folder
+from train.keeping.checkpoints import last_complete, open_folder
 from train.space import check_disk, needed_bytes
 from train.template import examples
 

@@ -23,7 +23,7 @@ from recipe.rows import rows
 from recipe.schema import Data
 from tests.hub_double import hub
 from train.data import data, told
-from train.sources import Source, chunks, copies, sources
+from train.reading.sources import Source, chunks, copies, sources
 
 REPOSITORY = Path(__file__).parent.parent
 USER, ASSISTANT = {"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}
@@ -165,8 +165,8 @@ def test_a_damaged_file_is_one_line_with_its_place(name: str) -> None:
 
 
 def test_a_line_without_end_is_told_and_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.chunks.LONGEST_LINE_BYTES", 1000)
-    monkeypatch.setattr("train.chunks.BYTES_A_CHUNK", 500)
+    monkeypatch.setattr("train.reading.chunks.LONGEST_LINE_BYTES", 1000)
+    monkeypatch.setattr("train.reading.chunks.BYTES_A_CHUNK", 500)
     _, problems = read_file("long.jsonl", LINES + '{"text": "' + "x" * 4000 + '"}\n')
     assert problems == ["long.jsonl:3: longer than 0 MiB: write one row a line"]
 
@@ -183,7 +183,7 @@ def test_a_line_separator_inside_a_text_ends_no_line() -> None:
 
 
 def test_a_text_file_is_cut_between_paragraphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.tables.PIECE_CHARACTERS", 35)
+    monkeypatch.setattr("train.reading.tables.PIECE_CHARACTERS", 35)
     rows, _ = read_file("book.txt", "# One\n\nfirst line\nsecond line\n\nlast line\n")
     assert [(row.value["text"], row.place) for row in rows] == [
         ("# One\n\nfirst line\nsecond line", "book.txt:1"),
@@ -200,9 +200,9 @@ LARGE = {
 
 @pytest.mark.parametrize("kind", LARGE)
 def test_a_large_file_is_never_in_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.chunks.BYTES_A_CHUNK", 1 << 14)
-    monkeypatch.setattr("train.chunks.ROWS_A_CHUNK", 10)
-    monkeypatch.setattr("train.jsonstream.CHARACTERS", 1 << 14)
+    monkeypatch.setattr("train.reading.chunks.BYTES_A_CHUNK", 1 << 14)
+    monkeypatch.setattr("train.reading.chunks.ROWS_A_CHUNK", 10)
+    monkeypatch.setattr("train.reading.jsonstream.CHARACTERS", 1 << 14)
     size = Path("large").write_text(LARGE[kind])
     tracemalloc.start()
     chunk_count = sum(1 for _ in chunks(Source("large")))
@@ -387,8 +387,8 @@ ASKING = """
 import json, sys
 from recipe import UserError
 from recipe.schema import Data
-from train.chunks import records
-from train.sources import chunks, sources
+from train.reading.chunks import records
+from train.reading.sources import chunks, sources
 for name in sys.argv[1:]:
     try:
         (source,) = sources(Data(train=(name,)))

@@ -1,8 +1,8 @@
 """Read, check and split the conversations:  python -m train.data RECIPE
 
-What may be read, and in which formats: train/sources.py and train/formats.py. The sources stream through workers on
-all cores, which clean and sign each row alone (train/prepare.py), into a file of all rows; by the signatures, all that
-has to be in memory, it is decided which rows repeat others and which are held back (train/split.py).
+What may be read, and in which formats: train/reading. The sources stream through workers on all cores, which clean and
+sign each row alone (train/prepare.py), into a file of all rows; by the signatures, all that has to be in memory, it is
+decided which rows repeat others and which are held back (train/cleaning/split.py).
 """
 
 import json
@@ -21,12 +21,12 @@ from recipe.files import fingerprint, fresh_folder, put_in_place, remove
 from recipe.machine import cores
 from recipe.progress import progress
 from recipe.rows import RowWriter, batches
-from train.formats import Detected, detect, whole_chunks
 from train.heldout import read_questions
 from train.pool import in_order
 from train.prepare import Prepared, Settings, Work, line_of, prepared, settings
-from train.row import Problem, Rejection, Row
-from train.sources import Source, sources
+from train.reading.formats import Detected, detect, whole_chunks
+from train.reading.row import Problem, Rejection, Row
+from train.reading.sources import Source, sources
 
 log = logging.getLogger("truetune")
 PROBLEMS_SHOWN, ALIKE_SHOWN, PROBLEMS_KEPT = 20, 3, 10_000
@@ -120,8 +120,8 @@ def divide(intake: Intake, recipe: Recipe, folder: Path) -> dict[str, int]:
     """
     import numpy as np
 
-    from train.duplicates import SIGNATURE
-    from train.split import sides
+    from train.cleaning.duplicates import SIGNATURE
+    from train.cleaning.split import sides
 
     first, held = sides(np.fromfile(folder / "signatures", SIGNATURE), recipe.data)
     times = np.fromfile(folder / "copies", np.int64)

@@ -21,11 +21,11 @@ from recipe.rows import count, heldout, picked
 from recipe.score import facts_in
 from recipe.scores import show
 from recipe.stages import stage
-from train.classification import PROMPT, Labelled, labelled, path_of, spoken
-from train.likelihood import Choices, Likelihood, choice_losses, likelihoods
-from train.measures import confusion, macro_f1, matthews, text_measures
-from train.pair import Pair, speed
-from train.score import answers
+from train.scoring.classification import PROMPT, Labelled, labelled, path_of, spoken
+from train.scoring.likelihood import Choices, Likelihood, choice_losses, likelihoods
+from train.scoring.measures import confusion, macro_f1, matthews, text_measures
+from train.scoring.pair import Pair, speed
+from train.scoring.score import answers
 from train.template import Example, render, row_examples
 
 KNOWLEDGE = Path(__file__).with_name("knowledge.jsonl")

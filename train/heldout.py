@@ -4,10 +4,10 @@ from collections import Counter
 from typing import Any
 
 from recipe import UserError
-from train.chunks import records
-from train.row import Problem, Rejection, Row
-from train.sources import Source, chunks
-from train.turns import text, turns
+from train.reading.chunks import records
+from train.reading.row import Problem, Rejection, Row
+from train.reading.sources import Source, chunks
+from train.reading.turns import text, turns
 
 
 def read_questions(name: str, problems: list[Problem | str]) -> list[Row]:

@@ -14,10 +14,10 @@ from recipe import Recipe, Run, UserError
 from recipe.command import boundary
 from recipe.load import environment_overrides, load
 from recipe.units import duration, number, size
-from train.corpus import counted
-from train.devices import DEVICES, PRICED
-from train.memory import STEP_TUNERS, cache_bytes
-from train.prediction import (
+from train.planning.corpus import counted
+from train.planning.devices import DEVICES, PRICED
+from train.planning.memory import STEP_TUNERS, cache_bytes
+from train.planning.prediction import (
     Job,
     Place,
     devices_needed,
@@ -192,7 +192,7 @@ def _rent(of: Job) -> str:
     ]
     heads = ["GPU", "memory", "needed", "time", "energy", "price"]
     if not rows:
-        return f"no 64 GPUs of train/devices.py hold it by ZeRO stage 3 with rows of {of.row(of.recipe.train)} tokens"
+        return f"no 64 of the GPUs that are known hold it by ZeRO stage 3 with rows of {of.row(of.recipe.train)} tokens"
     return f"to rent, by price ({PRICED}, spot to on demand; plan.price sets yours)\n{table(heads, rows)}"
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from recipe import Recipe
 from recipe.rows import row_batch
 from recipe.schema import Clean
-from train import contamination, language
-from train.chunks import Chunk
-from train.clean import clean
-from train.formats import Detected, rows
-from train.row import Problem, Rejected, Rejection, Row
-from train.sources import Source, copies
+from train.cleaning import contamination, language
+from train.cleaning.clean import clean
+from train.reading.chunks import Chunk
+from train.reading.formats import Detected, rows
+from train.reading.row import Problem, Rejected, Rejection, Row
+from train.reading.sources import Source, copies
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Work:
 class Prepared:
     """What became of a chunk.
 
-    `batch` has the rows that were kept (recipe.rows), `signatures` (train.duplicates) and `copies`, how often each row
-    is taken, are as long; `rejected` are lines of JSON.
+    `batch` has the rows that were kept (recipe.rows); as long are `signatures` (train.cleaning.duplicates) and
+    `copies`, how often each row is taken; `rejected` are lines of JSON.
     """
 
     number: int
@@ -73,7 +73,7 @@ def prepared(settings: Settings, work: Work) -> Prepared:
     """The rows of a chunk, each cleaned or rejected by itself: no row's lot depends on another's here."""
     import numpy as np
 
-    from train.duplicates import signatures
+    from train.cleaning.duplicates import signatures
 
     found = rows(work.detected, work.chunk)
     kept, rejected, changed = [], list(found.rejected), Counter[str]()

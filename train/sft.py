@@ -17,11 +17,11 @@ from recipe.error import Stopped
 from recipe.files import fresh_folder, put_in_place, write_whole
 from recipe.rows import heldout
 from train.base import parameters
-from train.checkpoints import open_folder
-from train.divergence import Watch
-from train.journal import Journal
+from train.keeping.checkpoints import open_folder
+from train.keeping.divergence import Watch
+from train.keeping.journal import Journal
+from train.keeping.recovery import recorded
 from train.plan import check
-from train.recovery import recorded
 from train.space import check_disk
 from train.tokens import Tokens, longest_and_sum, row_tokens, tokenized
 from train.trackers import prepare, same_run
@@ -132,7 +132,7 @@ def make_trainer(
 
     from recipe.machine import fast_precision
     from train.adapter import lora_config
-    from train.lasting import Often, Patience
+    from train.keeping.lasting import Often, Patience
     from train.order import curriculum
     from train.trainer import AssistantTrainer
 
@@ -208,7 +208,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Validation loss, key-fact accuracy and the answers that it was counted in."""
     from recipe.score import key_fact_accuracy
-    from train.score import answers
+    from train.scoring.score import answers
 
     loss = trainer.validation_loss()
     with trainer.autocast_smart_context_manager():

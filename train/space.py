@@ -5,7 +5,7 @@ from pathlib import Path
 
 from recipe import Recipe, UserError
 from recipe.schema import QUANTIZATIONS
-from train.memory import checkpoint_bytes
+from train.planning.memory import checkpoint_bytes
 
 BYTES_A_WEIGHT = {"float32": 4.0, "bfloat16": 2.0}
 MARGIN = 1.1  # tensors that a quantization cannot take are written in wider types

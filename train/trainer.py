@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from recipe import UserError
-from train.lasting import LastingTrainer
+from train.keeping.lasting import LastingTrainer
 from train.noise import EmbeddingNoise
 from train.template import IGNORED
 

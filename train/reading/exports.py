@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from train.calls import Message
-from train.row import Rejection
-from train.turns import Changes, conversation, text
+from train.reading.calls import Message
+from train.reading.row import Rejection
+from train.reading.turns import Changes, conversation, text
 
 Record = Mapping[str, Any]
 # What Open WebUI folds away above an answer: thoughts, calls of tools, runs of code.

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from recipe import UserError
-from train.row import Problem
-from train.shapes import ANSWERS, QUESTIONS, TURNS
+from train.reading.row import Problem
+from train.reading.shapes import ANSWERS, QUESTIONS, TURNS
 
 DELIMITERS = ",\t;|"
 LONGEST_CELL = 1 << 26

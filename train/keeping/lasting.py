@@ -17,12 +17,12 @@ from recipe.command import FULL
 from recipe.files import files_below, remove
 from recipe.progress import progress
 from recipe.units import size
-from train.checkpoints import SAVING, complete, damage
-from train.divergence import Diverged, Watch
-from train.journal import Journal
+from train.keeping.checkpoints import SAVING, complete, damage
+from train.keeping.divergence import Diverged, Watch
+from train.keeping.journal import Journal
+from train.keeping.stopping import Stopping
 from train.pace import Pace, totals
 from train.progress import TrainingProgress
-from train.stopping import Stopping
 
 MOMENTS = 2  # Adam keeps two numbers for each weight that is trained
 
@@ -54,7 +54,7 @@ class Often(TrainerCallback):  # type: ignore[misc]
 
 
 class LastingTrainer(SFTTrainer):  # type: ignore[misc]
-    """Its checkpoints are complete or absent, two at most, the best among them (`train.checkpoints`)."""
+    """Its checkpoints are complete or absent, two at most, the best among them (`train.keeping.checkpoints`)."""
 
     saving = apart = False
 

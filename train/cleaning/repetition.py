@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from train.row import Rejection
+from train.reading.row import Rejection
 
 WORDS = 50  # Gopher's shortest document; a shorter answer repeats a phrase soon
 LINES, LINE_CHARACTERS = 0.30, 0.20

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from recipe import UserError
-from train.batches import batches, without_nulls_of_tools
-from train.jsonstream import DECODER, values
-from train.row import Problem
-from train.tables import DELIMITERS, names_columns, pieces, table
+from train.reading.batches import batches, without_nulls_of_tools
+from train.reading.jsonstream import DECODER, values
+from train.reading.row import Problem
+from train.reading.tables import DELIMITERS, names_columns, pieces, table
 
 BYTES_A_CHUNK, ROWS_A_CHUNK = 1 << 20, 1000
 LONGEST_LINE_BYTES = 1 << 26

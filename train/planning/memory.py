@@ -1,6 +1,6 @@
 """What training and serving hold and compute, from counts alone: the formulas of the papers, in bytes and FLOPs."""
 
-from train.architecture import Architecture
+from train.planning.architecture import Architecture
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight, a scale for 64 of them, a scale for 256 scales (QLoRA, section 3)
 ADAM_BYTES = 8  # two moments in float32

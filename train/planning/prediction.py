@@ -8,11 +8,11 @@ from typing import Any
 from recipe import Recipe, Run, UserError
 from recipe.machine import cores, free_bytes, machine
 from recipe.schema import Train
-from train.architecture import Architecture, architecture, read_config
-from train.corpus import Corpus, corpus, supervised_positions
-from train.devices import DEVICES, processor_peak
-from train.memory import state_bytes, token_flops, training_flops
-from train.rehearsal import Rehearsal, rehearse
+from train.planning.architecture import Architecture, architecture, read_config
+from train.planning.corpus import Corpus, corpus, supervised_positions
+from train.planning.devices import DEVICES, processor_peak
+from train.planning.memory import state_bytes, token_flops, training_flops
+from train.planning.rehearsal import Rehearsal, rehearse
 
 # Resident before any weight: Python with torch, transformers and TRL, or CUDA's context with its libraries' buffers.
 RUNTIME_BYTES = {"processor": 0.58e9, "gpu": 0.8e9}
@@ -67,7 +67,7 @@ def job(recipe: Recipe, run: Run, data: Corpus | None = None) -> Job:
     """Reads the base's config and the data, and neither weights nor anything from the Hub but one config.json.
 
     Raises:
-        UserError: of train.architecture and train.corpus.
+        UserError: of train.planning.architecture and train.planning.corpus.
     """
     config = read_config(recipe, run)
     return Job(recipe, config, architecture(config), data or corpus(recipe, run))

@@ -8,9 +8,9 @@ import unicodedata
 from typing import Any
 
 from recipe.schema import Clean
-from train import language, personal, repetition
-from train.row import Rejection
-from train.text import changed, texts
+from train.cleaning import language, personal, repetition
+from train.cleaning.text import changed, texts
+from train.reading.row import Rejection
 
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 # Kept are tab and line ends, and what shapes scripts and emoji: joiners, direction marks, zero-width and soft breaks.

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from train.calls import parsed
-from train.row import Rejection
-from train.transcripts import glaive_system, glaive_turns, human_assistant, is_human_assistant
-from train.turns import Changes, as_turns, conversation, text
+from train.reading.calls import parsed
+from train.reading.row import Rejection
+from train.reading.transcripts import glaive_system, glaive_turns, human_assistant, is_human_assistant
+from train.reading.turns import Changes, as_turns, conversation, text
 
 Record = Mapping[str, Any]
 Value = dict[str, Any]

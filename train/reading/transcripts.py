@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from train.calls import Message
-from train.row import Rejection
+from train.reading.calls import Message
+from train.reading.row import Rejection
 
 HUMAN_ASSISTANT = re.compile(r"\n\n(Human|Assistant): ?")
 GLAIVE = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE): ?")

@@ -12,8 +12,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from train.row import Rejection, Row
-from train.text import texts
+from train.cleaning.text import texts
+from train.reading.row import Rejection, Row
 
 RUN, PHRASE, QUOTED = 5, 8, 0.5
 FEW = 3  # so many questions have no template

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recipe import UserError
-from train import exports, shapes
-from train.chunks import Chunk, records
-from train.row import Problem, Rejected, Rejection, Row
-from train.shapes import ANSWERS, QUESTIONS, TURNS, first, is_written_list, label
-from train.sources import Source, chunks
-from train.turns import Changes
+from train.reading import exports, shapes
+from train.reading.chunks import Chunk, records
+from train.reading.row import Problem, Rejected, Rejection, Row
+from train.reading.shapes import ANSWERS, QUESTIONS, TURNS, first, is_written_list, label
+from train.reading.sources import Source, chunks
+from train.reading.turns import Changes
 
 Record = Mapping[str, Any]
 RECORDS_TRIED = 1000

@@ -67,9 +67,9 @@ def supervised_positions(tokens: int, share: float) -> int:
 
 def _of_files(recipe: Recipe) -> tuple[list[dict[str, Any]], int]:
     """(some rows, about how many there are to train on) of the recipe's local files."""
-    from train.formats import detect, rows, whole_chunks
-    from train.row import Problem
-    from train.sources import sources
+    from train.reading.formats import detect, rows, whole_chunks
+    from train.reading.row import Problem
+    from train.reading.sources import sources
 
     sample, total = [], 0.0
     for source in sources(recipe.data):

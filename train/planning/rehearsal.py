@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipe import Recipe
-from train.architecture import on_meta
+from train.planning.architecture import on_meta
 
 FEW, MORE = 4, 8  # layers that are rehearsed; the others are like the last of these
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from train.row import Rejection
+from train.reading.row import Rejection
 
 Message = dict[str, Any]
 NO_CALL = "the tool call is not a name with JSON arguments"

@@ -12,9 +12,9 @@ from typing import Any
 from recipe import UserError
 from recipe.files import matching
 from recipe.schema import Data
-from train.batches import small
-from train.chunks import JSONS, TEXTS, Chunk, file_chunks
-from train.hub import HubSet, download, hub_set
+from train.reading.batches import small
+from train.reading.chunks import JSONS, TEXTS, Chunk, file_chunks
+from train.reading.hub import HubSet, download, hub_set
 
 log = logging.getLogger("truetune")
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", *JSONS)

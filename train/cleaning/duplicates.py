@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.text import texts
+from train.cleaning.text import texts
 
 WORD = re.compile(r"\w+")
 RUN = 5  # characters; Mining of Massive Datasets, section 3.2.2, has 5 for texts as short as e-mails

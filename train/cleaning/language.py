@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from recipe import UserError
-from train.row import Rejection
-from train.text import texts
+from train.cleaning.text import texts
+from train.reading.row import Rejection
 
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`|https?://\S+", re.DOTALL)
 LETTERS = 12  # of ASCII; fewer tell no language: "OK", "Danke"

@@ -5,8 +5,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from train.calls import Message, offered_tools, paired_results, parsed, tool_calls
-from train.row import Rejection
+from train.reading.calls import Message, offered_tools, paired_results, parsed, tool_calls
+from train.reading.row import Rejection
 
 Changes = Counter[str]
 

@@ -37,7 +37,7 @@ def read_config(recipe: Recipe, run: Run) -> Any:
     from transformers import AutoConfig, PretrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    from train.gguf_config import gguf_config
+    from train.planning.gguf_config import gguf_config
 
     made, named = run.find_receipt("base"), Path(recipe.base)
     try:

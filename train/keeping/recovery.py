@@ -10,11 +10,11 @@ from recipe import Recipe, Run, UserError
 from recipe.error import Stopped
 from recipe.machine import free_bytes, resident_bytes
 from recipe.units import size
-from train.checkpoints import set_aside_from, step_of
-from train.divergence import Diverged, sources
-from train.journal import OUT_OF_MEMORY, Journal
+from train.keeping.checkpoints import set_aside_from, step_of
+from train.keeping.divergence import Diverged, sources
+from train.keeping.journal import OUT_OF_MEMORY, Journal
+from train.keeping.shortage import is_shortage
 from train.plan import advice
-from train.shortage import is_shortage
 
 SOURCES_SHOWN = 10
 SMALLER = 3  # a learning rate that diverges is mostly some times too large
