@@ -9,7 +9,7 @@ from recipe.run import Run
 
 @dataclass(frozen=True)
 class Conversations:
-    """From the receipt of `data` and from `preview.json`; what is not known is empty."""
+    """From the receipt of `data` and from `tokens/preview.json`; what is not known is empty."""
 
     sources: list[dict[str, Any]] = field(default_factory=list)  # `source`, `format`, `rows`, `rejected` by reason
     steps: list[tuple[str, int, int]] = field(default_factory=list)  # (cleaning step, rows changed, rows left out)
@@ -30,7 +30,7 @@ def conversations(run: Run) -> Conversations:
     changed, rejected = (steps if isinstance(steps, dict) else {} for steps in (changed, rejected))
     steps = [(name, changed.get(name, 0), rejected.get(name, 0)) for name in sorted({*changed, *rejected})]
     try:
-        found = json.loads(run.path("preview.json").read_text(encoding="utf-8"))
+        found = json.loads(run.path("tokens", "preview.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return Conversations(told.get("sources", []), steps)
     widest = max((count for _, count in found["lengths"]), default=1)

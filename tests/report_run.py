@@ -7,7 +7,7 @@ from typing import Any
 
 from recipe import Recipe, Run, load
 from recipe.confidence import METHOD, Estimate, Score
-from recipe.files import fingerprint
+from recipe.files import fingerprint, write_whole
 from recipe.load import as_dict
 from recipe.proof import Comparison, write_comparisons
 from recipe.run import Receipt
@@ -147,7 +147,7 @@ class Told:
             ])  # fmt: skip
             return [self.run.path("parity.jsonl")]
         if name == "train":
-            self.run.path("preview.json").write_text(json.dumps(PREVIEW))
+            write_whole(self.run.path("tokens", "preview.json"), json.dumps(PREVIEW))
             self.jsonl("answers.jsonl", [
                 {"question": question, "facts": facts, "before": "I am a model.", "after": f"It is {right}."}
                 for question, facts, right in QUESTIONS

@@ -148,7 +148,7 @@ def test_the_example_marks_what_is_learned_and_no_markup_of_the_data(told: Calla
 
 def test_a_run_made_before_there_was_a_preview_tells_its_sources(told: Callable[..., Told]) -> None:
     run = told("data", "base", "train")
-    run.run.path("preview.json").unlink()
+    run.run.path("tokens", "preview.json").unlink()
     text = made(run).text
     assert "OpenAI messages" in text and "as the model reads them" not in text
 

@@ -95,7 +95,7 @@ def test_the_numbers_are_those_of_all_rows(shown: Callable, based: Any, tokenize
         f"train: {len(examples)} conversations, {tokens:,} tokens, {learned:,} of them learned ({learned / tokens:.0%})"
     )
     assert said in text
-    told = json.loads(based.run.path("preview.json").read_text())
+    told = json.loads(based.run.path("tokens", "preview.json").read_text())
     assert told["parts"]["train"]["supervised_tokens"] == learned
     assert sum(count for _, count in told["lengths"]) == len(examples)
 
@@ -148,7 +148,7 @@ def test_colour_marks_what_is_learned_on_a_terminal(based: Any, monkeypatch: pyt
 
 
 def test_training_leaves_it_for_the_report(trained: Any) -> None:
-    told = json.loads(trained.run.path("preview.json").read_text())
+    told = json.loads(trained.run.path("tokens", "preview.json").read_text())
     assert told["packing"]["rows"] == trained.receipt("train")["metrics"]["packing"]["rows"]
     assert [piece["learned"] for piece in told["example"]["pieces"]].count(True) > 0
-    assert Path(trained.run.path("preview.json")).stat().st_size < 20_000
+    assert Path(trained.run.path("tokens", "preview.json")).stat().st_size < 20_000

@@ -2,7 +2,7 @@
 
 Conversations as the chat template writes them, what is learned in colour (between brackets where there is none), packed
 rows with the boundaries of their conversations, and what became of all rows. `ROW=17`, or `ROW=talks.jsonl:17`, shows
-that one whole. The numbers and an example stay in `preview.json` for the report.
+that one whole. The numbers and an example stay in `tokens/preview.json` for the report.
 """
 
 import json
@@ -78,7 +78,7 @@ def packed_rows(recipe: Recipe, tokens: Tokens) -> tuple[Any, int]:
 
 
 def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any, packed: Any, most: int) -> dict[str, Any]:
-    """Write `preview.json`, which the report shows; returns what is in it.
+    """Write `tokens/preview.json`, which the report shows; returns what is in it.
 
     Args:
         packed: the rows as TRL packs them, `most` tokens at most in each.
@@ -100,7 +100,7 @@ def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any, pack
             "pieces": [asdict(piece) for piece in shown],
         },
     }
-    write_whole(run.path("preview.json"), json.dumps(found, ensure_ascii=False) + "\n")
+    write_whole(run.path("tokens", "preview.json"), json.dumps(found, ensure_ascii=False) + "\n")
     return found
 
 
