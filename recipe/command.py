@@ -20,7 +20,7 @@ from typing import Any
 from recipe.error import Stopped, UserError
 from recipe.files import files_below, fingerprint
 from recipe.load import as_dict, load
-from recipe.machine import machine
+from recipe.machine import machine, resident_bytes
 from recipe.progress import AboveBars
 from recipe.run import Fingerprints, Receipt, Run
 from recipe.schema import Recipe
@@ -154,8 +154,8 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
 
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process or of any child of it, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return max(resident_bytes()[1], children)
 
 
 def _plain(value: Any) -> Any:

@@ -128,6 +128,7 @@ def ask(page: Any, question: str, *sides: str) -> None:
 def choose(page: Any, side: str, name: str) -> None:
     page.get_by_label(f"Who answers, {side}").click()
     page.get_by_role("option", name=re.compile(f"^{name} ")).click()
+    page.get_by_role("option").first.wait_for(state="detached")  # a list that closes would stand beside the next
 
 
 def answers(page: Any, side: str) -> list[str]:
