@@ -14,32 +14,21 @@ ROWS_A_BATCH, BYTES_A_BATCH = 1000, 1 << 22
 
 
 class RowWriter:
-    """Writes batches of rows, or rows one by one: the same rows in the same batches give the same bytes."""
+    """Writes batches of rows; the same batches give the same bytes."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow  # type: ignore[import-untyped]
 
         self.stream = pyarrow.ipc.new_stream(str(path), _schema())
-        self.texts: list[str] = []
-        self.sources: list[str] = []
-        self.bytes = self.count = 0
+        self.count = 0
 
     def write(self, batch: Any) -> None:
         """Write a batch of `row_batch`, in pieces that a reader can hold."""
-        for first in range(0, batch.num_rows, ROWS_A_BATCH):
-            self.stream.write_batch(batch.slice(first, ROWS_A_BATCH))
+        fitting = BYTES_A_BATCH * batch.num_rows // max(1, batch.nbytes)
+        step = min(ROWS_A_BATCH, max(1, fitting))
+        for first in range(0, batch.num_rows, step):
+            self.stream.write_batch(batch.slice(first, step))
         self.count += batch.num_rows
-
-    def add(self, text: str, source: str) -> None:
-        self.texts.append(text)
-        self.sources.append(source)
-        self.bytes += len(text)
-        if len(self.texts) == ROWS_A_BATCH or self.bytes >= BYTES_A_BATCH:
-            self._flush()
-
-    def _flush(self) -> None:
-        self.write(row_batch(self.texts, self.sources))
-        self.texts, self.sources, self.bytes = [], [], 0
 
     def __enter__(self) -> "RowWriter":
         return self
@@ -47,8 +36,6 @@ class RowWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.texts and kind is None:
-            self._flush()
         self.stream.close()
 
 

@@ -203,7 +203,7 @@ class Recipe:
         """What is wrong between keys, as (key, problem)."""
         found = []
         if not self.data.train:
-            found.append(("data.train", "missing: name a JSONL file of conversations"))
+            found.append(("data.train", "missing: name files or folders of conversations, or a dataset of the Hub"))
         if self.data.weights and len(self.data.weights) != len(self.data.train):
             given, wanted = len(self.data.weights), len(self.data.train)
             found.append(("data.weights", f"{given} of them for {wanted} in data.train: give one to each"))

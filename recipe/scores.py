@@ -15,7 +15,7 @@ from recipe.verdict import outdated
 
 COLUMNS = ("measure", "rows", "base", "95 %", "trained", "95 %", "change", "95 %", "")
 STYLES = {"better": "green", "worse": "red"}
-MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
 
 
 def figure(value: float, unit: str) -> str:

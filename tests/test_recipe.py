@@ -121,11 +121,11 @@ BAD = {
     ),
     "no data": (
         "base: random\n",
-        ["mine.yaml: data.train: missing: name a JSONL file of conversations"],
+        ["mine.yaml: data.train: missing: name files or folders of conversations, or a dataset of the Hub"],
     ),
     "empty list of data": (
         "base: random\ndata: {train: []}\n",
-        ["mine.yaml:2: data.train: missing: name a JSONL file of conversations"],
+        ["mine.yaml:2: data.train: missing: name files or folders of conversations, or a dataset of the Hub"],
     ),
     "no quantization": (
         DATA + "gguf: {types: []}\n",
@@ -166,7 +166,7 @@ BAD = {
         "data:\n  train: &a [*a]\n",
         [
             "mine.yaml:2: train: cannot be read: found unconstructable recursive node",
-            "mine.yaml: data.train: missing: name a JSONL file of conversations",
+            "mine.yaml: data.train: missing: name files or folders of conversations, or a dataset of the Hub",
         ],
     ),
     "section that holds itself": (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from recipe.rows import ROWS_A_BATCH, RowWriter, count, picked, rows
+from recipe.rows import ROWS_A_BATCH, RowWriter, count, picked, row_batch, rows
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"é": {}}}}}]
 
@@ -19,8 +19,8 @@ def row(number: int) -> dict[str, Any]:
 
 def write(folder: Path, *numbers: int, part: str = "train") -> None:
     with RowWriter(folder / f"{part}.arrow") as writer:
-        for number in numbers:
-            writer.add(json.dumps(row(number), ensure_ascii=False), f"talks.jsonl:{number}")
+        texts = [json.dumps(row(number), ensure_ascii=False) for number in numbers]
+        writer.write(row_batch(texts, [f"talks.jsonl:{number}" for number in numbers]))
 
 
 @pytest.mark.parametrize("many", [0, 1, ROWS_A_BATCH, ROWS_A_BATCH + 1, 2 * ROWS_A_BATCH])
@@ -60,8 +60,7 @@ def test_large_rows_make_small_batches_so_that_reading_holds_few(tmp_path: Path)
 
     text = json.dumps({"text": "x" * (1 << 20)})
     with RowWriter(tmp_path / "train.arrow") as writer:
-        for number in range(40):
-            writer.add(text, str(number))
+        writer.write(row_batch([text] * 40, list(map(str, range(40)))))
     pyarrow.default_memory_pool().release_unused()
     before = pyarrow.total_allocated_bytes()
     tracemalloc.start()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from recipe import UserError
-from recipe.rows import RowWriter, picked, rows
+from recipe.rows import RowWriter, picked, row_batch, rows
 from train.preview import CLOSE, OPEN, histogram, pieces, preview
 from train.sft import sft
 from train.template import IGNORED, row_examples
@@ -116,7 +116,7 @@ def test_rows_without_anything_to_learn_are_an_error_before_training(based: Any)
 
 def test_plain_text_is_shown_as_learned(shown: Callable, based: Any) -> None:
     with RowWriter(based.run.path("data", "train.arrow")) as writer:
-        writer.add(json.dumps({"text": "Once upon a time there was a fox."}), "tale.txt:1")
+        writer.write(row_batch([json.dumps({"text": "Once upon a time there was a fox."})], ["tale.txt:1"]))
     text = shown("1")
     assert text.startswith("tale.txt:1: 10 tokens, 9 learned")
     assert f"Once{OPEN} upon a time there was a fox.<|im_end|>{CLOSE}" in text

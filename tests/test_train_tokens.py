@@ -125,11 +125,10 @@ def with_unshown(based: Any, many: int) -> Any:
     """Rows with tools, which the base's template does not show."""
     path = based.run.path("data", "train.arrow")
     kept = list(rows(based.run.path("data"), "train"))
+    unshown = [kept[0] | {"tools": TOOLS, "source": f"talks.jsonl:{100 + number}"} for number in range(many)]
     with recipe_rows.RowWriter(path) as writer:
-        for row in kept:
-            writer.add(json.dumps(row), row["source"])
-        for number in range(many):
-            writer.add(json.dumps({"messages": kept[0]["messages"], "tools": TOOLS}), f"talks.jsonl:{100 + number}")
+        every = [*kept, *unshown]
+        writer.write(recipe_rows.row_batch([json.dumps(row) for row in every], [row["source"] for row in every]))
     return based
 
 

@@ -128,7 +128,6 @@ def divide(intake: Intake, recipe: Recipe, folder: Path) -> dict[str, int]:
     repeated = first != np.arange(len(first))
     wanted = set(first[repeated].tolist())  # the rows that others repeat, of which the place is told
     places: dict[int, str] = {}
-    counts = dict.fromkeys(PARTS, 0)
     at = 0
     with ExitStack() as stack:
         writers = [stack.enter_context(RowWriter(folder / f"{part}.arrow")) for part in PARTS]

@@ -33,7 +33,6 @@ from train.space import needed_bytes
 
 log = logging.getLogger("truetune")
 RENTED_SHOWN = 6
-SERVED_TYPE_BITS = 16
 
 
 def plan(recipe: Recipe, run: Run) -> tuple[str, str]:
@@ -83,9 +82,7 @@ def impossible(of: Job, at: Place) -> str:
         return ""
     changes = fitting(of, at)
     mend = f"SET='{' '.join(changes)}' fits" if changes else f"a base of at most {_weights(largest_base(of, at))} fits"
-    rent = next(
-        (name for name in _by_price() if (found := devices_needed(of, of.recipe, name)) and found.devices == 1), ""
-    )
+    rent = next((name for name in _by_price() if devices_needed(of, of.recipe, name, most=1)), "")
     where = f", or plan.gpu={rent}" if rent and rent != of.recipe.plan.gpu else ""
     return f"training needs {size(needed)} a device, {at.name} has {size(at.memory)}: {mend}{where}"
 
@@ -194,11 +191,6 @@ def _rent(of: Job) -> str:
     if not rows:
         return f"no 64 of the GPUs that are known hold it by ZeRO stage 3 with rows of {of.row(of.recipe.train)} tokens"
     return f"to rent, by price ({PRICED}, spot to on demand; plan.price sets yours)\n{table(heads, rows)}"
-
-
-def _holds(of: Job, name: str) -> bool:
-    found = devices_needed(of, of.recipe, name)
-    return found is not None and found.devices == 1
 
 
 def _by_price() -> list[str]:

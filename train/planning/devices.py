@@ -10,21 +10,18 @@ PRICED = "March 2026"
 
 @dataclass(frozen=True)
 class Device:
-    """Peak of dense matrix products in FLOP/s by precision, memory in bytes, its bandwidth in bytes a second."""
+    """Peak of dense matrix products in FLOP/s by precision, memory in bytes."""
 
     name: str
     memory: int
     bfloat16: float
     float32: float
-    bandwidth: float
     watts: int
     price: tuple[float, float]
 
 
-def _gpu(
-    name: str, gib: float, bf16: float, fp32: float, gigabytes: float, watts: int, low: float, high: float
-) -> Device:
-    return Device(name, int(gib * GIB), bf16 * 1e12, fp32 * 1e12, gigabytes * 1e9, watts, (low, high))
+def _gpu(name: str, gib: float, bf16: float, fp32: float, watts: int, low: float, high: float) -> Device:
+    return Device(name, int(gib * GIB), bf16 * 1e12, fp32 * 1e12, watts, (low, high))
 
 
 # Data sheets of NVIDIA: dense, float32 accumulation. Memory is what CUDA reports, a little below what is sold.
@@ -32,20 +29,20 @@ def _gpu(
 DEVICES = {
     device.name: device
     for device in (
-        _gpu("rtx-3060", 11.7, 51, 12.7, 360, 170, 0.10, 0.20),
-        _gpu("t4", 14.6, 8.1, 8.1, 320, 70, 0.35, 0.55),
-        _gpu("rtx-3090", 23.6, 71, 35.6, 936, 350, 0.22, 0.39),
-        _gpu("rtx-4090", 23.6, 165, 82.6, 1008, 450, 0.34, 0.60),
-        _gpu("l4", 22.0, 121, 30.3, 300, 72, 0.44, 0.78),
-        _gpu("a10g", 22.0, 70, 31.2, 600, 300, 0.75, 1.21),
-        _gpu("rtx-5090", 31.4, 209, 104.8, 1792, 575, 0.69, 1.22),
-        _gpu("a100-40gb", 39.4, 312, 19.5, 1555, 400, 1.00, 1.80),
-        _gpu("a6000", 47.4, 155, 38.7, 768, 300, 0.33, 0.80),
-        _gpu("l40s", 44.4, 362, 91.6, 864, 350, 0.79, 1.40),
-        _gpu("a100-80gb", 79.2, 312, 19.5, 2039, 400, 1.39, 2.45),
-        _gpu("h100-80gb", 79.2, 989, 67, 3350, 700, 2.69, 4.76),
-        _gpu("h200", 139.8, 989, 67, 4800, 700, 3.59, 6.35),
-        _gpu("b200", 178.0, 2250, 80, 8000, 1000, 5.98, 10.57),
+        _gpu("rtx-3060", 11.7, 51, 12.7, 170, 0.10, 0.20),
+        _gpu("t4", 14.6, 8.1, 8.1, 70, 0.35, 0.55),
+        _gpu("rtx-3090", 23.6, 71, 35.6, 350, 0.22, 0.39),
+        _gpu("rtx-4090", 23.6, 165, 82.6, 450, 0.34, 0.60),
+        _gpu("l4", 22.0, 121, 30.3, 72, 0.44, 0.78),
+        _gpu("a10g", 22.0, 70, 31.2, 300, 0.75, 1.21),
+        _gpu("rtx-5090", 31.4, 209, 104.8, 575, 0.69, 1.22),
+        _gpu("a100-40gb", 39.4, 312, 19.5, 400, 1.00, 1.80),
+        _gpu("a6000", 47.4, 155, 38.7, 300, 0.33, 0.80),
+        _gpu("l40s", 44.4, 362, 91.6, 350, 0.79, 1.40),
+        _gpu("a100-80gb", 79.2, 312, 19.5, 400, 1.39, 2.45),
+        _gpu("h100-80gb", 79.2, 989, 67, 700, 2.69, 4.76),
+        _gpu("h200", 139.8, 989, 67, 700, 3.59, 6.35),
+        _gpu("b200", 178.0, 2250, 80, 1000, 5.98, 10.57),
     )
 }
 

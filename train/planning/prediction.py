@@ -177,12 +177,14 @@ def fitting(of: Job, at: Place) -> list[str]:
     return []
 
 
-def devices_needed(of: Job, recipe: Recipe, name: str) -> Place | None:
-    """The fewest of this GPU, to 64 by powers of two, that hold the training; more than one by ZeRO stage 3."""
-    for power in range(7):
-        at = rented(recipe, name, 2**power, 3 if power else 0)
+def devices_needed(of: Job, recipe: Recipe, name: str, most: int = 64) -> Place | None:
+    """The fewest of this GPU, by powers of two, that hold the training; more than one by ZeRO stage 3."""
+    devices = 1
+    while devices <= most:
+        at = rented(recipe, name, devices, 3 if devices > 1 else 0)
         if sum(memory_bytes(of, at).values()) <= at.memory:
             return at
+        devices *= 2
     return None
 
 
