@@ -7,17 +7,15 @@ taken by the callback that its scheduler calls for each node of the graph, and w
 import ctypes
 import logging
 import random
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert.evaluator import PASS_TOKENS, Evaluator
 from recipe import UserError
+from recipe.progress import progress
 from recipe.rows import count, picked, rendered
 
-log = logging.getLogger("truetune")
-SECONDS_BETWEEN_LINES = 5.0
 IMATRIX = "imatrix.gguf"
 DATASET = "data/train.arrow"  # what the files say that it was computed from
 FLOAT32 = 0  # GGML_TYPE_F32
@@ -51,20 +49,18 @@ def imatrix(model: Path, sequences: list[list[int]]) -> Matrix:
     """
     pieces = [ids[at : at + PASS_TOKENS] for ids in sequences for at in range(0, len(ids), PASS_TOKENS)]
     collector = Collector()
-    total, done, last_line = sum(map(len, pieces)), 0, time.monotonic()
-    start = last_line
-    with Evaluator(model, PASS_TOKENS, collector.watch) as evaluator:
+    done = 0
+    with (
+        progress("gguf: importance", sum(map(len, pieces)), "tokens") as tell,
+        Evaluator(model, PASS_TOKENS, collector.watch) as evaluator,
+    ):
         # Logits of every token are asked for, since llama.cpp leaves the others out of its last layer.
         for group in evaluator.groups((ids, list(range(len(ids)))) for ids in pieces):
             evaluator.evaluate(group)
             if collector.error:
                 raise collector.error
             done += sum(len(ids) for ids, _ in group)
-            if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-                last_line = time.monotonic()
-                rate = done / (last_line - start)
-                left = (total - done) / rate
-                log.info("gguf: importance %d of %d tokens  %.0f tokens/s  %.0f s left", done, total, rate, left)
+            tell(done)
     for name, importance in collector.found.items():
         if not (importance.squares < float("inf")).all():
             raise UserError(f"an input of {name} is no finite number: a weight is damaged, train again")

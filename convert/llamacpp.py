@@ -1,12 +1,10 @@
 """The pinned llama.cpp: its converter script and its quantizer, both of llama-cpp-python's own version."""
 
 import importlib.metadata
-import logging
 import os
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +14,9 @@ from convert.imatrix import DATASET, IMATRIX, Matrix, chunks
 from convert.pretokenizer import pre_tokenizer
 from recipe import UserError
 from recipe.machine import cores
+from recipe.progress import progress
 from recipe.schema import NEEDS_IMATRIX
 
-log = logging.getLogger("truetune")
-SECONDS_BETWEEN_LINES = 5.0
 FALLBACK = re.compile(r"warning: *(\S+) *- ncols .*?required for type *(\w+)\).*?falling back to *(\w+)")
 FALLBACK_COUNT = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback")
 UNRECOGNIZED = "BPE pre-tokenizer was not recognized"
@@ -94,25 +91,24 @@ def quantize(source: Path, output: Path, kind: str, matrix: Matrix | None = None
         raise UserError(f"{kind} needs an importance matrix: set gguf.imatrix_tokens, say to 4096")
 
     said = Quantization()
-    pending, last_line = [""], [time.monotonic()]
+    pending = [""]
 
     def listen(level: int, text: bytes, data: object) -> None:
         *lines, pending[0] = (pending[0] + text.decode("utf-8", errors="replace")).split("\n")
         for line in lines:
             _hear(said, line)
-            progress = PROGRESS.match(line.strip())
-            if progress and time.monotonic() - last_line[0] > SECONDS_BETWEEN_LINES:
-                last_line[0] = time.monotonic()
-                log.info("gguf: %s tensor %s of %s", kind, *progress.groups())
+            if tensor := PROGRESS.match(line.strip()):
+                tell(100 * int(tensor[1]) / int(tensor[2]))
 
     callback = llama_cpp.llama_log_callback(listen)
-    llama_cpp.llama_log_set(callback, None)
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type(kind)
     parameters.nthread = cores()
     kept = _weigh(parameters, matrix) if matrix else ()  # the arrays that the parameters point to
     try:
-        status = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
+        with progress(f"gguf: {kind}", 100, "%") as tell:
+            llama_cpp.llama_log_set(callback, None)
+            status = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
     finally:
         del kept
         _hear(said, pending[0])

@@ -22,6 +22,7 @@ from convert.header import Header, read_header
 from convert.llamacpp import file_type
 from recipe.files import write_whole
 from recipe.machine import resident_bytes
+from recipe.progress import progress
 from recipe.proof import Bounds, Comparison, compare_tokens
 from recipe.reference import Reference, read_reference
 from recipe.schema import QUANTIZATIONS
@@ -162,20 +163,17 @@ def greedy_answers(evaluator: Evaluator, prompts: list[list[int]], most: int, sa
     """The tokens of each answer, up to the end of its turn or `most`; several are decoded together."""
     made: list[list[int]] = [[] for _ in prompts]
     waiting = [number for number, ids in enumerate(prompts) if len(ids) + most <= evaluator.cache_tokens]
-    start = last_line = time.monotonic()
-    while waiting:
-        group: list[int] = []
-        room = evaluator.cache_tokens
-        while waiting and len(group) < PASS_SEQUENCES and len(prompts[waiting[0]]) + most <= room:
-            room -= len(prompts[waiting[0]]) + most
-            group.append(waiting.pop(0))
-        for number, answer in zip(group, _answer([prompts[number] for number in group], evaluator, most), strict=True):
-            made[number] = answer
-        if waiting and time.monotonic() - last_line > 5:
-            last_line = time.monotonic()
-            done = len(prompts) - len(waiting)
-            left = (last_line - start) / done * len(waiting)
-            log.info("%s: question %d of %d  %.0f s left", says, done, len(prompts), left)
+    with progress(says, len(prompts), "questions") as tell:
+        while waiting:
+            group: list[int] = []
+            room = evaluator.cache_tokens
+            while waiting and len(group) < PASS_SEQUENCES and len(prompts[waiting[0]]) + most <= room:
+                room -= len(prompts[waiting[0]]) + most
+                group.append(waiting.pop(0))
+            answers = _answer([prompts[number] for number in group], evaluator, most)
+            for number, answer in zip(group, answers, strict=True):
+                made[number] = answer
+            tell(len(prompts) - len(waiting))
     return made
 
 
