@@ -19,8 +19,8 @@ import httpx
 
 from recipe import Run, UserError, load
 from recipe.command import boundary
-from serve.key import read_key
-from serve.session import Session, find
+from serve.asking.key import read_key
+from serve.running.session import Session, find
 from serve.status import memory_bytes
 
 HUNG_SECONDS = 600

@@ -37,7 +37,7 @@ def files() -> str:
             if sentence:
                 lines.append(f"{path!s:<30} {re.sub(r':  .*$', '', sentence[0])}")
         for kind in ("*.yaml", "*.jinja", "*.css"):
-            lines += [f"{path!s:<30} {first_comment(path)}" for path in sorted(Path(folder).glob(kind))]
+            lines += [f"{path!s:<30} {first_comment(path)}" for path in sorted(Path(folder).rglob(kind))]
     return "```text\n" + "\n".join(lines) + "\n```"
 
 

@@ -21,11 +21,11 @@ from recipe.recommend import chosen
 from recipe.run import Receipt, Run
 from recipe.schema import Recipe
 from recipe.stages import stage
-from serve.backend import Backend, Service
-from serve.endpoint import port_problem, url_of, with_environment
-from serve.key import KEY_FILE
-from serve.session import Session, held, refuse_second, tell
-from serve.supervisor import Supervisor
+from serve.asking.endpoint import port_problem, url_of, with_environment
+from serve.asking.key import KEY_FILE
+from serve.running.backend import Backend, Service
+from serve.running.session import Session, held, refuse_second, tell
+from serve.running.supervisor import Supervisor
 
 OPENWEBUI = """
 {name} ({type}) answers in the chat window
@@ -130,9 +130,9 @@ def backend_of(recipe: Recipe, run: Run) -> Backend:
     """The engine that the recipe names."""
     match recipe.serve.engine:
         case "llamacpp":
-            from serve.llamacpp import backend
+            from serve.running.llamacpp import backend
         case "vllm":
-            from serve.vllm import backend
+            from serve.running.vllm import backend
         case "ollama":
             from serve.register import backend
     return backend(recipe, run)
@@ -142,7 +142,7 @@ def chat_window(recipe: Recipe, run: Run, backend: Backend) -> list[Service]:
     """Open WebUI in front of the engine, if the recipe wants it."""
     if recipe.serve.ui != "openwebui":
         return []
-    from serve.openwebui import openwebui
+    from serve.running.openwebui import openwebui
 
     return [openwebui(run, backend.endpoint, recipe.serve.ui_port)]
 
@@ -201,7 +201,7 @@ def ui_url(recipe: Recipe) -> str:
 
 def welcome(recipe: Recipe, backend: Backend) -> str:
     """Where everything is; secrets by their file."""
-    from serve.openwebui import EMAIL, PASSWORD_FILE
+    from serve.running.openwebui import EMAIL, PASSWORD_FILE
 
     window = {"openwebui": OPENWEBUI, "builtin": BUILTIN, "none": NONE}[recipe.serve.ui]
     guarded = bool(backend.services)  # Ollama asks for no key

@@ -16,8 +16,8 @@ from recipe.command import boundary, recipe_of_arguments
 from recipe.error import UserError
 from recipe.run import Run
 from recipe.schema import Recipe
-from serve.endpoint import is_healthy, port_of_environment, served_model, url_of
-from serve.key import read_key
+from serve.asking.endpoint import is_healthy, port_of_environment, served_model, url_of
+from serve.asking.key import read_key
 
 if TYPE_CHECKING:
     from openai import OpenAI

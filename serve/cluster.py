@@ -14,8 +14,8 @@ from recipe.command import boundary, recipe_of_arguments
 from recipe.error import UserError
 from recipe.run import Run
 from recipe.schema import Recipe
-from serve.key import KEY_FILE
-from serve.vllm import Machine, Model, model_arguments, model_of
+from serve.asking.key import KEY_FILE
+from serve.running.vllm import Machine, Model, model_arguments, model_of
 
 WAYS = ("replicas", "nodes", "ray")
 PROGRAMS = ".venv-vllm/bin"

@@ -14,12 +14,12 @@ from recipe.load import find
 from recipe.recommend import chosen
 from recipe.run import Run
 from recipe.schema import Recipe
-from serve import stack
 from serve.api import refuse_disproved
-from serve.endpoint import port_problem, url_of, with_environment
-from serve.key import KEY_FILE, make_key
-from serve.llamacpp import refuse_long_context, served_file
-from serve.openwebui import EMAIL, PASSWORD_FILE
+from serve.asking.endpoint import port_problem, url_of, with_environment
+from serve.asking.key import KEY_FILE, make_key
+from serve.containers import stack
+from serve.running.llamacpp import refuse_long_context, served_file
+from serve.running.openwebui import EMAIL, PASSWORD_FILE
 
 DOES = "Start the stack in containers; with --down, stop it"
 READY_SECONDS = 1800

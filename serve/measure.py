@@ -17,7 +17,7 @@ from recipe.progress import progress
 from recipe.rows import heldout
 from recipe.scores import show
 from serve.chat import Answer, connect, failures, reason
-from serve.session import Session, find
+from serve.running.session import Session, find
 from serve.status import memory_bytes
 
 if TYPE_CHECKING:

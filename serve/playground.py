@@ -15,11 +15,11 @@ from recipe.command import boundary, recipe_of_arguments
 from recipe.error import UserError
 from recipe.run import Run
 from recipe.schema import Recipe
-from serve.artefacts import artefacts
-from serve.door import Door
-from serve.endpoint import HOST, port_problem
-from serve.key import make_key
-from serve.voices import Voices
+from serve.asking.endpoint import HOST, port_problem
+from serve.asking.key import make_key
+from serve.comparing.artefacts import artefacts
+from serve.comparing.door import Door
+from serve.comparing.voices import Voices
 
 DOES = "Chat with any artefact of the run in the browser, or compare two"
 TOKEN_FILE = Path(".secrets/playground-token")
@@ -61,7 +61,7 @@ def serve(recipe: Recipe, voices: Voices, token: str, port: int) -> None:
     import uvicorn
     from fastapi import FastAPI
 
-    from serve.page import CSS, page, theme
+    from serve.comparing.page import CSS, page, theme
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Door, token=token, port=port)

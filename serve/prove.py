@@ -18,13 +18,13 @@ from recipe.reference import Reference, read_reference
 from recipe.report import report
 from recipe.stages import stage
 from serve.api import backend_of
-from serve.backend import Backend
-from serve.endpoint import ERRORS, free_port, with_environment
-from serve.openwebui import port_of, proved_windows
-from serve.probe import Engine, LlamaCpp, Vllm, ask_probes
+from serve.asking.endpoint import ERRORS, free_port, with_environment
+from serve.asking.probe import Engine, LlamaCpp, Vllm, ask_probes
 from serve.register import row as registered_row
-from serve.session import find
-from serve.supervisor import Supervisor
+from serve.running.backend import Backend
+from serve.running.openwebui import port_of, proved_windows
+from serve.running.session import find
+from serve.running.supervisor import Supervisor
 
 SERVED = "served"
 LEAST_OF_FILE = 0.5  # near ties fall otherwise in the server, whose cache has 16 bits; another model agrees in nothing

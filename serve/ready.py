@@ -2,10 +2,10 @@
 
 from recipe.command import boundary, recipe_of_arguments
 from recipe.run import Run
-from serve import openwebui, vllm
 from serve.api import refuse_taken_ports
-from serve.endpoint import with_environment
-from serve.session import refuse_second
+from serve.asking.endpoint import with_environment
+from serve.running import openwebui, vllm
+from serve.running.session import refuse_second
 
 if __name__ == "__main__":
     with boundary():

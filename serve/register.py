@@ -21,15 +21,15 @@ from recipe.reference import read_probes
 from recipe.run import Receipt
 from recipe.stages import stage
 from serve.api import refuse_disproved
-from serve.backend import Backend, Endpoint
-from serve.go_template import compile_shape
-from serve.jinja import Refused, renderer
-from serve.llamacpp import refuse_long_context, served_file
-from serve.modelfile import TAG, Modelfile
-from serve.ollama_proof import prove_answers, prove_prompts, refused
-from serve.ollama_server import OllamaServer, server_url
+from serve.ollama.go_template import compile_shape
+from serve.ollama.jinja import Refused, renderer
+from serve.ollama.modelfile import TAG, Modelfile
+from serve.ollama.proof import prove_answers, prove_prompts, refused
+from serve.ollama.server import OllamaServer, server_url
+from serve.ollama.vocabulary import Vocabulary, read_vocabulary
 from serve.registered import difference
-from serve.vocabulary import Vocabulary, read_vocabulary
+from serve.running.backend import Backend, Endpoint
+from serve.running.llamacpp import refuse_long_context, served_file
 
 SUMMARY = """
 {name} ({type}) is registered with Ollama {version} at {url}

@@ -6,7 +6,7 @@ from recipe import Run
 from recipe.command import boundary, recipe_of_arguments
 from recipe.error import UserError
 from recipe.run import Receipt
-from serve.ollama_server import OllamaServer
+from serve.ollama.server import OllamaServer
 
 log = logging.getLogger("truetune")
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from recipe.command import boundary, recipe_of_arguments
 from recipe.error import UserError
 from recipe.run import Run
-from serve.session import Session, find
+from serve.running.session import Session, find
 
 DOES = "Show what serves the run: its services, their ports, processes, restarts and memory"
 COLUMNS = ("service", "state", "port", "process", "restarts", "memory", "since")

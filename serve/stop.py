@@ -9,7 +9,7 @@ from contextlib import suppress
 from recipe.command import boundary, recipe_of_arguments
 from recipe.error import UserError
 from recipe.run import Run
-from serve.session import find
+from serve.running.session import find
 
 DOES = "Stop what serves the run: engine and chat window"
 PATIENCE_SECONDS = 30

@@ -17,7 +17,7 @@ import numpy as np
 
 from recipe.files import fingerprint
 from recipe.run import Receipt, Run
-from serve.endpoint import ask
+from serve.asking.endpoint import ask
 
 REPOSITORY = Path(__file__).parent.parent
 NAME = "small"
@@ -141,7 +141,7 @@ class Server:
 
     def engine(self) -> int | None:
         """The process of the engine."""
-        return next((pid for pid, command in self.children().items() if "serve.engine" in command), None)
+        return next((pid for pid, command in self.children().items() if "serve.answering.engine" in command), None)
 
     def children(self) -> dict[int, str]:
         """Process and command of each that the supervisor started."""

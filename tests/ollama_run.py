@@ -17,7 +17,7 @@ from recipe import Recipe, Run, load
 from recipe.files import files_below, fingerprint
 from recipe.reference import CONTINUATION_TOKENS, FORMAT, Probe
 from recipe.run import Receipt
-from serve.jinja import renderer
+from serve.ollama.jinja import renderer
 
 NAME = f"truetune-test-{os.getpid()}"
 CONTEXT = 512

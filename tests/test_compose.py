@@ -16,10 +16,11 @@ import pytest
 import yaml
 
 from recipe import UserError, environment, load
-from serve import openwebui, stack, vllm
-from serve.backend import Endpoint
+from serve.asking.endpoint import with_environment
 from serve.compose import check, refuse_without_docker
-from serve.endpoint import with_environment
+from serve.containers import stack
+from serve.running import openwebui, vllm
+from serve.running.backend import Endpoint
 
 TEXT = Path("compose.yaml").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load(TEXT)
@@ -96,7 +97,7 @@ def test_vllm_is_told_what_make_vllm_tells_it(tmp_path: Path) -> None:
     assert SERVICES["vllm"]["environment"].items() >= (vllm.QUIET | {"PYTHONPATH": "/truetune"}).items()
     (template,) = [word for word in wanted if word.endswith(".jinja")]
     assert template == "/model/chat_template.jinja"
-    assert "./serve/guard.py:/truetune/serve/guard.py:ro" in SERVICES["vllm"]["volumes"]
+    assert "./serve/answering/guard.py:/truetune/serve/answering/guard.py:ro" in SERVICES["vllm"]["volumes"]
 
 
 @pytest.mark.skipif(not shutil.which("docker"), reason="no Docker Compose")

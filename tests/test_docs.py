@@ -59,6 +59,6 @@ def test_the_overrides_of_the_readme_are_keys(tmp_path: Path) -> None:
 
 def test_every_module_owns_a_sentence() -> None:
     for folder in ("recipe", "train", "convert", "serve"):
-        for path in Path(folder).glob("*.py"):
+        for path in Path(folder).rglob("*.py"):
             if path.read_text(encoding="utf-8"):
                 assert f"\n{path} " in README, path

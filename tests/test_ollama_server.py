@@ -4,8 +4,8 @@ import pytest
 from ollama._client import _parse_host
 
 from recipe import UserError
-from serve.modelfile import Modelfile
-from serve.ollama_server import is_loopback, refusal, server_url
+from serve.ollama.modelfile import Modelfile
+from serve.ollama.server import is_loopback, refusal, server_url
 
 HOSTS = """
 1.2.3.4 | :56789 | 1.2.3.4:56789 | http://1.2.3.4 | https://1.2.3.4 | https://1.2.3.4:56789 | example.com | localhost

@@ -11,11 +11,11 @@ from data_fixtures import read
 
 from recipe.error import UserError
 from recipe.run import Receipt, Run
-from serve.artefacts import artefacts
-from serve.conversation import Conversation, Made, append
-from serve.door import Door
-from serve.prompt import Token, _texts, as_html
-from serve.voices import Said, Sampling, together
+from serve.comparing.artefacts import artefacts
+from serve.comparing.conversation import Conversation, Made, append
+from serve.comparing.door import Door
+from serve.comparing.prompt import Token, _texts, as_html
+from serve.comparing.voices import Said, Sampling, together
 
 ASKED = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who are you?"}]
 
@@ -91,7 +91,7 @@ def test_a_server_that_is_gone_cannot_be_chosen() -> None:
 
 
 def test_a_key_is_in_no_text_of_a_choice() -> None:
-    from serve.artefacts import Artefact
+    from serve.comparing.artefacts import Artefact
 
     assert "sesame" not in repr(Artefact("a", "b", "endpoint", "http://x/v1", "m", key="sesame"))
 
@@ -170,7 +170,7 @@ def test_an_endpoint_that_hides_its_prompt_is_said_to() -> None:
      ("hot", 1, 0, 1, 0), (float("nan"), 1, 0, 1, 0)],
 )  # fmt: skip
 def test_numbers_out_of_bounds_are_refused_in_one_sentence(given: tuple[Any, ...]) -> None:
-    from serve.page import _sampling
+    from serve.comparing.page import _sampling
 
     with pytest.raises(UserError, match="give a number from"):
         _sampling(*given)

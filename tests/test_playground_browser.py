@@ -19,7 +19,7 @@ import pytest
 from conftest import REPOSITORY, Workplace
 from gguf_fixture import Server
 
-from serve.endpoint import free_port
+from serve.asking.endpoint import free_port
 from train.reading.formats import detect, rows
 from train.reading.sources import Source, chunks
 
@@ -290,7 +290,7 @@ def test_ctrl_c_leaves_no_process_and_no_token_in_its_output(browser: Any, playg
     ask(page, "What says the cow?", "left")
     children = psutil.Process(playground.process.pid).children(recursive=True)
     lines = [" ".join(child.cmdline()) for child in children]
-    assert any("serve.weights" in line for line in lines)
+    assert any("serve.answering.weights" in line for line in lines)
     assert playground.end() == 0
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     assert playground.process.stderr

@@ -12,8 +12,8 @@ from ollama_run import CHATML, NAME, STRIPPING, Registering
 
 from recipe import UserError
 from recipe.run import Receipt
-from serve import ollama_server
-from serve.endpoint import free_port
+from serve.asking.endpoint import free_port
+from serve.ollama import server as ollama_server
 from serve.register import backend, ensure, row
 from serve.registered import registered
 

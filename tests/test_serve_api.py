@@ -15,8 +15,8 @@ from gguf_fixture import CONTEXT, NAME, SLOTS, TRAINED, Server, environment, fre
 from recipe.error import UserError
 from recipe.files import fingerprint
 from recipe.proof import Comparison, write_comparisons
-from serve.endpoint import ask
-from serve.key import make_key, read_key
+from serve.asking.endpoint import ask
+from serve.asking.key import make_key, read_key
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -104,7 +104,7 @@ def test_a_signal_ends_both_processes(start, wish: signal.Signals):
 
 
 def test_a_signal_while_loading_leaves_nothing(start, folder: Path):
-    code = "import serve.llamacpp as s, runpy; s.is_healthy = lambda *a, **k: False; {}".format(
+    code = "import serve.running.llamacpp as s, runpy; s.is_healthy = lambda *a, **k: False; {}".format(
         "runpy.run_module('serve.api', run_name='__main__')"
     )
     server = start(code=code)
@@ -132,9 +132,10 @@ def test_a_killed_engine_comes_back(start):
 
 
 def test_a_hung_engine_comes_back(start):
-    patience = "s.HEALTH_SECONDS = s.GRACE_SECONDS = 0.2; import serve.llamacpp as l; l.PATIENCE_SECONDS = 0.5"
+    patience = "s.HEALTH_SECONDS = s.GRACE_SECONDS = 0.2; import serve.running.llamacpp as l; l.PATIENCE_SECONDS = 0.5"
     server = start(
-        code=f"import serve.supervisor as s, runpy; {patience}; runpy.run_module('serve.api', run_name='__main__')"
+        code=f"import serve.running.supervisor as s, runpy; {patience}; "
+        "runpy.run_module('serve.api', run_name='__main__')"
     )
     server.wait_for("Ctrl-C stops")
     os.kill(server.engine(), signal.SIGSTOP)
@@ -146,7 +147,8 @@ def test_a_hung_engine_comes_back(start):
 def test_an_engine_that_keeps_failing_is_given_up(start, folder: Path):
     patience = "s.LONGEST_PAUSE_SECONDS = 0.05"
     server = start(
-        code=f"import serve.supervisor as s, runpy; {patience}; runpy.run_module('serve.api', run_name='__main__')"
+        code=f"import serve.running.supervisor as s, runpy; {patience}; "
+        "runpy.run_module('serve.api', run_name='__main__')"
     )
     server.wait_for("Ctrl-C stops")
     blocker = socket.socket()
@@ -261,7 +263,7 @@ def test_a_bad_key_is_refused(tmp_path: Path, content: str):
 
 
 def test_two_starts_at_once_agree_on_one_key(tmp_path: Path):
-    make = "from serve.key import make_key; print(make_key())"
+    make = "from serve.asking.key import make_key; print(make_key())"
     makers = [
         subprocess.Popen([sys.executable, "-c", make], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE)
         for _ in range(4)

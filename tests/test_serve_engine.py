@@ -12,8 +12,8 @@ from gguf_fixture import CONTEXT, NAME, SLOTS, TRAINED, Server, gone, write_gguf
 from openai import OpenAI
 
 from recipe.error import UserError
-from serve.context import trained_context
-from serve.endpoint import ask
+from serve.answering.context import trained_context
+from serve.asking.endpoint import ask
 
 pytest_plugins = ["serve_fixtures"]
 

@@ -14,9 +14,9 @@ import pytest
 from gguf_fixture import CONTEXT, NAME, SLOTS, WORDS, Server, write_gguf, write_run
 
 from recipe.error import UserError
-from serve.context import longest_token
-from serve.endpoint import ask
-from serve.gateway import ROOM_BYTES, questions
+from serve.answering.context import longest_token
+from serve.answering.gateway import ROOM_BYTES, questions
+from serve.asking.endpoint import ask
 
 pytest_plugins = ["serve_fixtures"]
 

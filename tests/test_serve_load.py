@@ -15,7 +15,7 @@ from gguf_fixture import NAME, SLOTS, Server, environment
 from openai import AsyncOpenAI
 
 from recipe.schema import Serve
-from serve.endpoint import ask
+from serve.asking.endpoint import ask
 
 pytest_plugins = ["serve_fixtures"]
 pytestmark = pytest.mark.slow

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from gguf_fixture import NAME, Server, environment, gone
 
-import serve.environment as own
+import serve.running.environment as own
 from recipe import Recipe, Run, UserError
 from recipe.environment import Environment, SetupError
 from recipe.schema import Data, Serve
 from serve.api import refuse_taken_ports, ui_url
-from serve.endpoint import ask, with_environment
-from serve.session import Session, find, held, tell
+from serve.asking.endpoint import ask, with_environment
+from serve.running.session import Session, find, held, tell
 
 pytest_plugins = ["serve_fixtures"]
 

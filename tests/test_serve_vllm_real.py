@@ -22,8 +22,8 @@ from recipe import Recipe
 from recipe.reference import Probe, read_probes
 from recipe.schema import Data, Serve, Vllm
 from serve.cluster import WAYS, commands
-from serve.environment import environment as environment_of
-from serve.vllm import Machine, Model, arguments
+from serve.running.environment import environment as environment_of
+from serve.running.vllm import Machine, Model, arguments
 
 pytest_plugins = ["prove_fixtures"]
 pytestmark = pytest.mark.slow

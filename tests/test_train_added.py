@@ -133,7 +133,7 @@ def test_vllm_is_not_asked_to_apply_an_adapter_with_new_tokens(tmp_path: Path, m
 
     from recipe import Recipe, Run, UserError
     from recipe.run import Receipt
-    from serve.vllm import model_of
+    from serve.running.vllm import model_of
 
     monkeypatch.chdir(tmp_path)
     recipe, run = Recipe("line"), Run("line")

@@ -16,13 +16,13 @@ from typing import Any, Self
 
 from recipe.error import UserError
 from recipe.run import Run
-from serve import engine, weights
-from serve.artefacts import Artefact, client_of
-from serve.backend import Endpoint
+from serve.answering import engine, weights
+from serve.answering.context import trained_context
+from serve.asking.endpoint import free_port, is_healthy, url_of
+from serve.asking.key import make_key, read_key
 from serve.chat import Answer, failures, reason
-from serve.context import trained_context
-from serve.endpoint import free_port, is_healthy, url_of
-from serve.key import make_key, read_key
+from serve.comparing.artefacts import Artefact, client_of
+from serve.running.backend import Endpoint
 
 LOADED = 2  # as many as are compared; a third would cost the memory of both
 LOAD_SECONDS = 600
@@ -81,7 +81,7 @@ class Voices:
     def __enter__(self) -> Self:
         self.log_file.write_text("", encoding="utf-8")
         make_key(self.key_file)
-        guard = [sys.executable, "-m", "serve.watchdog"]
+        guard = [sys.executable, "-m", "serve.running.watchdog"]
         self._watchdog = subprocess.Popen(guard, stdin=subprocess.PIPE, text=True, start_new_session=True)
         return self
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from recipe.error import UserError
 from recipe.proof import Comparison, first_difference, same_share
 from recipe.reference import CONTINUATION_TOKENS, Probe
-from serve.ollama_server import OllamaServer
-from serve.vocabulary import Vocabulary
+from serve.ollama.server import OllamaServer
+from serve.ollama.vocabulary import Vocabulary
 
 LEAST_OF_FILE = 0.5  # near ties fall otherwise in the server, whose cache has 16 bits; another model agrees in nothing
 

@@ -1,4 +1,4 @@
-"""Ends what a supervisor started when the supervisor itself is killed:  python -m serve.watchdog
+"""Ends what a supervisor started when the supervisor itself is killed:  python -m serve.running.watchdog
 
 Standard input names process groups, one a line: `+123` is started, `-123` has ended. Its end is the supervisor's.
 """

@@ -14,10 +14,10 @@ from recipe.machine import cores, fast_precision, gpus
 from recipe.reference import read_probes
 from recipe.run import Fingerprints, Run
 from recipe.schema import Recipe
-from serve.backend import Backend, Endpoint, Service
-from serve.endpoint import ERRORS, HOST, ask, is_healthy, url_of
-from serve.environment import environment
-from serve.key import make_key
+from serve.asking.endpoint import ERRORS, HOST, ask, is_healthy, url_of
+from serve.asking.key import make_key
+from serve.running.backend import Backend, Endpoint, Service
+from serve.running.environment import environment
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that `--max-lora-rank` takes (vllm/config/lora.py)
 BLOCK_TOKENS = 128  # the CPU build gives its cache out in blocks of so many
@@ -39,7 +39,7 @@ QUIET = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",
     "VLLM_PLUGINS": "",
     "PYTHONSAFEPATH": "1",
-    "PYTHONPATH": str(ROOT),  # for serve/guard.py
+    "PYTHONPATH": str(ROOT),  # for serve/answering/guard.py
 }
 
 
@@ -172,7 +172,7 @@ def model_arguments(recipe: Recipe, model: Model, machine: Machine) -> tuple[str
         *("--generation-config", "vllm"),
         *("--override-generation-config", json.dumps({"temperature": serve.temperature})),
         *("--seed", str(recipe.seed)),
-        *("--middleware", "serve.guard.Guard", "--allowed-origins", "[]"),
+        *("--middleware", "serve.answering.guard.Guard", "--allowed-origins", "[]"),
         *("--disable-fastapi-docs", "--disable-access-log-for-endpoints", "/health,/metrics"),
     ]
     if model.adapter:

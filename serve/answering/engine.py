@@ -1,4 +1,4 @@
-"""The engine: llama.cpp's own HTTP server around one GGUF, behind its gateway:  python -m serve.engine SETTINGS
+"""The engine: llama.cpp's HTTP server around one GGUF, behind its gateway:  python -m serve.answering.engine SETTINGS
 
 Started by `serve.api` and in a container. It is a process of its own so that a crash in native code, or the
 system's taking its memory, ends the engine alone; its supervisor starts it again. llama.cpp listens on a Unix socket
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from recipe.machine import cores
 from recipe.schema import Serve
-from serve.context import longest_token
-from serve.endpoint import HOST, url_of
-from serve.gateway import Bounds, Gateway
-from serve.key import read_key
+from serve.answering.context import longest_token
+from serve.answering.gateway import Bounds, Gateway
+from serve.asking.endpoint import HOST, url_of
+from serve.asking.key import read_key
 
 if TYPE_CHECKING:
     import uvicorn

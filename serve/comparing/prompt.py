@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from serve.backend import Endpoint
-from serve.endpoint import ERRORS, HOST, ask
+from serve.asking.endpoint import ERRORS, HOST, ask
+from serve.running.backend import Endpoint
 
 Messages = list[dict[str, str]]
 

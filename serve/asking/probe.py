@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from recipe.proof import Comparison, first_difference, same_share
 from recipe.reference import CONTINUATION_TOKENS, Probe
-from serve.endpoint import ask
+from serve.asking.endpoint import ask
 
 
 class Engine(Protocol):

@@ -9,11 +9,11 @@ from recipe.error import UserError
 from recipe.files import fingerprint
 from recipe.run import Fingerprints, Run
 from recipe.schema import Recipe
-from serve.backend import Backend, Endpoint, Service
-from serve.context import trained_context
-from serve.endpoint import ERRORS, ask, is_healthy, served_model, url_of
-from serve.engine import Settings
-from serve.key import KEY_FILE, make_key
+from serve.answering.context import trained_context
+from serve.answering.engine import Settings
+from serve.asking.endpoint import ERRORS, ask, is_healthy, served_model, url_of
+from serve.asking.key import KEY_FILE, make_key
+from serve.running.backend import Backend, Endpoint, Service
 
 ANSWER_SECONDS = 600
 PATIENCE_SECONDS = 10  # under load an engine takes seconds to say that it is well
@@ -30,7 +30,7 @@ def backend(recipe: Recipe, run: Run) -> Backend:
     settings, key = settings_of(recipe, path), make_key()
     engine = Service(
         name="engine",
-        argv=(sys.executable, "-m", "serve.engine", json.dumps(asdict(settings))),
+        argv=(sys.executable, "-m", "serve.answering.engine", json.dumps(asdict(settings))),
         log_file=run.path("serve.log"),
         port=settings.port,
         loading=f"loading {path}",

@@ -19,8 +19,8 @@ from typing import Self
 
 from recipe.error import UserError
 from recipe.progress import progress
-from serve.backend import Service
-from serve.endpoint import port_problem
+from serve.asking.endpoint import port_problem
+from serve.running.backend import Service
 
 HEALTH_SECONDS = 10.0  # between two looks
 MISSES = 3
@@ -58,7 +58,7 @@ class Supervisor:
 
     def __enter__(self) -> Self:
         self._watchdog = subprocess.Popen(
-            [sys.executable, "-m", "serve.watchdog"],
+            [sys.executable, "-m", "serve.running.watchdog"],
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,  # neither a terminal's Ctrl-C nor its end reaches it

@@ -10,10 +10,10 @@ import gradio as gr
 
 from recipe.error import UserError
 from recipe.run import Run
-from serve import prompt
-from serve.artefacts import Artefact
-from serve.conversation import Conversation, Made, append
-from serve.voices import Said, Sampling, Voices
+from serve.comparing import prompt
+from serve.comparing.artefacts import Artefact
+from serve.comparing.conversation import Conversation, Made, append
+from serve.comparing.voices import Said, Sampling, Voices
 
 Update = dict[Any, Any]
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}

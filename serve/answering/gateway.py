@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.guard import Guard
+from serve.answering.guard import Guard
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send

@@ -8,10 +8,10 @@ from pathlib import Path
 from recipe.error import UserError
 from recipe.files import write_whole
 from recipe.schema import Recipe
-from serve.endpoint import port_of_environment
-from serve.key import KEY_FILE
-from serve.openwebui import PASSWORD_FILE, SECRET_FILE
-from serve.vllm import END_SECONDS, Model, machine_for, model_arguments
+from serve.asking.endpoint import port_of_environment
+from serve.asking.key import KEY_FILE
+from serve.running.openwebui import PASSWORD_FILE, SECRET_FILE
+from serve.running.vllm import END_SECONDS, Model, machine_for, model_arguments
 
 SETTINGS = Path(".env")
 PLAYGROUND_TOKEN = Path(".secrets/playground-token")

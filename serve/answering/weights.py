@@ -1,4 +1,4 @@
-"""A model folder, with or without its adapter, behind OpenAI's API:  python -m serve.weights SETTINGS
+"""A model folder, with or without its adapter, behind OpenAI's API:  python -m serve.answering.weights SETTINGS
 
 For the playground only: seconds after training, before anything is merged or converted. It is a process of its own,
 so that its memory goes with it; it speaks of the prompt as llama.cpp's server does, `/apply-template`, `/tokenize`.
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.endpoint import HOST
-from serve.key import read_key
+from serve.asking.endpoint import HOST
+from serve.asking.key import read_key
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

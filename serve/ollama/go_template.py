@@ -6,7 +6,7 @@ something else (its `template/template.go`, `Named`); one that is given with the
 
 from dataclasses import dataclass
 
-from serve.jinja import Messages, Refused, Render
+from serve.ollama.jinja import Messages, Refused, Render
 
 ROLES = ("system", "user", "assistant")
 # Words that no template contains; letters only, as a template may strip or change anything else.

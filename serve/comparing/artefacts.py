@@ -7,8 +7,8 @@ from pathlib import Path
 
 from recipe.error import UserError
 from recipe.run import Receipt, Run
-from serve.endpoint import HOST
-from serve.key import read_key
+from serve.asking.endpoint import HOST
+from serve.asking.key import read_key
 
 LIST_SECONDS = 3.0
 

@@ -15,10 +15,10 @@ from recipe.environment import device
 from recipe.error import UserError
 from recipe.run import Run
 from recipe.schema import Recipe
-from serve.artefacts import Artefact, artefacts
-from serve.conversation import Conversation
-from serve.pane import QUIET, Pane, Update, keep, make_pane, read, told, unanswered, whole
-from serve.voices import Sampling, Voices, together
+from serve.comparing.artefacts import Artefact, artefacts
+from serve.comparing.conversation import Conversation
+from serve.comparing.pane import QUIET, Pane, Update, keep, make_pane, read, told, unanswered, whole
+from serve.comparing.voices import Sampling, Voices, together
 
 CSS = Path(__file__).with_suffix(".css")
 QUEUE = 16

@@ -9,11 +9,11 @@ from recipe.error import UserError
 from recipe.proof import Comparison
 from recipe.reference import CONTINUATION_TOKENS, read_reference
 from recipe.run import Run
-from serve.backend import Endpoint, Service
-from serve.endpoint import ERRORS, HOST, ask, url_of
-from serve.environment import environment
-from serve.key import make_key, read_key
-from serve.session import find
+from serve.asking.endpoint import ERRORS, HOST, ask, url_of
+from serve.asking.key import make_key, read_key
+from serve.running.backend import Endpoint, Service
+from serve.running.environment import environment
+from serve.running.session import find
 
 EMAIL = "admin@localhost"
 PASSWORD_FILE = Path(".secrets/openwebui-password")
