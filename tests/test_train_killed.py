@@ -108,3 +108,33 @@ def test_a_signal_saves_a_checkpoint_and_ends(
     said = "stopped at step 3 of 45, its checkpoint is saved: 'make train RECIPE=line' goes on from there\n"
     assert capsys.readouterr().err.endswith(said)
     assert last_complete(based.run.path("checkpoints")) == based.run.path("checkpoints/checkpoint-3")
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_a_signal_ends_a_validation_which_the_next_start_does_first(
+    step: int, based: Workplace, _trained: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    from train.keeping.lasting import LastingTrainer
+
+    batches = 0
+
+    def signalled(self: Any, *arguments: Any, **named: Any) -> Any:
+        nonlocal batches
+        if not self.apart and self.state.global_step == step:
+            batches += 1
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patched:
+        real = LastingTrainer.prediction_step
+        patched.setattr(LastingTrainer, "prediction_step", signalled)
+        with pytest.raises(SystemExit) as ended:
+            based.make("train")
+        assert (ended.value.code, batches) == (143, 1)
+        assert last_complete(based.run.path("checkpoints")) == based.run.path(f"checkpoints/checkpoint-{step}")
+        with pytest.raises(SystemExit):  # once more, in the validation that comes first
+            based.make("train")
+        assert batches == 2
+    assert f"stopped at step {step} of 10, its checkpoint is saved" in capsys.readouterr().err
+    based.make("train")
+    assert outcome(based.folder) == outcome(_trained)

@@ -29,7 +29,7 @@ def test_a_step_that_is_taken_again_is_shown_once(tmp_path: Path) -> None:
 
     def train(first: int, last: int, loss: float) -> None:
         curves, state = Curves(tmp_path), SimpleNamespace(is_world_process_zero=True, is_hyper_param_search=False)
-        state.global_step = first
+        state.global_step, state.log_history = first, [{"loss": 2.0, "step": step} for step in range(1, first + 1)]
         curves.on_train_begin(SimpleNamespace(to_json_string=str), state, None)
         for state.global_step in range(first + 1, last + 1):
             curves.on_log(None, state, None, {"loss": loss})

@@ -7,7 +7,10 @@ from transformers.integrations import TensorBoardCallback
 
 
 class Curves(TensorBoardCallback):  # type: ignore[misc]
-    """One folder a training, those before it beside it; steps that a resumed training takes again are forgotten."""
+    """One folder a training, those before it beside it; steps that a resumed training takes again are forgotten.
+
+    So is the step that it goes on from, which is written anew: a kill may have come between its loss and its validation.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -15,8 +18,11 @@ class Curves(TensorBoardCallback):  # type: ignore[misc]
         self.first_step: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.first_step = state.global_step + 1
+        self.first_step = state.global_step
         super().on_train_begin(args, state, control, **kwargs)
+        for row in state.log_history:
+            if row["step"] == state.global_step:
+                self.on_log(args, state, control, {name: value for name, value in row.items() if name != "step"})
 
     def _init_summary_writer(self, args: Any) -> None:
         self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=self.first_step)

@@ -244,7 +244,9 @@ def _training_key(recipe: Recipe, run: Run) -> str:
 
 def _save_adapter(model: Any, run: Run) -> None:
     folder = fresh_folder(run.path(".adapter.tmp"))
-    model.peft_config["default"].base_model_name_or_path = str(run.path("base"))
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = str(run.path("base"))
+    config.target_modules = sorted(config.target_modules)  # a set, which each process would write in another order
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
     put_in_place(folder, run.path("adapter"))

@@ -28,6 +28,8 @@ def open_folder(folder: Path, key: str) -> Path | None:
     for unfinished in (folder / SAVING).glob("checkpoint-*"):
         _set_aside(unfinished, folder / unfinished.name, "it was being written when the training ended")
     remove(folder / SAVING)
+    for replaced in folder.glob(".checkpoint-*.old"):
+        remove(replaced)
     return last_complete(folder)
 
 
@@ -55,8 +57,8 @@ def complete(folder: Path, step: int, best_step: int | None) -> None:
     best = folder / f"checkpoint-{best_step}"
     second = best if best in older else older[-1] if older else final
     for checkpoint in older:
-        if checkpoint != second:
-            remove(checkpoint)
+        if checkpoint != second:  # renamed first: a kill leaves no half of it under its name
+            remove(checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old")))
 
 
 def damage(checkpoint: Path) -> str | None:

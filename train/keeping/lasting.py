@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
@@ -20,7 +21,7 @@ from recipe.units import size
 from train.keeping.checkpoints import SAVING, complete, damage
 from train.keeping.divergence import Diverged, Watch
 from train.keeping.journal import Journal
-from train.keeping.stopping import Stopping
+from train.keeping.stopping import Stopping, Unvalidated
 from train.pace import Pace, totals
 from train.progress import TrainingProgress
 
@@ -75,8 +76,31 @@ class LastingTrainer(SFTTrainer):  # type: ignore[misc]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         rows_at_once = self.args.eval_batch_size * self.args.world_size
-        with self.progress.validation(math.ceil(len(self.eval_dataset) / rows_at_once)):
+        # Its data loader throws a die: without the fork, what is trained would depend on how often is validated.
+        with self.progress.validation(math.ceil(len(self.eval_dataset) / rows_at_once)), torch.random.fork_rng([]):
             return super().evaluate(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except Unvalidated:
+            self.control.should_evaluate = self.control.should_save = False
+            self.control.should_training_stop = True
+            self._save_checkpoint(self.model_wrapped, None)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        if not self.args.eval_on_start:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except Unvalidated:
+            self.control.should_training_stop = True  # its checkpoint is the one that training went on from
+            return {}
+        self.args.eval_on_start = False
+        self._determine_best_metric(metrics, trial)
+        self._load_rng_state(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+        self._save_checkpoint(self.model_wrapped, trial)
+        return metrics
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         if self.pace.began is None:
@@ -99,6 +123,8 @@ class LastingTrainer(SFTTrainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.apart:
+            return
+        if "train_runtime" in logs:  # totals of this process alone, which are not those of a training that went on
             return
         if "loss" in logs:
             logs |= self.pace.read()
@@ -182,7 +208,18 @@ class LastingTrainer(SFTTrainer):  # type: ignore[misc]
                 self.state.best_model_checkpoint = str(best)
             else:
                 self._forget_best(best, damaged)
+        self.args.eval_on_start = self._is_unvalidated()
         return begun
+
+    def _is_unvalidated(self) -> bool:
+        """Whether a signal ended the validation of the step that training goes on from: it comes first then."""
+        state, step = self.state, self.state.global_step
+        due = step > 0 and (step % state.eval_steps == 0 or step >= state.max_steps)
+        return (
+            due
+            and self.eval_dataset is not None
+            and not any(row["step"] == step and "eval_loss" in row for row in state.log_history)
+        )
 
     def _forget_best(self, best: Path, damaged: str) -> None:
         """Let the checkpoint that training goes on from be the best, if it was validated."""

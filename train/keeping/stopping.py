@@ -11,6 +11,10 @@ log = logging.getLogger("truetune")
 WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Unvalidated(Exception):
+    """A signal ended a validation: the step that it was of is saved without, and validated by who goes on."""
+
+
 class Stopping(TrainerCallback):  # type: ignore[misc]
     """`wish` is the signal that ended the training, None if none did; a second one does not wait for the checkpoint."""
 
@@ -29,6 +33,10 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         for wish in self.before:
             signal.signal(wish, signal.default_int_handler)
         log.warning("%s: saving a checkpoint after this step; once more stops at once", self.wish.name)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.wish:
+            raise Unvalidated
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.wish:
