@@ -9,7 +9,7 @@ from transformers.integrations import TensorBoardCallback
 class Curves(TensorBoardCallback):  # type: ignore[misc]
     """One folder a training, those before it beside it; steps that a resumed training takes again are forgotten.
 
-    So is the step that it goes on from, which is written anew: a kill may have come between its loss and its validation.
+    So is the step that it goes on from, which is written anew: a kill may have come while it was validated.
     """
 
     def __init__(self, folder: Path) -> None:
