@@ -1,6 +1,7 @@
 """How far a piece of work is: a bar on a terminal, else a line every few seconds, with rate and time left."""
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -30,6 +31,8 @@ def progress(doing: str, total: float = 0, unit: str = "", scale: float = 1) -> 
     A bar within another's work is drawn below it; each is gone when its work ends, however it ends.
     """
     began = said = time.monotonic()
+    whole = float(total * scale).is_integer() or not total
+    digits = 0 if whole else max(0, 1 - math.floor(math.log10(total * scale)))  # two that count, of a small total
 
     def told(done: float, notes: tuple[str, ...], seconds_left: float | None) -> list[str]:
         passed = max(time.monotonic() - began, 1e-3)
@@ -39,11 +42,12 @@ def progress(doing: str, total: float = 0, unit: str = "", scale: float = 1) -> 
             seconds_left = passed * (total - done) / done
         left = [] if seconds_left is None else [f"{duration(max(0, seconds_left))} left"]
         rate = f"{done * scale / passed:,.1f} {unit}".strip() + " a second"
-        return [f"{done * scale:,.0f} of {total * scale:,.0f} {unit}".strip(), *left, *(notes or (rate,))]
+        return [f"{done * scale:,.{digits}f} of {total * scale:,.{digits}f} {unit}".strip(), *left, *(notes or (rate,))]
 
     def line(done: float = 0, *notes: str, seconds_left: float | None = None) -> None:
         nonlocal said
-        if time.monotonic() - said >= LINE_SECONDS:
+        ended = 0 < total <= done and seconds_left is None
+        if time.monotonic() - said >= LINE_SECONDS and not ended:
             said = time.monotonic()
             log.info("%s: %s", doing, ", ".join(told(done, notes, seconds_left)))
 

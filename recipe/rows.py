@@ -24,10 +24,8 @@ class RowWriter:
 
     def write(self, batch: Any) -> None:
         """Write a batch of `row_batch`, in pieces that a reader can hold."""
-        fitting = BYTES_A_BATCH * batch.num_rows // max(1, batch.nbytes)
-        step = min(ROWS_A_BATCH, max(1, fitting))
-        for first in range(0, batch.num_rows, step):
-            self.stream.write_batch(batch.slice(first, step))
+        for piece in pieces(batch):
+            self.stream.write_batch(piece)
         self.count += batch.num_rows
 
     def __enter__(self) -> "RowWriter":
@@ -46,6 +44,14 @@ def row_batch(texts: list[str], sources: list[str]) -> Any:
     return pyarrow.record_batch(
         [pyarrow.array(column, pyarrow.string()) for column in (texts, sources)], schema=_schema()
     )
+
+
+def pieces(batch: Any) -> Iterator[Any]:
+    """A record batch of any columns in slices of so few rows and bytes that they can be held in memory."""
+    fitting = BYTES_A_BATCH * batch.num_rows // max(1, batch.nbytes)
+    step = min(ROWS_A_BATCH, max(1, fitting))
+    for first in range(0, batch.num_rows, step):
+        yield batch.slice(first, step)
 
 
 def _schema() -> Any:

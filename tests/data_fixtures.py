@@ -7,7 +7,7 @@ from typing import Any
 from recipe import Made, Run, UserError, load
 from recipe.rows import rows
 from train.data import data
-from train.reading.formats import detect, whole_chunks
+from train.reading.formats import Detected, Read, detect, whole_chunks
 from train.reading.formats import rows as rows_of
 from train.reading.row import Problem, Row
 from train.reading.sources import Source
@@ -32,6 +32,20 @@ def read_what_is_right(path: Path | str) -> tuple[list[Row], list[Problem | str]
     except UserError as error:
         problems += error.problems
     return found, problems
+
+
+def found_in(name: str, *records: Any) -> tuple[Detected, Read]:
+    """A file of these records, detected and read whole."""
+    path = Path(name)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = Source(name)
+    detected, read = detect(source), Read()
+    for chunk in whole_chunks(source, detected.format):
+        more = rows_of(detected, chunk)
+        read.rows += more.rows
+        read.rejected += more.rejected
+        read.problems += more.problems
+    return detected, read
 
 
 def made(lines: list[str], **more: object) -> tuple[Made, dict[str, list[dict[str, Any]]]]:

@@ -104,6 +104,8 @@ def test_nothing_is_left_drawn_after_an_error() -> None:
         (40_000_000, (), r"doing: 10 of 40 MB, [\d.]+ (s|min .*) left, [\d,.]+ MB a second"),
         (40_000_000, ("3 rows",), r"doing: 10 of 40 MB, .* left, 3 rows"),
         (0, ("3 rows",), r"doing: [\d.]+ s, 3 rows"),
+        (4_400_000, (), r"doing: 1.1 of 4.4 MB, .*"),
+        (1_200, (), r"doing: 0.0003 of 0.0012 MB, .*"),
     ],
 )
 def test_elsewhere_there_are_lines(
@@ -112,8 +114,16 @@ def test_elsewhere_there_are_lines(
     monkeypatch.setattr(module, "LINE_SECONDS", 0)
     caplog.set_level(logging.INFO, "truetune")
     with progress("doing", total, "MB", 1e-6) as tell:
-        tell(10_000_000, *notes)
+        tell(total / 4, *notes)
     assert re.fullmatch(line, caplog.messages[0].replace("\N{NO-BREAK SPACE}", " "))
+
+
+def test_the_end_is_no_line_of_its_own(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINE_SECONDS", 0)
+    caplog.set_level(logging.INFO, "truetune")
+    with progress("doing", 1_300, "MB", 1e-6) as tell:
+        tell(1_300)
+    assert caplog.messages == []
 
 
 def test_time_left_has_the_validations_that_are_still_to_come() -> None:

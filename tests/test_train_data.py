@@ -10,9 +10,9 @@ from data_fixtures import made, read
 from recipe import Run, UserError, load
 from recipe.rows import heldout
 from recipe.rows import rows as written
-from train.data import data, told
+from train.data import data
 from train.heldout import read_questions
-from train.reading.row import Problem, Row
+from train.reading.row import Problem, Row, told
 
 REPOSITORY = Path(__file__).parent.parent
 USER, ASSISTANT = {"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}
@@ -90,6 +90,15 @@ def test_the_same_problem_of_many_lines_is_told_once() -> None:
         "b.jsonl:1: is odd",
         "c.jsonl: no such file",
     ]
+
+
+def test_a_file_of_which_no_row_has_a_format_is_told_once() -> None:
+    write_recipe('{"sentence": "x", "tag": 1}\n' * 30)
+    with pytest.raises(UserError) as raised:
+        data(load("r.yaml"), Run("r"))
+    (problem,) = raised.value.problems
+    assert problem.startswith("talks.jsonl:1: no format has the columns sentence, tag: name them")
+    assert problem.endswith(" (and 29 more such lines, up to talks.jsonl:30)")
 
 
 def test_problems_beyond_twenty_are_counted() -> None:

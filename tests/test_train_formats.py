@@ -1,4 +1,4 @@
-"""Every format: a row in the shape of each public set and what it becomes; what is left out, and what is wrong."""
+"""Every format: a row in the shape of each public set and what it becomes; a file of several."""
 
 import json
 from collections import Counter
@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_fixtures import found_in
 
-from train.reading.formats import Detected, Read, detect, format_of, rows, whole_chunks
-from train.reading.row import Rejection
-from train.reading.sources import Source
+from train.reading.formats import format_of
 
 USER, ASSISTANT = {"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -25,65 +24,6 @@ HH = "\n\nHuman: ping\n\nAssistant: %s\n\nHuman: more?\n\nAssistant: %s"
 MORE = {"role": "user", "content": "more?"}
 
 
-def node(name: str, parent: str | None, role: str, content: Any, **more: Any) -> dict[str, Any]:
-    """A node of ChatGPT's `mapping`."""
-    told = content if isinstance(content, dict) else {"content_type": "text", "parts": [content]}
-    message = {"author": {"role": role}, "content": told, "recipient": "all", "metadata": {}} | more
-    return {name: {"id": name, "parent": parent, "children": [], "message": message}}
-
-
-CHATGPT = {
-    "title": "t",
-    "current_node": "f",
-    "mapping": {"r": {"id": "r", "parent": None, "children": ["a"], "message": None}}
-    | node("a", "r", "system", "", metadata={"is_visually_hidden_from_conversation": True})
-    | node("b", "a", "user", {"content_type": "multimodal_text", "parts": ["ping"]})
-    | node("other", "b", "assistant", "another branch")
-    | node("c", "b", "assistant", {"content_type": "code", "text": "search('ping')"}, recipient="browser")
-    | node("d", "c", "tool", "found")
-    | node("e", "d", "assistant", {"content_type": "thoughts", "thoughts": [{"content": "hm"}]})
-    | node("f", "e", "assistant", "pong"),
-}
-OPEN_WEBUI = {
-    "id": "1",
-    "title": "t",
-    "chat": {
-        "params": {"system": "Be brief."},
-        "history": {
-            "currentId": "b",
-            "messages": {
-                "a": {"id": "a", "parentId": None, "childrenIds": ["x", "b"], "role": "user", "content": "ping"},
-                "x": {"id": "x", "parentId": "a", "childrenIds": [], "role": "assistant", "content": "other"},
-                "b": {
-                    "id": "b",
-                    "parentId": "a",
-                    "childrenIds": [],
-                    "role": "assistant",
-                    "content": '<details type="reasoning">\n<summary>Thought</summary>\n> hm\n</details>\npong',
-                },
-            },
-        },
-    },
-}
-CLAUDE = {
-    "uuid": "1",
-    "name": "t",
-    "chat_messages": [
-        {"sender": "human", "text": "ping", "content": [{"type": "text", "text": "ping"}], "attachments": []},
-        {"sender": "assistant", "text": "hm pong", "content": [{"type": "thinking"}, {"type": "text", "text": "pong"}]},
-    ],
-}
-OASST_TREE = {
-    "message_tree_id": "1",
-    "prompt": {
-        "role": "prompter",
-        "text": "ping",
-        "replies": [
-            {"role": "assistant", "text": "pang", "rank": 1, "replies": []},
-            {"role": "assistant", "text": "pong", "rank": 0, "replies": [{"role": "prompter", "text": "so?"}]},
-        ],
-    },
-}
 GLAIVE = {
     "system": "SYSTEM: You are helpful with access to the following functions. Use them if required -\n"
     + json.dumps(SCHEMA, indent=4)
@@ -303,11 +243,6 @@ SHAPES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         {"system": "SYSTEM: Be brief.", "chat": "USER: ping\n\n\nASSISTANT: pong <|endoftext|>"},
         {"messages": [SYSTEM, *TALK]},
     ),
-    "oasst1 trees": ("OpenAssistant trees", OASST_TREE, {"messages": TALK}),
-    "ChatGPT's conversations.json": ("ChatGPT export", CHATGPT, {"messages": TALK}),
-    "Open WebUI's chats": ("Open WebUI export", OPEN_WEBUI, {"messages": [SYSTEM, *TALK]}),
-    "Open WebUI's older chats": ("Open WebUI export", {"chat": {"messages": TALK}}, {"messages": TALK}),
-    "Claude's conversations.json": ("Claude export", CLAUDE, {"messages": TALK}),
 }
 
 
@@ -318,182 +253,13 @@ def test_a_public_shape_is_recognized_and_read(name: str) -> None:
     assert format_of(record).value(record, Counter()) == value
 
 
-def messages(*given: Any, **more: Any) -> dict[str, Any]:
-    return {"messages": list(given), **more}
-
-
-def value(record: Any) -> dict[str, Any]:
-    return format_of(record).value(record, Counter())
-
-
-WRONG: dict[str, tuple[Any, str]] = {
-    "no object": (
-        7,
-        "not an object with named columns but int: name them (of a table: in its first line)",
-    ),
-    "null": (None, "not an object with named columns but NoneType"),
-    "no columns": ({}, "no format has the columns (none): name them"),
-    "unknown columns": ({"sentence": "x", "label": 1}, "no format has the columns sentence, label: name them"),
-    "two columns of turns": ({"messages": TALK, "conversations": TALK}, "has turns in messages and in conversations"),
-    "two answers": (
-        {"prompt": "a", "completion": "b", "response": "c"},
-        "can be read in several ways (question: prompt; answer: completion or response): keep one column of each",
-    ),
-    "messages no list": (messages() | {"messages": "ping"}, "'messages' is text that is not JSON ('ping')"),
-    "messages an object": ({"messages": {"a": 1}}, "'messages' must be a list of turns, it is dict"),
-    "message no object": (messages("ping"), "messages[0] is not an object with 'role' and 'content'"),
-    "no role": (messages({"content": "x"}), "messages[0]: unknown role None: choose one of: system, user, assistant"),
-    "unknown role": (messages(USER, {"role": "narrator", "content": "x"}), "messages[1]: unknown role 'narrator'"),
-    "role no text": (messages({"role": ["user"], "content": "x"}), "messages[0]: unknown role ['user']"),
-    "no content": (messages({"role": "user", "text": "x"}), "messages[0] has no 'content': its keys are role, text"),
-    "content a number": (messages({"role": "user", "content": 1}), "messages[0]: 'content' must be text, it is int"),
-    "an image": (
-        messages({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ASSISTANT),
-        "messages[0]: 'content' has a part of type 'image_url': only text is learned, leave such rows out",
-    ),
-    "broken surrogate": (
-        messages({"role": "user", "content": "cut \ud83d"}, ASSISTANT),
-        "messages[0]: 'content' has a broken surrogate pair (a cut emoji): mend it",
-    ),
-    "tools no list": (messages(*TALK, tools="{"), "'tools' is text that is not JSON ('{')"),
-    "a tool without a name": (messages(*TALK, tools=[{}]), "a tool without 'name'"),
-    "history no pairs": ({"instruction": "a", "output": "b", "history": ["x"]}, "'history' must be a list of [ques"),
-    "text no text": ({"text": 7}, "'text' must be text, it is int"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_with_a_record_is_told(case: str) -> None:
-    record, problem = WRONG[case]
-    with pytest.raises(ValueError) as raised:
-        value(record)
-    assert str(raised.value).startswith(problem)
-
-
-PICTURE = {"content_type": "image_asset_pointer", "asset_pointer": "file-service://file-7"}
-LEFT_OUT: dict[str, tuple[Any, str]] = {
-    "no turns": (messages(), "no turns"),
-    "no answer": (messages(USER), "no turn of role 'assistant': there is nothing to learn from it"),
-    "only answers of weight 0": (
-        messages(USER, ASSISTANT | {"weight": 0}),
-        "no answer that is to be learned: all have weight 0",
-    ),
-    "only an answer": (messages(ASSISTANT), "no turn of role 'user' before an answer"),
-    "a late system prompt": (
-        messages(USER, ASSISTANT, SYSTEM, USER, ASSISTANT),
-        "a turn of role 'system' after the first one: chat templates have no place for it",
-    ),
-    "a call that is no JSON": (
-        messages(
-            USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
-        ),
-        "messages[1]: the tool call is not a name with JSON arguments",
-    ),
-    "a result without a call": (messages(USER, RESULT, ASSISTANT), "a tool's result without a call of it"),
-    "an answer instead of a result": (
-        messages(USER, CALLED, ASSISTANT),
-        "an answer follows tool calls without their results",
-    ),
-    "an empty text": ({"text": " \n"}, "an empty text"),
-    "a pair with one answer": ({"prompt": "a", "chosen": "b", "rejected": None}, "'chosen' or 'rejected' is empty"),
-    "a picture in ChatGPT": (
-        {"mapping": node("f", None, "user", {"content_type": "multimodal_text", "parts": [PICTURE]})},
-        "shows an image: only text is learned",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", LEFT_OUT)
-def test_what_cannot_be_learned_is_left_out_with_its_reason(case: str) -> None:
-    record, reason = LEFT_OUT[case]
-    with pytest.raises(Rejection) as raised:
-        value(record)
-    assert raised.value.reason == reason
-
-
-def assistant(content: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **more}
-
-
-SILENT = {"role": "system", "content": ""}
-NORMALIZED = {
-    "turns of one role": (
-        messages(SYSTEM, SYSTEM, USER, MORE, assistant("a"), assistant("b")),
-        [
-            {"role": "system", "content": "Be brief.\n\nBe brief."},
-            {"role": "user", "content": "ping\n\nmore?"},
-            assistant("a\n\nb"),
-        ],
-    ),
-    "an answer first": (messages(assistant("Hello!"), *TALK), TALK),
-    "a question last": (messages(*TALK, USER), TALK),
-    "an empty system prompt": (
-        messages({"role": "system", "content": ""}, *TALK),
-        [{"role": "system", "content": ""}, *TALK],
-    ),
-    "other keys": (messages(USER | {"name": "x"}, ASSISTANT | {"id": 1}), TALK),
-    "null content": (messages(USER, {"role": "assistant", "content": None}), [USER, assistant("")]),
-    "words before a call": (
-        messages(USER, assistant("I look."), {"role": "assistant", "content": "", "tool_calls": [CALL]}),
-        [USER, assistant("I look.", tool_calls=[{"id": "call00001"} | CALL])],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", NORMALIZED)
-def test_a_conversation_is_normalized(case: str) -> None:
-    record, expected = NORMALIZED[case]
-    assert value(record)["messages"] == expected
-
-
-def test_what_normalization_did_is_counted() -> None:
-    changes: Counter[str] = Counter()
-    record = messages(ASSISTANT, USER, USER, ASSISTANT, USER)
-    format_of(record).value(record, changes)
-    assert changes == {
-        "answers before the first question left out": 1,
-        "turns of one role joined": 1,
-        "turns after the last answer left out": 1,
-    }
-
-
-def test_results_follow_their_calls_in_order_whatever_tells_which_is_which() -> None:
-    calls = [
-        CALL | {"id": "a"},
-        {"type": "function", "function": {"name": "other", "arguments": {}}},
-        CALL | {"id": "c"},
-    ]
-    results = [
-        {"role": "tool", "tool_call_id": "c", "content": "third"},
-        {"role": "tool", "name": "other", "content": "second"},
-        {"role": "tool", "content": "first"},
-    ]
-    talk = value(messages(USER, assistant("", tool_calls=calls), *results, ASSISTANT))["messages"]
-    assert [message["content"] for message in talk[2:5]] == ["first", "second", "third"]
-    assert [message["tool_call_id"] for message in talk[2:5]] == [call["id"] for call in talk[1]["tool_calls"]]
-
-
-def read(name: str, *records: Any) -> tuple[Detected, Read]:
-    """A file of these records, detected and read whole."""
-    path = Path(name)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    source = Source(name)
-    detected, read = detect(source), Read()
-    for chunk in whole_chunks(source, detected.format):
-        more = rows(detected, chunk)
-        read.rows += more.rows
-        read.rejected += more.rejected
-        read.problems += more.problems
-    return detected, read
-
-
 @pytest.fixture(autouse=True)
 def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
 def test_a_mixed_file_is_told_with_both_lines() -> None:
-    _, mixed = read("mixed.jsonl", {"messages": TALK}, {"instruction": "a", "output": "b"}, {"messages": TALK})
+    _, mixed = found_in("mixed.jsonl", {"messages": TALK}, {"instruction": "a", "output": "b"}, {"messages": TALK})
     assert list(map(str, mixed.problems)) == [
         "mixed.jsonl:2: is Alpaca, but mixed.jsonl:1 is OpenAI messages: put each format in a file of its own"
     ]
@@ -501,7 +267,7 @@ def test_a_mixed_file_is_told_with_both_lines() -> None:
 
 
 def test_detection_names_format_columns_and_line() -> None:
-    detected, _ = read("talks.jsonl", 7, {"id": 1, "messages": TALK})
+    detected, _ = found_in("talks.jsonl", 7, {"id": 1, "messages": TALK})
     assert (detected.format.name, detected.columns, detected.place) == (
         "OpenAI messages",
         ("id", "messages"),
@@ -510,19 +276,6 @@ def test_detection_names_format_columns_and_line() -> None:
 
 
 def test_bad_answers_of_kto_are_left_out_with_the_reason() -> None:
-    _, kto = read("kto.jsonl", *({"prompt": "a", "completion": "b", "label": label} for label in (True, False)))
+    _, kto = found_in("kto.jsonl", *({"prompt": "a", "completion": "b", "label": label} for label in (True, False)))
     assert [row.place for row in kto.rows] == ["kto.jsonl:1"]
     assert [(lost.place, lost.rejection.step) for lost in kto.rejected] == [("kto.jsonl:2", "label")]
-
-
-def test_messages_of_openassistant_become_the_best_thread_of_each_tree() -> None:
-    def message(name: str, parent: str | None, text: str, rank: int | None = None) -> dict[str, Any]:
-        role = "assistant" if text.startswith("p") and parent else "prompter"
-        return {"message_id": name, "parent_id": parent, "text": text, "role": role, "rank": rank, "lang": "en"}
-
-    tree = [message("1", None, "ping"), message("2", "1", "pang", 1), message("3", "1", "pong", 0)]
-    detected, found = read("oasst.jsonl", *tree, message("9", None, "Anyone?"))
-    assert detected.format.name == "OpenAssistant messages"
-    assert [(row.value, row.place) for row in found.rows] == [({"messages": TALK}, "oasst.jsonl:1")]
-    assert [lost.place for lost in found.rejected] == ["oasst.jsonl:4"]
-    assert found.problems == []

@@ -25,11 +25,11 @@ from train.heldout import read_questions
 from train.pool import in_order
 from train.prepare import Prepared, Settings, Work, line_of, prepared, settings
 from train.reading.formats import Detected, detect, whole_chunks
-from train.reading.row import Problem, Rejection, Row
+from train.reading.row import Problem, Rejection, Row, told
 from train.reading.sources import Source, sources
 
 log = logging.getLogger("truetune")
-PROBLEMS_SHOWN, ALIKE_SHOWN, PROBLEMS_KEPT = 20, 3, 10_000
+PROBLEMS_KEPT = 10_000
 PARTS = ("train", "validation")
 
 
@@ -45,7 +45,7 @@ class Intake:
     normalized: dict[int, Counter[str]] = field(default_factory=dict)
     by_step: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
-    first_rejected: str = ""
+    first_rejected: dict[int, str] = field(default_factory=dict)
 
 
 def data(recipe: Recipe, run: Run) -> Made:
@@ -105,11 +105,9 @@ def take_in(intake: Intake, given: Settings, folder: Path) -> None:
             tell(done.total(), f"{read:,} rows", f"{read / (time.monotonic() - start):,.0f} rows/s")
             if len(intake.problems) > PROBLEMS_KEPT:
                 break
-    for number, source in enumerate(intake.sources):
-        reasons = intake.by_reason.get(number, Counter())
-        if number in intake.detected and not intake.read[number] and reasons:
-            listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-            intake.problems.append(f"{source.name}: nothing in it can be learned: {listed}")
+    for number in range(len(intake.sources)):
+        if number in intake.first_rejected and not intake.read[number]:
+            intake.problems.append(_nothing_learned(intake, number))
 
 
 def divide(intake: Intake, recipe: Recipe, folder: Path) -> dict[str, int]:
@@ -161,20 +159,6 @@ def write_questions(path: Path, questions: list[Row]) -> None:
     path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
-def told(problems: list[Problem | str]) -> list[str]:
-    """The problems as lines; what is wrong with more than a few lines of a file in the same way is told once."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for problem in problems:
-        file = problem.place.rpartition(":")[0] if isinstance(problem, Problem) else ""
-        groups.setdefault((file, problem.text if isinstance(problem, Problem) else problem), []).append(str(problem))
-    lines = []
-    for same in groups.values():
-        many = f"{same[0]} (and {len(same) - 1} more such lines, up to {same[-1].partition(': ')[0]})"
-        lines += [many] if len(same) > ALIKE_SHOWN else same
-    more = len(lines) - PROBLEMS_SHOWN
-    return lines[:PROBLEMS_SHOWN] + ([f"and {more} more problems like these"] if more > 0 else [])
-
-
 def _works(intake: Intake) -> Iterator[Work]:
     """The chunks of all sources; one that cannot be read on is told, and the next one is read."""
     for number, source in enumerate(intake.sources):
@@ -198,7 +182,8 @@ def _count(intake: Intake, piece: Prepared) -> None:
     intake.normalized.setdefault(piece.number, Counter()).update(piece.normalized)
     intake.by_step += piece.by_step
     intake.changed += piece.changed
-    intake.first_rejected = intake.first_rejected or next(iter(piece.rejected), "")
+    if piece.rejected:
+        intake.first_rejected.setdefault(piece.number, piece.rejected[0])
 
 
 def _told_of(intake: Intake, number: int) -> dict[str, Any]:
@@ -218,11 +203,20 @@ def _told_of(intake: Intake, number: int) -> dict[str, Any]:
     }
 
 
+def _nothing_learned(intake: Intake, number: int) -> Problem:
+    """The first row of a source whose rows are all left out, and why the others are."""
+    row, reasons = json.loads(intake.first_rejected[number]), intake.by_reason[number]
+    others = [f"{count:,} x {reason}" for reason, count in reasons.most_common(3) if reason != row["reason"]]
+    also = f" (also {'; '.join(others)})" if others else ""
+    which = f"none of this file's rows ({reasons.total():,}) can be learned{also}"
+    return Problem(row["source"], f"{row['reason']}; {which}: correct them, or take it out of data.train")
+
+
 def _nothing_left(intake: Intake, share: float) -> str:
     rows = sum(intake.read.values())
     what = f"{rows} conversation(s) leave nothing to train on"
     if intake.by_step.total() >= rows and intake.first_rejected:
-        row = json.loads(intake.first_rejected)
+        row = json.loads(next(iter(intake.first_rejected.values())))
         shown = f"{row['source']}, {row['step']}: {row['reason']}"
         return f"{what}, since all are rejected ({shown}): correct the rows or the recipe's data.clean"
     return f"{what} after the split (data.validation={share}): add conversations or set data.validation=0"

@@ -9,10 +9,10 @@ from typing import Any
 
 from recipe.schema import Clean
 from train.cleaning import language, personal, repetition
-from train.cleaning.text import changed, texts
+from train.cleaning.text import CODE, changed, texts
 from train.reading.row import Rejection
 
-CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
+IN_CODE = re.compile(f"({CODE})", re.DOTALL)
 # Kept are tab and line ends, and what shapes scripts and emoji: joiners, direction marks, zero-width and soft breaks.
 TERMINAL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb]")
@@ -70,7 +70,7 @@ def encoding(text: str) -> str:
         # An A with tilde and a space may be a mangled `à`, or Portuguese: it is no reason to mend a line.
         return fix_encoding(line, careful) if is_bad(line.replace("Ã ", "")) else line
 
-    pieces = CODE.split(text)  # every second one is code
+    pieces = IN_CODE.split(text)  # every second one is code
     pieces[::2] = ["\n".join(map(mended, piece.split("\n"))) for piece in pieces[::2]]
     return "".join(pieces)
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from recipe import UserError
-from train.cleaning.text import texts
+from train.cleaning.text import CODE, texts
 from train.reading.row import Rejection
 
-CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`|https?://\S+", re.DOTALL)
+NO_LANGUAGE = re.compile(CODE + r"|https?://\S+", re.DOTALL)
 LETTERS = 12  # of ASCII; fewer tell no language: "OK", "Danke"
 SURE = 0.5  # a guess below it rejects nothing
 READ = 500  # characters; more change the answer no longer
@@ -25,7 +25,7 @@ def check(value: dict[str, Any], languages: tuple[str, ...]) -> None:
 
 def detect(text: str) -> tuple[str, float] | None:
     """The language's ISO 639 code and the model's probability; None where too little is written beside code."""
-    text = CODE.sub(" ", text[: 4 * READ])
+    text = NO_LANGUAGE.sub(" ", text[: 4 * READ])
     if sum(map(str.isalpha, text[:READ])) < (LETTERS if text.isascii() else 1):
         return None
     found = _detector()(text.replace("\n", " "))[0]

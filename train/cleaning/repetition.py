@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from typing import Any
 
+from train.cleaning.text import FENCED
 from train.reading.row import Rejection
 
 WORDS = 50  # Gopher's shortest document; a shorter answer repeats a phrase soon
@@ -11,14 +12,14 @@ LINES, LINE_CHARACTERS = 0.30, 0.20
 PARAGRAPHS, PARAGRAPH_CHARACTERS = 0.30, 0.20
 TOP = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-FENCED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+IN_FENCES = re.compile(FENCED, re.DOTALL)
 
 
 def check(value: dict[str, Any]) -> None:
     """Raises a Rejection if one of the row's answers, or its text, repeats itself; code in fences does not count."""
     learned = [message["content"] for message in value.get("messages", ()) if message["role"] == "assistant"]
     for text in learned or [value.get("text", "")]:
-        if found := repeats(FENCED.sub("", text)):
+        if found := repeats(IN_FENCES.sub("", text)):
             raise Rejection(found, "repetition")
 
 

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 Change = Callable[[str], str]
+# Patterns, to be compiled with re.DOTALL; a fence that nothing closes goes to the end.
+FENCED = r"```.*?(?:```|\Z)"
+CODE = FENCED + r"|`[^`\n]+`"
 WRITTEN = ("content", "reasoning_content")
 
 

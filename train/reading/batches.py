@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from recipe import UserError
+from recipe.rows import BYTES_A_BATCH, ROWS_A_BATCH, pieces
 
-ROWS_A_BATCH = 1000
+READ_BYTES = 1 << 20
 TOOLS = ("tools", "functions")
 
 
@@ -24,8 +25,8 @@ def batches(path: Path) -> Iterator[tuple[int, Any]]:
             magic = file.read(6)
             file.seek(0)
             if magic.startswith(b"PAR1"):
-                whole = pyarrow.parquet.ParquetFile(file)
-                found = whole.iter_batches(ROWS_A_BATCH, columns=_without_pictures(whole.schema_arrow))
+                whole = pyarrow.parquet.ParquetFile(file, buffer_size=READ_BYTES)
+                found = whole.iter_batches(_rows_that_fit(whole), columns=_without_pictures(whole.schema_arrow))
             elif magic == b"ARROW1":
                 reader = pyarrow.ipc.open_file(file)
                 found = (reader.get_batch(index) for index in range(reader.num_record_batches))
@@ -38,11 +39,10 @@ def batches(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def small(found: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """The batches cut to ROWS_A_BATCH rows, each with the number of its first row."""
+    """The batches cut to what can be held in memory, each with the number of its first row."""
     row = 1
     for batch in found:
-        for at in range(0, batch.num_rows, ROWS_A_BATCH):
-            piece = batch.slice(at, ROWS_A_BATCH)
+        for piece in pieces(batch):
             if piece.num_rows < batch.num_rows:  # sent to a worker, a slice takes the whole batch along
                 piece = piece.take(list(range(piece.num_rows)))
             yield row, piece
@@ -58,6 +58,13 @@ def without_nulls_of_tools(record: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list) and any(isinstance(turn, dict) and turn.get("tool_calls") for turn in value):
             cleaned[name] = [turn | {"tool_calls": _without_nulls(turn.get("tool_calls"))} for turn in value]
     return cleaned
+
+
+def _rows_that_fit(whole: Any) -> int:
+    """Rows of a Parquet file to be read at a time, by the file's own count of its bytes before compression."""
+    groups = [whole.metadata.row_group(index) for index in range(whole.metadata.num_row_groups)]
+    largest = max((group.total_byte_size / max(1, group.num_rows) for group in groups), default=0)
+    return int(min(ROWS_A_BATCH, max(1, BYTES_A_BATCH // max(1, largest))))
 
 
 def _without_pictures(schema: Any) -> list[str]:

@@ -8,13 +8,14 @@ from typing import Any
 from recipe import UserError
 from train.reading import exports, shapes
 from train.reading.chunks import Chunk, records
-from train.reading.row import Problem, Rejected, Rejection, Row
+from train.reading.row import Problem, Rejected, Rejection, Row, told
 from train.reading.shapes import ANSWERS, QUESTIONS, TURNS, first, is_written_list, label
 from train.reading.sources import Source, chunks
 from train.reading.turns import Changes
 
 Record = Mapping[str, Any]
 RECORDS_TRIED = 1000
+COLUMNS_TOLD = 12
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def detect(source: Source) -> Detected:
     Raises:
         UserError: none of the first thousand has, or the source cannot be read.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     for chunk in chunks(source):
         for place, record in records(chunk):
             try:
@@ -81,10 +82,10 @@ def detect(source: Source) -> Detected:
                 columns = tuple(map(str, record)) if isinstance(record, dict) else ()
                 return Detected(format_of(record), columns, place)
             except ValueError as error:
-                problems.append(f"{place}: {error}")
+                problems.append(Problem(place, str(error)))
         if len(problems) >= RECORDS_TRIED:
             break
-    raise UserError(*(problems or [f"{source.name}: is empty: write one conversation a line"]))
+    raise UserError(*(told(problems) or [f"{source.name}: is empty: write one conversation a line"]))
 
 
 def whole_chunks(source: Source, format: Format) -> Iterator[Chunk]:
@@ -148,7 +149,9 @@ def format_of(record: Any) -> Format:
         return MESSAGES
     if "text" in record:
         return TEXT
-    columns = ", ".join(str(column)[:40] for column in record) or "(none)"
+    names = [str(column)[:40] for column in record]
+    more = [f"{len(names) - COLUMNS_TOLD} more"] if len(names) > COLUMNS_TOLD else []
+    columns = ", ".join(names[:COLUMNS_TOLD] + more) or "(none)"
     raise ValueError(f"no format has the columns {columns}: {EXPECTED}")
 
 

@@ -1,7 +1,10 @@
 """One row of training data with its place, and the two ways in which a row does not become one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+PROBLEMS_SHOWN, ALIKE_SHOWN = 20, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +54,17 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.place}: {self.text}"
+
+
+def told(problems: Sequence[Problem | str]) -> list[str]:
+    """The problems as lines; what is wrong with more than a few lines of a file in the same way is told once."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        file = problem.place.rpartition(":")[0] if isinstance(problem, Problem) else ""
+        groups.setdefault((file, problem.text if isinstance(problem, Problem) else problem), []).append(str(problem))
+    lines = []
+    for same in groups.values():
+        many = f"{same[0]} (and {len(same) - 1} more such lines, up to {same[-1].partition(': ')[0]})"
+        lines += [many] if len(same) > ALIKE_SHOWN else same
+    more = len(lines) - PROBLEMS_SHOWN
+    return lines[:PROBLEMS_SHOWN] + ([f"and {more} more problems like these"] if more > 0 else [])
