@@ -42,7 +42,7 @@ help: ## Show this list
 	@echo "  UI=none                         for serve: the API alone; UI=builtin is llama.cpp's own page"
 	@echo "  OLLAMA_HOST=gpu-box:11434       for register and test-ollama; OLLAMA_API_KEY if it wants one"
 	@echo "  PROFILE='llamacpp playground'   for up: ollama (the default), gpu, llamacpp or vllm; playground; train"
-	@echo "  Q='What is a receipt?'          for ask"
+	@echo "  Q='Where is my key?'            for ask"
 	@echo "  ROW=17                          for preview: that conversation alone; ROW=talks.jsonl:17 too"
 	@echo "  FORCE=1                         for train and serve: even what is planned not to fit, or failed its proof"
 
