@@ -1,16 +1,12 @@
-"""What a GGUF says of its model, read from its head in milliseconds: the trained context, and the longest token."""
+"""How long a conversation a GGUF can have: the context that it was trained with, and the bytes of its longest token."""
 
-import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 from recipe.error import UserError
+from recipe.gguf_head import read_head
 
-# GGUF's value types that have a fixed size (ggml/docs/gguf.md); 8 is a string, 9 an array.
-FORMATS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-STRING, ARRAY = 8, 9
-SPACE = "\u2581"  # how sentencepiece writes one
+WORDS = "tokenizer.ggml.tokens"
+SPACE = "\u2581".encode()  # how sentencepiece writes one
 
 
 def trained_context(path: Path) -> int | None:
@@ -19,7 +15,9 @@ def trained_context(path: Path) -> int | None:
     Raises:
         UserError: the file is no GGUF, or ends within its metadata.
     """
-    return _find(path, b".context_length", lambda file, kind: int(_take(file, FORMATS[kind])[0]))
+    key = ".context_length"
+    values = read_head(path, until=key).values
+    return next((value for name, value in values.items() if name.endswith(key) and isinstance(value, int)), None)
 
 
 def longest_token(path: Path) -> int:
@@ -28,52 +26,7 @@ def longest_token(path: Path) -> int:
     Raises:
         UserError: the file is no GGUF, ends within its metadata, or has no vocabulary.
     """
-    longest = _find(path, b"tokenizer.ggml.tokens", _longest)
-    if longest is None:
+    words = read_head(path, until=WORDS).values.get(WORDS)
+    if not isinstance(words, list) or not all(isinstance(word, bytes) for word in words):
         raise UserError(f"{path} has no vocabulary: make it again with 'make gguf'")
-    return longest
-
-
-def _longest(file: BinaryIO, _kind: int) -> int:
-    _, count = _take(file, "<IQ")
-    return max(len(_string(file).replace(SPACE.encode(), b" ")) for _ in range(count))
-
-
-def _find(path: Path, end: bytes, read: Callable[[BinaryIO, int], int]) -> int | None:
-    """What `read` makes of the first value whose key ends so, from the file and the value's type."""
-    try:
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ValueError("it does not begin with 'GGUF'")
-            _version, _tensors, keys = _take(file, "<IQQ")
-            for _ in range(keys):
-                key = _string(file)
-                (kind,) = _take(file, "<I")
-                if key.endswith(end):
-                    return read(file, kind)
-                _skip(file, kind)
-    except (struct.error, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a whole GGUF file ({error}): make it again with 'make gguf'") from None
-    return None
-
-
-def _take(file: BinaryIO, layout: str) -> tuple[int, ...]:
-    return struct.unpack(layout, file.read(struct.calcsize(layout)))
-
-
-def _string(file: BinaryIO) -> bytes:
-    return file.read(_take(file, "<Q")[0])
-
-
-def _skip(file: BinaryIO, kind: int) -> None:
-    if kind == STRING:
-        file.seek(_take(file, "<Q")[0], 1)
-    elif kind == ARRAY:
-        of, count = _take(file, "<IQ")
-        if of in FORMATS:
-            file.seek(struct.calcsize(FORMATS[of]) * count, 1)
-        else:
-            for _ in range(count):
-                _skip(file, of)
-    else:
-        file.seek(struct.calcsize(FORMATS[kind]), 1)
+    return max((len(word.replace(SPACE, b" ")) for word in words), default=0)
