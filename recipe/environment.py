@@ -17,6 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +76,7 @@ def main() -> None:
     os.chdir(ROOT)
     target = device()
     CACHE.mkdir(exist_ok=True)
-    with (CACHE / "setup.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(OURS):
         current = OURS.stamp.is_file() and OURS.stamp.read_text(encoding="utf-8") == digest(target)
         if current and CONVERTER.is_dir() and works(OURS, ""):
             OURS.stamp.touch()  # Make compares times, and a checkout renews those of the files behind the stamp
@@ -136,10 +136,42 @@ def make_venv(place: Environment, target: str) -> None:
         if not run(place, f"{place.folder.name} with Python {VERSION}", command, may_fail=True):
             makes_none = f"{sys.executable} makes no {place.folder.name}"
             raise SetupError(f"{makes_none} (Debian: 'apt install python3-venv'): see {place.log}")
-    # pip writes INSTALLER last: what lacks it was cut off half-way, and pip would take it for installed.
+    forget_halves(place)
+
+
+def forget_halves(place: Environment) -> None:
+    """Let pip install again what was cut off half-way, which it would take for installed: it writes INSTALLER last."""
     for installed in place.folder.glob("lib/python*/site-packages/*.dist-info"):
         if not (installed / "INSTALLER").is_file():
             shutil.rmtree(installed)
+
+
+@contextlib.contextmanager
+def alone(place: Environment) -> Iterator[None]:
+    """One at a time works on an environment; pip inherits the lock, so one that outlives its parent is waited for."""
+    with place.log.with_suffix(".lock").open("w") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another set-up of {place.folder.name}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def unfinished(requirements: Path) -> Path:
+    """A file that is there while these requirements are added, and stays when that was cut off."""
+    return OURS.folder / f".{requirements.stem}.unfinished"
+
+
+def add(requirements: Path) -> None:
+    """Install what only some recipes need beside what is there."""
+    with alone(OURS):
+        unfinished(requirements).touch()
+        OURS.log.touch()
+        forget_halves(OURS)
+        run(OURS, f"{requirements.stem}, once", [*OURS.install_locked, str(requirements)])
+        unfinished(requirements).unlink()
 
 
 def install_torch(place: Environment, target: str) -> None:
@@ -206,7 +238,9 @@ def run(place: Environment, what: str, command: list[str], may_fail: bool = Fals
     clean = {key: value for key, value in os.environ.items() if key not in elsewhere} | extra
     with place.log.open("ab") as log, open(os.devnull) as none:
         # In a session of its own, so that Ctrl-C reaches it and its compilers once, from here.
-        process = subprocess.Popen(command, stdin=none, stdout=log, stderr=log, env=clean, start_new_session=True)
+        process = subprocess.Popen(  # with the lock of `alone`, the one file that is inherited
+            command, stdin=none, stdout=log, stderr=log, env=clean, start_new_session=True, close_fds=False
+        )
     while process.returncode is None:
         try:
             process.wait(PROGRESS_EVERY_SECONDS)

@@ -1,11 +1,14 @@
 """The environment: its pins agree, its lock is whole, and its failures say what mends them."""
 
+import fcntl
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -153,3 +156,29 @@ def run_script(path: str, folder: Path, **variables: str) -> subprocess.Complete
         text=True,
         check=False,
     )
+
+
+def test_an_installer_that_outlives_its_parent_keeps_others_out(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    code = f"""
+from pathlib import Path
+from recipe.environment import Environment, alone, run
+place = Environment(Path({str(tmp_path)!r}), Path({str(tmp_path / "setup.log")!r}))
+place.log.touch()
+with alone(place):
+    run(place, "a step", ["sh", "-c", "echo $$ > {begun}.pid; mv {begun}.pid {begun}; exec sleep 60"])
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    try:
+        while not begun.exists():
+            assert parent.poll() is None
+            time.sleep(0.01)
+        parent.kill()
+        parent.wait()
+        with (tmp_path / "setup.lock").open("w") as lock:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.kill(int(begun.read_text()), signal.SIGKILL)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    finally:
+        parent.kill()

@@ -228,11 +228,11 @@ def test_noise_changes_what_is_learned_and_not_what_is_measured(trainer: Callabl
 
 
 @pytest.mark.parametrize("order", ["short_first", "easy_first"])
-def test_a_curriculum_begins_with_the_easy_rows(order: str, trainer: Callable) -> None:
+def test_a_curriculum_begins_with_the_easy_rows(order: str, trainer: Callable, tmp_path: Path) -> None:
     from train.order import curriculum
 
     made = trainer(lora=True, max_length=32, num_train_epochs=2)
-    made.order = curriculum(made, order)
+    made.order = curriculum(made, order, tmp_path / "order.json")
     hardness = {
         "short_first": lambda row: sum(row["seq_lengths"]) / len(row["seq_lengths"]),
         "easy_first": made.row_loss,
@@ -251,7 +251,18 @@ def test_a_curriculum_begins_with_the_easy_rows(order: str, trainer: Callable) -
 def test_random_order_is_another_each_epoch(trainer: Callable) -> None:
     from train.order import curriculum
 
-    assert curriculum(trainer(), "random") is None
+    assert curriculum(trainer(), "random", Path("order.json")) is None
+
+
+def test_who_goes_on_keeps_the_order_where_losses_come_out_otherwise(
+    trainer: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.order import curriculum
+
+    made = trainer(lora=True)
+    first = curriculum(made, "easy_first", tmp_path / "order.json")
+    monkeypatch.setattr(made, "row_loss", lambda row: pytest.fail("measured again"))
+    assert curriculum(made, "easy_first", tmp_path / "order.json") == first
 
 
 def test_in_bfloat16_the_loss_and_the_adapter_are_float32(trainer: Callable) -> None:

@@ -45,6 +45,7 @@ def test_the_tokens_are_those_of_each_row_alone(many_batches: Any, tokenizer: An
         assert made.counts[part] == {
             "rows": len(alone),
             "unshown": 0,
+            "reasoning_lost": 0,
             "dropped": 0,
             "cut": sum(len(row["input_ids"]) == 160 for row in wanted),
             "examples": len(wanted),
@@ -144,3 +145,21 @@ def test_rows_that_the_template_does_not_show_are_dropped_on_wish(based: Any, ca
     assert made.counts["train"]["unshown"] == 30
     assert made.counts["train"]["examples"] == len(made.datasets["train"]) == made.counts["train"]["rows"] - 30
     assert "train: 30 conversation(s) left out, the first: talks.jsonl:100: the chat template" in caplog.text
+
+
+def test_reasoning_that_the_template_does_not_show_is_counted_and_told(
+    based: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = list(rows(based.run.path("data"), "train"))
+    turns = [
+        turn | {"reasoning_content": "Hm."} if turn["role"] == "assistant" else turn for turn in kept[1]["messages"]
+    ]
+    kept[1] |= {"messages": turns}
+    with recipe_rows.RowWriter(based.run.path("data", "train.arrow")) as writer:
+        writer.write(recipe_rows.row_batch([json.dumps(row) for row in kept], [row["source"] for row in kept]))
+    made = tokenized(based.recipe, based.run)
+    assert made.counts["train"]["reasoning_lost"] == 1 and made.counts["train"]["unshown"] == 0
+    assert (
+        "train: 1 conversation(s) lose their reasoning_content, which the base's chat template does not" in caplog.text
+    )
+    assert f"the first: {kept[1]['source']}: use a base whose template does" in caplog.text

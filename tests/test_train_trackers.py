@@ -1,6 +1,7 @@
 """Where a training is logged: TensorBoard's curves have no step twice, W&B and MLflow stay on this machine."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import Workplace
 
-from recipe import Run
+from recipe import Run, UserError
 from train import trackers
 
 REPOSITORY = Path(__file__).parent.parent
@@ -45,6 +46,7 @@ def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nobody is logged in, both trackers are there, and what is set is put back."""
     monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)})
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.usefixtures("clean")
@@ -71,6 +73,25 @@ def test_the_others_need_nothing(tracker: str, tmp_path: Path) -> None:
     assert os.environ == before and not (tmp_path / "line").exists()
 
 
+@pytest.mark.usefixtures("clean")
+def test_an_installation_that_was_cut_off_is_done_again(tmp_path: Path) -> None:
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    (tmp_path / ".cache").mkdir()
+    for code, left in ((1, True), (0, False)):
+        python.write_text(f"#!/bin/sh\necho $* >> pip.log\nexit {code}\n")
+        python.chmod(0o755)
+        if code:
+            trackers.unfinished(Path("mlflow.txt")).touch()
+            with pytest.raises(UserError, match=r"train.tracker=mlflow is not installed: mlflow, once"):
+                trackers.prepare("mlflow", Run("line", tmp_path), "0")
+        else:
+            trackers.prepare("mlflow", Run("line", tmp_path), "0")
+        assert trackers.unfinished(Path("mlflow.txt")).exists() == left
+    trackers.prepare("mlflow", Run("line", tmp_path), "0")
+    assert (tmp_path / "pip.log").read_text().count("mlflow.txt") == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("tracker", "written"), [("wandb", "*/offline-run-*/*.wandb"), ("mlflow", "*/*/metrics/loss")])
 def test_a_run_is_written_offline_and_goes_on_as_the_same(
@@ -84,9 +105,12 @@ def test_a_run_is_written_offline_and_goes_on_as_the_same(
         pytest.skip("no package index in reach")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "MLFLOW"))}
     for rows in (1, 2):  # another value of a key that goes on from the same checkpoint
+        if rows == 2:  # as killed before its last checkpoint: step 5 is taken twice
+            shutil.rmtree(based.run.path("checkpoints/checkpoint-5"))
+            based.run.receipt_path("train").unlink()
         done = subprocess.run(
-            [sys.executable, "-m", "train.sft", "line.yaml", f"train.tracker={tracker}", "train.epochs=0.4",
-             f"train.rows={rows}", f"train.accumulate={2 // rows}"],
+            [sys.executable, "-m", "train.sft", "line.yaml", f"train.tracker={tracker}", "train.epochs=1",
+             "train.checkpoint_minutes=0", f"train.rows={rows}", f"train.accumulate={2 // rows}"],
             env={**clean, "HOME": str(tmp_path), "PYTHONPATH": f"{REPOSITORY}:{aside}"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
@@ -96,4 +120,7 @@ def test_a_run_is_written_offline_and_goes_on_as_the_same(
     assert files, sorted(based.run.path("logs").rglob("*"))[:20]
     runs = {file.parent.name.rpartition("-")[2] if tracker == "wandb" else file.parts[-3] for file in files}
     assert len(runs) == 1, runs
+    if tracker == "mlflow":
+        told = [line.split() for line in files[0].read_text().splitlines()]  # time, loss, step
+        assert [int(step) for _, _, step in told] == [1, 2, 3, 4, 5]
     assert list(based.run.path("logs").glob("*/events.*")), "TensorBoard's files are written too"

@@ -1,16 +1,20 @@
 """A curriculum: the order in which the packed rows are learned, the same in every epoch."""
 
-import logging
+import json
+from pathlib import Path
 from typing import Any
 
-log = logging.getLogger("truetune")
+from recipe.files import write_whole
+from recipe.progress import progress
 
 
-def curriculum(trainer: Any, order: str) -> list[int] | None:
+def curriculum(trainer: Any, order: str, kept: Path) -> list[int] | None:
     """Indexes of the trainer's rows, easiest first by `order`; None for `random`, another order each epoch.
 
     `short_first` goes by the mean length of a row's conversations; `easy_first` by its loss under the base, which
     takes one pass over the data. Best-fit packing puts conversations of like length together, so rows differ.
+    A training that goes on takes the order in `kept`: where losses are nearly equal, another number of cores or a GPU
+    may sort them otherwise.
     """
     if order == "random":
         return None
@@ -18,7 +22,14 @@ def curriculum(trainer: Any, order: str) -> list[int] | None:
     if order == "short_first":
         hardness = [sum(lengths) / len(lengths) for lengths in rows["seq_lengths"]]
     else:
-        log.info("train.order: the loss of %d rows under the base, one pass over the data", len(rows))
-        with trainer.model.disable_adapter():
-            hardness = [trainer.row_loss(row) for row in rows]
-    return sorted(range(len(rows)), key=hardness.__getitem__)
+        if kept.is_file():
+            found: list[int] = json.loads(kept.read_text(encoding="utf-8"))
+            return found
+        hardness = []
+        with trainer.model.disable_adapter(), progress("loss under the base", len(rows), "rows") as tell:
+            for row in rows:
+                hardness.append(trainer.row_loss(row))
+                tell(len(hardness))
+    indexes = sorted(range(len(rows)), key=hardness.__getitem__)
+    write_whole(kept, json.dumps(indexes))
+    return indexes

@@ -43,7 +43,7 @@ def sft(recipe: Recipe, run: Run) -> Made:
     key = _training_key(recipe, run)
     trackers = prepare(recipe.train.tracker, run, key)
     resume_from = open_folder(run.path("checkpoints"), key)
-    if "mlflow" in trackers:
+    if recipe.train.tracker == "mlflow":
         same_run(run.path("checkpoints", "mlflow.run"), recipe.name)
     with recorded(recipe, run, resume_from) as journal:
         return _train(recipe, run, resume_from, journal, trackers)
@@ -52,7 +52,7 @@ def sft(recipe: Recipe, run: Run) -> Made:
 def _train(recipe: Recipe, run: Run, resume_from: Path | None, journal: Journal, trackers: list[str]) -> Made:
     from transformers import set_seed
 
-    from train.curves import Curves
+    from train.curves import Curves, MlflowCurves
     from train.preview import write_preview
 
     tokens = tokenized(recipe, run)  # before the model takes its memory
@@ -64,6 +64,8 @@ def _train(recipe: Recipe, run: Run, resume_from: Path | None, journal: Journal,
     trainer.journal, trainer.pace.full_speed = journal, planned.get("peak_tokens_per_second")
     if recipe.train.tracker != "none":
         trainer.add_callback(Curves(run.path("logs", journal.began())))
+    if recipe.train.tracker == "mlflow":
+        trainer.add_callback(MlflowCurves())
     questions = heldout(run.path("data"))
     before = _before(trainer, tokenizer, questions, recipe, run.path("checkpoints"))
     log.info("before: validation loss %s, key facts %.0f %%", _loss(before), 100 * before["key_fact_accuracy"])
@@ -184,7 +186,7 @@ def make_trainer(
         callbacks=callbacks,
         peft_config=lora_config(recipe, model, list(run.receipt("base").metrics.get("added_tokens", {}).values())),
     )
-    trainer.order = curriculum(trainer, knobs.order)
+    trainer.order = curriculum(trainer, knobs.order, run.path("checkpoints", "order.json"))
     trainer.remove_callback(PrinterCallback)
     steps_an_epoch = math.ceil(len(trainer.train_dataset) / (knobs.rows * knobs.accumulate))
     settings.eval_steps = settings.save_steps = math.ceil(steps_an_epoch / knobs.evaluations)

@@ -21,7 +21,7 @@ from recipe.machine import cores
 from recipe.progress import progress
 from recipe.rows import batches, count
 from train.pool import in_order
-from train.template import IGNORED, batch_examples
+from train.template import IGNORED, batch_examples, shown
 
 log = logging.getLogger("truetune")
 PARTS = ("train", "validation")
@@ -92,18 +92,20 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
     schema = pyarrow.schema({name: pyarrow.list_(pyarrow.int32()) for name in COLUMNS})
     counts = {part: Counter[str]() for part in PARTS}
     unshown: dict[str, list[str]] = {part: [] for part in PARTS}
+    silent: dict[str, list[str]] = {part: [] for part in PARTS}
     items = ((part, batch) for part in PARTS for batch in batches(data, part))
     prepare = partial(_tokenizer, str(run.path("base")), knobs.max_tokens)
     with ExitStack() as stack:
         tell = stack.enter_context(progress("tokens", sum(count(data, part) for part in PARTS), "rows"))
         paths = {part: str(folder / f"{part}.arrow") for part in PARTS}
         streams = {part: stack.enter_context(pyarrow.ipc.new_stream(paths[part], schema)) for part in PARTS}
-        for part, batch, numbers, problems in in_order(_examples, items, prepare, cores()):
+        for part, batch, numbers, problems, thoughtless in in_order(_examples, items, prepare, cores()):
             streams[part].write_batch(batch)
             longest = max(counts[part]["longest"], numbers.pop("longest"))
             counts[part].update(numbers)
             counts[part]["longest"] = longest
             unshown[part] += problems[: PROBLEMS_SHOWN - len(unshown[part])]
+            silent[part] = silent[part] or thoughtless[:1]
             tell(sum(counted["rows"] for counted in counts.values()))
             if knobs.unshown == "error" and len(unshown[part]) == PROBLEMS_SHOWN:
                 break
@@ -112,6 +114,13 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
             raise UserError(*problems)
         if problems:
             log.warning("%s: %d conversation(s) left out, the first: %s", part, counts[part]["unshown"], problems[0])
+    for part, places in silent.items():
+        if places:
+            log.warning(
+                "%s: %d conversation(s) lose their reasoning_content, which the base's chat template does not show, "
+                "the first: %s: use a base whose template does, or name one in chat_template",
+                part, counts[part]["reasoning_lost"], places[0],
+            )  # fmt: skip
     if not counts["train"]["examples"]:
         raise UserError(f"no conversation keeps an answer within train.max_tokens={knobs.max_tokens}: raise it")
     return {part: dict(counted) for part, counted in counts.items()}
@@ -123,8 +132,8 @@ def _tokenizer(base: str, max_tokens: int) -> tuple[Any, int]:
     return AutoTokenizer.from_pretrained(base), max_tokens
 
 
-def _examples(state: tuple[Any, int], item: tuple[str, Any]) -> tuple[str, Any, dict[str, int], list[str]]:
-    """(part, ids and labels, what was counted, problems) of a part's batch of rows; runs in a worker."""
+def _examples(state: tuple[Any, int], item: tuple[str, Any]) -> tuple[str, Any, dict[str, int], list[str], list[str]]:
+    """(part, ids and labels, what was counted, problems, rows without their thoughts) of a batch; runs in a worker."""
     import pyarrow
 
     tokenizer, max_tokens = state
@@ -141,8 +150,11 @@ def _examples(state: tuple[Any, int], item: tuple[str, Any]) -> tuple[str, Any, 
     ]
     lengths = [len(example.input_ids) for example in examples]
     labels = columns[1].values.to_numpy()
+    reasoned = [row["source"] for row in rows if any(turn.get("reasoning_content") for turn in row.get("messages", []))]
+    thoughtless = reasoned if reasoned and not shown(tokenizer).reasoning else []
     numbers = {
         "rows": len(rows),
+        "reasoning_lost": len(thoughtless),
         "unshown": len(rows) - len(kept),
         "dropped": sum(not row for row in kept),
         "cut": sum(any(len(example.input_ids) == max_tokens for example in row) for row in kept),
@@ -151,7 +163,7 @@ def _examples(state: tuple[Any, int], item: tuple[str, Any]) -> tuple[str, Any, 
         "supervised_tokens": int((labels != IGNORED).sum()),
         "longest": max(lengths, default=0),
     }
-    return part, pyarrow.record_batch(columns, names=COLUMNS), numbers, problems
+    return part, pyarrow.record_batch(columns, names=COLUMNS), numbers, problems, thoughtless
 
 
 def _tell(counts: dict[str, dict[str, int]], recipe: Recipe) -> None:

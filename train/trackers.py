@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from recipe import Run, UserError
-from recipe.environment import OURS, ROOT, SetupError, run
+from recipe.environment import ROOT, SetupError, add, unfinished
 from recipe.files import write_whole
 
 PROJECT = "truetune"
@@ -20,7 +20,7 @@ log = logging.getLogger("truetune")
 
 
 def prepare(tracker: str, place: Run, training: str) -> list[str]:
-    """Make a tracker ready, before anything heavy starts; transformers' names of those that are to be told.
+    """Make a tracker ready, before anything heavy starts; those that transformers tells, by its names.
 
     `training` names the training, so that the same run goes on when the training does.
 
@@ -29,14 +29,15 @@ def prepare(tracker: str, place: Run, training: str) -> list[str]:
     """
     if tracker not in ("wandb", "mlflow"):
         return []
-    if importlib.util.find_spec(tracker) is None:
-        _install(tracker)
+    requirements = ROOT / "train" / f"{tracker}.txt"
+    if importlib.util.find_spec(tracker) is None or unfinished(requirements).is_file():
+        _install(requirements)
     folder = place.path("logs", tracker).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     settings = _wandb(folder, place.name, training) if tracker == "wandb" else _mlflow(folder)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    return [tracker]
+    return [tracker] if tracker == "wandb" else []  # train.curves tells MLflow
 
 
 def same_run(kept: Path, name: str) -> None:
@@ -103,10 +104,9 @@ def _logged_in() -> bool:
         return False
 
 
-def _install(tracker: str) -> None:
-    requirements = ROOT / "train" / f"{tracker}.txt"
+def _install(requirements: Path) -> None:
     try:
-        run(OURS, f"{tracker}, once", [*OURS.install_locked, str(requirements)])
+        add(requirements)
     except SetupError as error:
-        raise UserError(f"train.tracker={tracker} is not installed: {error}") from None
+        raise UserError(f"train.tracker={requirements.stem} is not installed: {error}") from None
     importlib.invalidate_caches()

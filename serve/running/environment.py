@@ -3,7 +3,6 @@
 Beside `.venv`, not in the run folder: every recipe shares it. `make lock` writes the requirements, with their hashes.
 """
 
-import fcntl
 import hashlib
 import logging
 import re
@@ -12,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from recipe.environment import CACHE, ROOT, TORCH, Environment, SetupError, device, install_torch, make_venv, run
+from recipe.environment import CACHE, ROOT, TORCH, Environment, SetupError, alone, device, install_torch, make_venv, run
 from recipe.error import UserError
 
 NEEDED_BYTES = {"cpu": 5_000_000_000, "cuda": 15_000_000_000}
@@ -32,8 +31,7 @@ def environment(name: str) -> Path:
         target = device()
         if not is_complete(place, requirements, target):
             place.log.parent.mkdir(exist_ok=True)
-            with place.log.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with alone(place):
                 if not is_complete(place, requirements, target):  # another start may have made it meanwhile
                     make(place, requirements, target)
     except SetupError as error:
