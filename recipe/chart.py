@@ -73,6 +73,7 @@ class Chart:
     y: Axis
     points: list[Point] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
+    breaks: list[float] = field(default_factory=list)  # x at which the line was interrupted
 
     def path(self, curve: Curve) -> str:
         """The `d` of an SVG path."""
@@ -129,17 +130,17 @@ class Tracks:
         return TRACK * index + 4
 
 
-def across(values: Iterable[float], show: Callable[[float], str]) -> Axis:
+def across(values: Iterable[float], show: Callable[[float], str] | None = None) -> Axis:
     """The scale of tracks, over the whole paper, with room for every value."""
     return _linear("", list(values), 8.0, WIDTH - 12.0, show)
 
 
-def horizontal(label: str, values: Iterable[float], show: Callable[[float], str] = "{:g}".format) -> Axis:
+def horizontal(label: str, values: Iterable[float], show: Callable[[float], str] | None = None) -> Axis:
     """The lower edge of the paper, with room for every value."""
     return _linear(label, list(values), LEFT, RIGHT, show)
 
 
-def vertical(label: str, values: Iterable[float], show: Callable[[float], str] = "{:g}".format) -> Axis:
+def vertical(label: str, values: Iterable[float], show: Callable[[float], str] | None = None) -> Axis:
     """The left edge of the paper, with room for every value."""
     return _linear(label, list(values), BOTTOM, TOP, show)
 
@@ -154,8 +155,11 @@ def logarithmic(label: str, values: Iterable[float], show: Callable[[float], str
     return Axis(label, 10.0**first, 10.0**last, BOTTOM, TOP, ticks, show, True)
 
 
-def _linear(label: str, values: list[float], start: float, end: float, show: Callable[[float], str]) -> Axis:
-    """From the least value to the greatest, a little further where that is not zero, with round numbers as ticks."""
+def _linear(label: str, values: list[float], start: float, end: float, show: Callable[[float], str] | None) -> Axis:
+    """From the least value to the greatest, a little further where that is not zero, with round numbers as ticks.
+
+    Unless `show` says otherwise, all ticks have as many decimals as their step.
+    """
     low, high = min(values), max(values)
     if high - low < 1e-9 * max(abs(high), 1e-9):  # one value has no range of its own
         low, high = low - max(abs(low) / 10, 1e-9), high + max(abs(high) / 10, 1e-9)
@@ -165,7 +169,8 @@ def _linear(label: str, values: list[float], start: float, end: float, show: Cal
     room = ROOM * (high - low)
     low, high = low - room if low else low, high + room if high else high
     ticks = [round(index * step, 12) for index in range(math.ceil(low / step - 1e-9), math.floor(high / step) + 1)]
-    return Axis(label, low, high, start, end, ticks, show)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return Axis(label, low, high, start, end, ticks, show or f"{{:,.{decimals}f}}".format)
 
 
 def thinned(pairs: list[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:

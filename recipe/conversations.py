@@ -14,7 +14,7 @@ class Conversations:
     sources: list[dict[str, Any]] = field(default_factory=list)  # `source`, `format`, `rows`, `rejected` by reason
     steps: list[tuple[str, int, int]] = field(default_factory=list)  # (cleaning step, rows changed, rows left out)
     parts: list[dict[str, Any]] = field(default_factory=list)  # a row of counts for train and for validation
-    lengths: list[tuple[str, int, float]] = field(default_factory=list)  # (up to so many tokens, rows, bar of 0 to 1)
+    lengths: list[tuple[str, int, float]] = field(default_factory=list)  # (tokens, rows, bar of 0 to 1)
     packing: dict[str, Any] = field(default_factory=dict)
     example: dict[str, Any] = field(default_factory=dict)
 
@@ -33,12 +33,21 @@ def conversations(run: Run) -> Conversations:
         found = json.loads(run.path("tokens", "preview.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return Conversations(told.get("sources", []), steps)
-    widest = max((count for _, count in found["lengths"]), default=1)
     return Conversations(
         told.get("sources", []),
         steps,
         [{"part": part} | counts for part, counts in found["parts"].items() if counts.get("rows")],
-        [(f"{end:,}", count, count / widest) for end, count in found["lengths"]],
+        bars(found["lengths"]),
         found["packing"],
         found["example"],
     )
+
+
+def bars(lengths: list[tuple[int, int]]) -> list[tuple[str, int, float]]:
+    """(tokens, conversations, length of 0 to 1) of each bar of a histogram, given where it ends and what it counts."""
+    widest = max((count for _, count in lengths), default=1)
+    lows = [0, *(end + 1 for end, _ in lengths)]
+    return [
+        (f"{low:,} to {end:,}" if low else f"up to {end:,}", count, count / widest)
+        for low, (end, count) in zip(lows, lengths, strict=False)
+    ]

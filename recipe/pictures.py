@@ -89,17 +89,20 @@ def loss_chart(train: Receipt) -> Chart | None:
         Curve("validation loss", validation, "chosen", dots=True),
     ]
     marks = _marks(train, validation, curves[1].pairs[-1])
+    stops = train.metrics.get("interruptions", [])
+    told = [mark.text for mark in marks] + [f"interrupted at step {stop['step']}: {stop['why']}" for stop in stops]
     ends = f"Training loss from {number(losses[0][1])} to {number(curves[1].pairs[-1][1])} in {len(losses)} steps"
     held = ", ".join(f"{number(loss)} at step {step:g}" for step, loss in validation)
     return Chart(
         "losses",
         "Loss by step",
         "Nats a token of the assistant's words; the validation conversations were never trained on.",
-        "; ".join([ends, *([f"validation loss {held}"] if held else []), *(mark.text for mark in marks)]) + ".",
+        "; ".join([ends, *([f"validation loss {held}"] if held else []), *told]) + ".",
         horizontal("step", [0, *(step for step, _ in losses)]),
         vertical("loss, nats a token", [0, *(loss for curve in curves for _, loss in curve.pairs)]),
         points=marks,
         curves=[curve for curve in curves if curve.pairs],
+        breaks=[float(stop["step"]) for stop in stops],
     )
 
 
@@ -145,7 +148,7 @@ def change_chart(scores: list[Score]) -> Tracks | None:
             if score.difference
         )
         + ".",
-        across([0, *ends], "{:g}".format),
+        across([0, *ends]),
         tracks,
     )
 

@@ -169,8 +169,8 @@ def learned(train: Receipt) -> list[tuple[str, str, str]]:
     ]
 
 
-def planned(train: Receipt) -> list[tuple[str, str, str]]:
-    """(measure, planned, measured) of a training that was planned."""
+def planned(train: Receipt) -> list[tuple[str, str, str, str]]:
+    """(measure, planned, measured, difference) of a training that was planned."""
     told = train.metrics.get("planned", {})
     measured: dict[str, Any] = {
         "memory_bytes": train.metrics.get("peak_gpu_bytes") or train.peak_rss_bytes,
@@ -180,8 +180,15 @@ def planned(train: Receipt) -> list[tuple[str, str, str]]:
     named = (("peak memory", "memory_bytes", size), ("tokens", "tokens", number),
              ("tokens a second", "tokens_per_second", number))  # fmt: skip
     return [
-        (name, show(told[key]), show(measured[key])) for name, key, show in named if told.get(key) and measured[key]
+        (name, show(told[key]), show(measured[key]), _beyond(measured[key] / told[key]))
+        for name, key, show in named
+        if told.get(key) and measured[key]
     ]
+
+
+def _beyond(ratio: float) -> str:
+    """A ratio as what it is above or below one."""
+    return f"{ratio - 1:+.1%}".replace("-", "\N{MINUS SIGN}") if abs(ratio - 1) >= 5e-4 else "0%"
 
 
 def figures(train: Receipt, files: list[Comparison], kind: str) -> list[tuple[str, str, str]]:

@@ -35,7 +35,7 @@ def share(part: float) -> str:
     """A part of one in percent; what is not all is never rounded to 100%, nor what is not nothing to 0%."""
     if 0.999 < part < 1:
         return ">99.9%"
-    return "<0.1%" if 0 < part < 0.001 else f"{100 * part:.1f}".removesuffix(".0") + "%"
+    return "<0.1%" if 0 < part < 0.001 else f"{100 * part:.0f}%" if part in (0, 1) else f"{100 * part:.1f}%"
 
 
 def number(value: float) -> str:

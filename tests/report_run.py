@@ -79,6 +79,7 @@ METRICS: dict[str, dict[str, Any]] = {
         "mfu": 0.124, "precision": "float32", "trainable_parameters": 4884480,
         "loss_curve": [[step, 0.6 + 4 / (1 + step / 30) + 0.3 * (step % 7 - 3) / 3] for step in range(1, 401)],
         "validation_curve": [[200, 1.14], [400, 0.84], [400, 0.84]],
+        "planned": {"memory_bytes": 8 * 10**8, "tokens": 54014, "tokens_per_second": 200.0},
     },
     "eval": {"scores": SCORES, "method": METHOD, "precision": "bfloat16", "speed": {"trained": {
         "first_token_seconds": {"value": 0.041, "low": 0.04, "high": 0.052},

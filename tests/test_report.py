@@ -133,7 +133,7 @@ def test_the_data_are_told_by_source_step_and_length(told: Callable[..., Told]) 
     assert "talks.jsonlOpenAI messages4231 no answer" in text
     assert "near duplicates" in text and "1,234" in text
     assert "packed into 94 rows of 301 tokens that are 95.4% full" in text
-    assert "127 of up to 64 tokens, 233 of up to 128 tokens, 18 of up to 256 tokens" in text
+    assert "127 of up to 64 tokens, 233 of 65 to 128 tokens, 18 of 129 to 256 tokens" in text
 
 
 def test_the_example_marks_what_is_learned_and_no_markup_of_the_data(told: Callable[..., Told]) -> None:
@@ -188,8 +188,8 @@ def test_every_measure_of_a_quantization_has_its_cell(told: Callable[..., Told])
     rows = re.findall(r'<th scope="row">Q2_K.*?</tr>', text, re.DOTALL)
     assert [re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<td.*?</td>", rows[1])] == [
         "88 MB", "5.15", "180 of 272",
-        "0.330", "0.0825", "2.97", "80%", "KL \N{MINUS SIGN}30%",
-        "3.05 ± 0.11", "71%",
+        "0.330", "0.0825", "2.97", "80.0%", "KL \N{MINUS SIGN}30%",
+        "3.05 ± 0.11", "71.0%",
         "440", "126", "900 MB",
     ]  # fmt: skip
     assert re.search(r"Q5_K_M\s*<span class=\"tag chosen\">recommended", text)
@@ -238,6 +238,28 @@ def test_the_losses_mark_the_best_step_and_where_training_stopped(told: Callable
     assert chart.description.endswith("best at step 20; stopped at step 30: the validation loss fell no more.")
 
 
+def test_an_interrupted_training_shows_where_it_went_on(told: Callable[..., Told]) -> None:
+    run = told("data", "base", "train")
+    receipt = run.run.receipt("train")
+    receipt.metrics.update(ended="all epochs were done", interruptions=[{"step": 100, "why": "SIGTERM"}])
+    run.run.write_receipt(receipt)
+    chart = loss_chart(receipt)
+    assert chart and chart.breaks == [100.0] and "interrupted at step 100: SIGTERM" in chart.description
+    text = page(run.recipe, run.run)
+    assert f'<line class="break" x1="{chart.x.at(100)}"' in text and "interrupted, went on" in text
+    assert "had gone on after 1 interruption (step 100: SIGTERM)" in made(run).text
+
+
+def test_the_plan_stands_beside_what_was_measured(told: Callable[..., Told]) -> None:
+    text = page((run := told("data", "base", "train")).recipe, run.run)
+    rows = re.findall(r"<tr>(.*?)</tr>", text.split("What the plan said before")[1].split("</table>")[0], re.DOTALL)
+    assert [re.findall(r">([^<]+)</t[hd]>", row.replace("\N{NO-BREAK SPACE}", " ")) for row in rows[1:]] == [
+        ["peak memory", "800 MB", "1.0 GB", "+25.0%"],
+        ["tokens", "54,014", "54,014", "0%"],
+        ["tokens a second", "200", "185", "\N{MINUS SIGN}7.7%"],
+    ]
+
+
 def test_the_share_of_the_devices_peak_is_told(told: Callable[..., Told]) -> None:
     assert "185 tokens a second, 12.4% of what the device could compute." in made(told()).text
 
@@ -245,7 +267,7 @@ def test_the_share_of_the_devices_peak_is_told(told: Callable[..., Told]) -> Non
 def test_each_table_has_a_caption_and_scopes(told: Callable[..., Told]) -> None:
     text = page((run := told()).recipe, run.run)
     tables = re.findall(r"<table.*?</table>", text, re.DOTALL)
-    assert len(tables) == 11
+    assert len(tables) == 12
     assert all("<caption>" in table and not re.search(r"<th(?![^>]*scope)[ >]", table) for table in tables)
 
 

@@ -1,6 +1,7 @@
 """The preview: what it marks is what is learned, its numbers are those of training, and it needs no training."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,9 +110,51 @@ def test_cut_rows_are_counted(shown: Callable, based: Any, tokenizer: Any) -> No
 
 def test_rows_without_anything_to_learn_are_an_error_before_training(based: Any) -> None:
     recipe = replace(based.recipe, train=replace(based.recipe.train, max_tokens=16))
+    told = r"^talks\.jsonl:1: its first answer begins at token \d+, and no conversation has one within .*=16: raise it$"
     for command in (preview, sft):
-        with pytest.raises(UserError, match=r"^no conversation keeps an answer within train\.max_tokens=16: raise it$"):
+        with pytest.raises(UserError, match=told):
             command(recipe, based.run)
+
+
+SPEECHLESS = "{% for m in messages if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endfor %}"
+REFUSING = "{{ raise_exception('not this one') }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        (
+            SPEECHLESS,
+            r"^talks\.jsonl:1: the base's chat template shows none of the assistant's words, .*chat_template$",
+        ),
+        (REFUSING, r"^talks\.jsonl:1: .*not this one"),
+    ],
+)
+def test_a_template_that_shows_no_answer_is_told_with_the_first_row(template: str, told: str, based: Any) -> None:
+    based.run.path("base", "chat_template.jinja").write_text(template)
+    recipe = replace(based.recipe, train=replace(based.recipe.train, unshown="drop"))
+    with pytest.raises(UserError, match=told):
+        preview(recipe, based.run)
+
+
+STEERING = "\x1b[2J\x1b]0;title\x07 \x9b31m \r\x08\x00\x7f \u202edne"
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_data_neither_steers_the_terminal_nor_are_markup(
+    colour: bool, shown: Callable, based: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if colour:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm-256color")
+    row = {"messages": [{"role": role, "content": f"[/red]{STEERING}"} for role in ("user", "assistant")]}
+    with RowWriter(based.run.path("data", "train.arrow")) as writer:
+        writer.write(row_batch([json.dumps(row)], [f"e[/vil]{STEERING}.jsonl:1"]))
+    for text in (shown(), shown("1")):
+        text = re.sub(r"\x1b\[[\d;]*m", "", text) if colour else text
+        assert not re.search(r"[^\n\S ]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+        assert "e[/vil]\N{SYMBOL FOR ESCAPE}[2J" in text and "[/red]\N{SYMBOL FOR ESCAPE}[2J" in text
+        assert r"\u009b31m" in text and r"\u202edne" in text
 
 
 def test_plain_text_is_shown_as_learned(shown: Callable, based: Any) -> None:
@@ -145,6 +188,7 @@ def test_colour_marks_what_is_learned_on_a_terminal(based: Any, monkeypatch: pyt
     text = capsys.readouterr().out
     row = next(picked(based.run.path("data"), "train", [0]))
     assert f"\x1b[1;32m{row['messages'][1]['content']}" in text and OPEN not in text
+    assert "learned (green)" in text
 
 
 def test_training_leaves_it_for_the_report(trained: Any) -> None:

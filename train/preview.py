@@ -14,18 +14,23 @@ from typing import Any
 
 from recipe import Recipe, Run, UserError
 from recipe.command import boundary, recipe_of_arguments
+from recipe.conversations import bars
 from recipe.files import write_whole
 from recipe.rows import count, picked, rows
 from train.template import IGNORED, row_examples
 from train.tokens import Tokens, longest_and_sum, row_tokens, tokenized
 
 SHOWN, PACKED_SHOWN = 3, 2
-SHOWN_TOKENS = 600  # of a conversation, unless it was asked for
+SHOWN_TOKENS = 600  # of a conversation or of a packed row, unless it was asked for
 PACKED = 10_000  # conversations of which the fill of packed rows is told
 SHORTEST_BAR = 16  # tokens, the upper end of the histogram's first bar; each next one ends at twice as many
-BAR_CHARACTERS = 40
+BAR_CHARACTERS, BAR_LEFT = 40, 35
 LEARNED, SPECIAL = "bold green", "cyan"
 OPEN, CLOSE = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"
+# What would steer the terminal, or turn the writing's direction beyond itself, is shown by its picture or its number.
+PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {0x7F: "\N{SYMBOL FOR DELETE}"}
+NUMBERED = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+VISIBLE = PICTURES | {code: f"\\u{code:04x}" for code in NUMBERED}
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Piece:
 
 
 def pieces(tokenizer: Any, ids: list[int], labels: list[int]) -> list[Piece]:
-    """The tokens as text; a character that a boundary cuts lies in the later piece."""
+    """The tokens as text, controls made visible; a character that a boundary cuts lies in the later piece."""
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     kinds = [(label != IGNORED, token in special) for token, label in zip(ids, labels, strict=True)]
     found, written, index = [], "", 0
@@ -47,7 +52,7 @@ def pieces(tokenizer: Any, ids: list[int], labels: list[int]) -> list[Piece]:
         text = tokenizer.decode(ids[:index], clean_up_tokenization_spaces=False)
         if index < len(ids):
             text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        found.append(Piece(text[len(written) :], learned, is_special))
+        found.append(Piece(text[len(written) :].translate(VISIBLE), learned, is_special))
         written = text
     return found
 
@@ -133,34 +138,54 @@ def show_row(console: Any, tokenizer: Any, recipe: Recipe, row: dict[str, Any], 
     """A conversation as each of its training rows."""
     found = row_examples(tokenizer, row, recipe.train.max_tokens)
     if not found:
-        console.rule(f"{row['source']}: left out, no answer is within train.max_tokens={recipe.train.max_tokens}")
+        heading(console, f"{row['source']}: left out, no answer is within train.max_tokens={recipe.train.max_tokens}")
     for index, example in enumerate(found):
         learned = sum(label != IGNORED for label in example.labels)
         part = f", row {index + 1} of {len(found)}" if len(found) > 1 else ""
-        size = f"{len(example.input_ids)} tokens, {learned} learned"
+        size = f"{len(example.input_ids):,} tokens, {learned:,} learned ({mark(console)})"
         cut = ", cut" if len(example.input_ids) == recipe.train.max_tokens else ""
-        console.rule(f"{row['source']}{part}: {size}{cut}", align="left")
+        heading(console, f"{row['source']}{part}: {size}{cut}")
         show_tokens(console, tokenizer, example.input_ids[:most], example.labels[:most])
         if len(example.input_ids) > most:
-            console.print(f"... and {len(example.input_ids) - most} tokens more: ROW={row['source']} shows all")
+            more = f"... and {len(example.input_ids) - most:,} tokens more: ROW={row['source']} shows all"
+            console.print(more.translate(VISIBLE), markup=False)
 
 
 def show_packed(console: Any, tokenizer: Any, row: dict[str, Any], index: int, most: int) -> None:
     """A packed row: its conversations end to end, none of which sees another."""
-    console.rule(f"packed row {index + 1}: {len(row['input_ids'])} of {most} tokens", align="left", characters="=")
-    first = 0
-    for number, length in enumerate(row["seq_lengths"], 1):
-        console.rule(f"conversation {number} of {len(row['seq_lengths'])}: positions 0 to {length - 1}", align="left")
-        span = slice(first, first + length)
+    heading(console, f"packed row {index + 1}: {len(row['input_ids']):,} of {most:,} tokens", "=")
+    first, lengths = 0, row["seq_lengths"]
+    for number, length in enumerate(lengths, 1):
+        if first >= SHOWN_TOKENS:
+            console.print(f"... and {len(lengths) - number + 1:,} conversations more")
+            break
+        heading(console, f"conversation {number} of {len(lengths)}: positions 0 to {length - 1:,}")
+        span = slice(first, first + min(length, SHOWN_TOKENS))
         show_tokens(console, tokenizer, row["input_ids"][span], row["labels"][span])
+        if length > SHOWN_TOKENS:
+            console.print(f"... and {length - SHOWN_TOKENS:,} tokens more")
         first += length
 
 
-def show_tokens(console: Any, tokenizer: Any, ids: list[int], labels: list[int]) -> None:
-    """The text of the tokens; what is learned is green, or stands between brackets where there is no colour."""
+def heading(console: Any, title: str, line: str = "\N{BOX DRAWINGS LIGHT HORIZONTAL}") -> None:
+    """The whole title, which names a place to ask for, and a line to the edge."""
+    from rich.cells import cell_len
     from rich.text import Text
 
-    colour, text, inside = console.color_system is not None and not console.no_color, Text(), False
+    title = title.translate(VISIBLE)
+    console.print(Text.assemble((title, "bold"), " ", (line * (console.width - cell_len(title) - 1), "dim")))
+
+
+def mark(console: Any) -> str:
+    """How what is learned is marked there: by colour, or by brackets where there is none."""
+    return "green" if console.color_system is not None and not console.no_color else f"in {OPEN}{CLOSE}"
+
+
+def show_tokens(console: Any, tokenizer: Any, ids: list[int], labels: list[int]) -> None:
+    """The text of the tokens, with what is learned marked."""
+    from rich.text import Text
+
+    colour, text, inside = mark(console) == "green", Text(), False
     for piece in pieces(tokenizer, ids, labels):
         if not colour and piece.learned != inside:
             text.append(OPEN if piece.learned else CLOSE)
@@ -173,7 +198,7 @@ def show_tokens(console: Any, tokenizer: Any, ids: list[int], labels: list[int])
 
 def show_numbers(console: Any, recipe: Recipe, told: dict[str, Any]) -> None:
     """What became of all rows: counts, histogram, share learned, fill."""
-    console.rule("all rows", align="left", characters="=")
+    heading(console, "all rows", "=")
     for part, numbers in told["parts"].items():
         if not numbers.get("rows"):
             continue
@@ -190,10 +215,10 @@ def show_numbers(console: Any, recipe: Recipe, told: dict[str, Any]) -> None:
         for what, number in lost.items():
             if number:
                 console.print(f"  {number:,} {what}")
-    widest = max((number for _, number in told["lengths"]), default=1)
-    for end, number in told["lengths"]:
-        bar = "\N{FULL BLOCK}" * round(BAR_CHARACTERS * number / widest)
-        console.print(f"  up to {end:>7,} tokens {number:>9,} {bar}")
+    console.print("train, conversations by their tokens:")
+    for label, number, part in bars(told["lengths"]):
+        bar = "\N{FULL BLOCK}" * round(min(BAR_CHARACTERS, console.width - BAR_LEFT) * part)
+        console.print(f"  {label:>20} {number:>11,} {bar}")
     packing = told["packing"]
     first = f" (the first {PACKED:,} conversations)" if told["parts"]["train"]["examples"] > PACKED else ""
     console.print(

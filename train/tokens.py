@@ -7,6 +7,7 @@ are removed. TRL keeps its packed rows beside them.
 import hashlib
 import json
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -19,9 +20,9 @@ from recipe import Recipe, Run, UserError
 from recipe.files import fingerprint, fresh_folder, put_in_place, remove
 from recipe.machine import cores
 from recipe.progress import progress
-from recipe.rows import batches, count
+from recipe.rows import batches, count, rows
 from train.pool import in_order
-from train.template import IGNORED, batch_examples, shown
+from train.template import IGNORED, batch_examples, row_examples, shown
 
 log = logging.getLogger("truetune")
 PARTS = ("train", "validation")
@@ -109,8 +110,9 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
             tell(sum(counted["rows"] for counted in counts.values()))
             if knobs.unshown == "error" and len(unshown[part]) == PROBLEMS_SHOWN:
                 break
+    nothing_left = not counts["train"]["examples"]
     for part, problems in unshown.items():
-        if problems and knobs.unshown == "error":
+        if problems and (knobs.unshown == "error" or (part == "train" and nothing_left)):
             raise UserError(*problems)
         if problems:
             log.warning("%s: %d conversation(s) left out, the first: %s", part, counts[part]["unshown"], problems[0])
@@ -121,9 +123,24 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
                 "the first: %s: use a base whose template does, or name one in chat_template",
                 part, counts[part]["reasoning_lost"], places[0],
             )  # fmt: skip
-    if not counts["train"]["examples"]:
-        raise UserError(f"no conversation keeps an answer within train.max_tokens={knobs.max_tokens}: raise it")
+    if nothing_left:
+        raise _nothing_learned(next(rows(data, "train")), prepare()[0], knobs.max_tokens)
     return {part: dict(counted) for part, counted in counts.items()}
+
+
+def _nothing_learned(first: dict[str, Any], tokenizer: Any, max_tokens: int) -> UserError:
+    """Why of all conversations, of which this is the first, no token is learned, and what changes that."""
+    whole = row_examples(tokenizer, first, sys.maxsize)
+    learned = [index for row in whole for index, label in enumerate(row.labels) if label != IGNORED]
+    if not learned:
+        return UserError(
+            f"{first['source']}: the base's chat template shows none of the assistant's words, nor in any other "
+            "conversation: name one that does in chat_template"
+        )
+    return UserError(
+        f"{first['source']}: its first answer begins at token {min(learned) + 1:,}, and no conversation has one within "
+        f"train.max_tokens={max_tokens}: raise it"
+    )
 
 
 def _tokenizer(base: str, max_tokens: int) -> tuple[Any, int]:
