@@ -35,9 +35,10 @@ def read_what_is_right(path: Path | str) -> tuple[list[Row], list[Problem | str]
 
 
 def found_in(name: str, *records: Any) -> tuple[Detected, Read]:
-    """A file of these records, detected and read whole."""
+    """A file, of these records if any are given, detected and read whole."""
     path = Path(name)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    if records:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
     source = Source(name)
     detected, read = detect(source), Read()
     for chunk in whole_chunks(source, detected.format):
@@ -45,6 +46,7 @@ def found_in(name: str, *records: Any) -> tuple[Detected, Read]:
         read.rows += more.rows
         read.rejected += more.rejected
         read.problems += more.problems
+        read.changes += more.changes
     return detected, read
 
 

@@ -78,6 +78,12 @@ KINDS: dict[str, tuple[str | bytes, list[int]]] = {
     "marked-table.csv": (b"\xef\xbb\xbf" + TABLE.replace("\n", "\r\n").encode(), [2, 3]),
     "table.tsv": (TABLE.replace(",", "\t"), [2, 3]),
     "semicolons.csv": (TABLE.replace(",", ";"), [2, 3]),
+    "from-pandas.csv": (",question,answer\n0,ping,pong\n1,ping,pong\n", [2, 3]),
+    "one-row-with-a-list.json": (json.dumps({"question": "ping", "answer": "pong", "cited": [{"text": "x"}]}), [1]),
+    "one-talk-of-exchanges.json": (
+        json.dumps({"conversation": [{"human": "ping", "assistant": "pong"}]}, indent=2),
+        [1],
+    ),
     "turns-in-a-cell.csv": ('messages\n"' + json.dumps(VALUE["messages"]).replace('"', '""') + '"\n', [2]),
     "named-wrongly.txt": (TABLE, [2, 3]),
     "named-wrongly.jsonl": (TABLE, [2, 3]),

@@ -5,9 +5,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_fixtures import found_in
 
+from train.reading.columns import spread
 from train.reading.formats import format_of
 
 USER, ASSISTANT = {"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}
@@ -163,6 +166,146 @@ SHAPES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         {"id": "1", "system_prompt": "Be brief.", "question": "ping", "response": "pong"},
         {"messages": [SYSTEM, *TALK]},
     ),
+    "LIMA": ("lists of texts", {"conversations": ["ping", "pong"], "source": "x"}, {"messages": TALK}),
+    "UltraChat": ("lists of texts", {"id": "0", "data": ["ping", "pong"]}, {"messages": TALK}),
+    "SODA": (
+        "lists of texts",
+        {"dialogue": ["ping", "more?", "pong"], "speakers": ["Ann", "Ann", "Bob"], "narrative": "x"},
+        {"messages": [{"role": "user", "content": "ping\n\nmore?"}, ASSISTANT]},
+    ),
+    "Capybara": (
+        "lists of exchanges",
+        {"source": "x", "conversation": [{"input": "ping", "output": "pong"}]},
+        {"messages": TALK},
+    ),
+    "ms-swift's older exchanges": (
+        "lists of exchanges",
+        {"system": "Be brief.", "conversation": [{"human": "ping", "assistant": "pong"}]},
+        {"messages": [SYSTEM, *TALK]},
+    ),
+    "XTuner": (
+        "lists of exchanges",
+        {"conversation": [{"system": "Be brief.", "input": "ping", "output": "pong"}]},
+        {"messages": [SYSTEM, *TALK]},
+    ),
+    "MultiWOZ 2.2": (
+        "dialogues",
+        {
+            "dialogue_id": "1",
+            "services": ["x"],
+            "turns": [
+                {"speaker": "USER", "utterance": "ping", "frames": []},
+                {"speaker": "SYSTEM", "utterance": "pong", "frames": []},
+            ],
+        },
+        {"messages": TALK},
+    ),
+    "Gemini": (
+        "Gemini",
+        {
+            "systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]},
+            "contents": [{"role": "user", "parts": [{"text": "ping"}]}, {"role": "model", "parts": [{"text": "pong"}]}],
+        },
+        {"messages": [SYSTEM, *TALK]},
+    ),
+    "Bedrock": (
+        "OpenAI messages",
+        {
+            "schemaVersion": "bedrock-conversation-2024",
+            "system": [{"text": "Be brief."}],
+            "messages": [
+                {"role": "user", "content": [{"text": "ping"}]},
+                {"role": "assistant", "content": [{"text": "pong"}]},
+            ],
+        },
+        {"messages": [SYSTEM, *TALK]},
+    ),
+    "LLaMA-Factory's parts": (
+        "OpenAI messages",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "value": "ping"}], "loss_weight": 0.0},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "reasoning", "value": "hm"},
+                        {"type": "tool_call", "value": json.dumps(CALL["function"])},
+                    ],
+                },
+                {"role": "tool", "content": [{"type": "text", "value": "18 degrees"}]},
+                {"role": "assistant", "content": [{"type": "text", "value": "pong"}], "loss_weight": 1.0},
+            ],
+            "tools": json.dumps([SCHEMA]),
+        },
+        {"messages": [USER, CALLED | {"reasoning_content": "hm"}, RESULT, ASSISTANT], "tools": TOOLS},
+    ),
+    "ms-swift's history": (
+        "question and answer",
+        {"query": "more?", "response": "pong", "history": [["ping", "pong"]]},
+        {"messages": [*TALK, MORE, ASSISTANT]},
+    ),
+    "sql-create-context": (
+        "question and answer",
+        {"question": "How many?", "context": "CREATE TABLE t (id INT)", "answer": "SELECT COUNT(*) FROM t"},
+        {
+            "messages": [
+                {"role": "user", "content": "How many?\n\nCREATE TABLE t (id INT)"},
+                {"role": "assistant", "content": "SELECT COUNT(*) FROM t"},
+            ]
+        },
+    ),
+    "Firefly": ("question and answer", {"kind": "x", "input": "ping", "target": "pong"}, {"messages": TALK}),
+    "a table of a person's": ("question and answer", {"Question": "ping", "Answer ": "pong"}, {"messages": TALK}),
+    "a question with its reasoning": (
+        "question and answer",
+        {"question": "ping", "reasoning": "hm", "answer": "pong"},
+        {"messages": [USER, ASSISTANT | {"reasoning_content": "hm"}]},
+    ),
+    "an answer that looks like a list": (
+        "Alpaca",
+        {"instruction": "ping", "output": "[1, 2, 3]"},
+        {"messages": [USER, {"role": "assistant", "content": "[1, 2, 3]"}]},
+    ),
+    "a column that is null": (
+        "question and answer",
+        {"question": "ping", "query": None, "answer": "pong", "output": None},
+        {"messages": TALK},
+    ),
+    "SQuAD": (
+        "SQuAD",
+        {"id": "7", "question": "ping", "context": "pong", "answers": {"text": ["pong"], "answer_start": [0]}},
+        {"messages": [{"role": "user", "content": "ping\n\npong"}, ASSISTANT]},
+    ),
+    "xLAM": (
+        "function calls",
+        {
+            "id": 0,
+            "query": "ping",
+            "answers": json.dumps([CALL["function"]]),
+            "tools": json.dumps([SCHEMA]),
+        },
+        {"messages": [USER, CALLED], "tools": TOOLS},
+    ),
+    "Baize": (
+        "Baize",
+        {"topic": "x", "input": "A conversation.\n[|Human|] ping\n[|AI|] pong\n[|Human|] "},
+        {"messages": TALK},
+    ),
+    "OpenAI's preferences": (
+        "preference pairs",
+        {
+            "input": {"messages": [USER], "tools": TOOLS, "parallel_tool_calls": True},
+            "preferred_output": [ASSISTANT],
+            "non_preferred_output": WORSE[1:],
+        },
+        {"messages": TALK, "tools": TOOLS, "rejected": WORSE},
+    ),
+    "StackExchange, paired": (
+        "preference pairs",
+        {"qid": 1, "question": "ping", "response_j": "pong", "response_k": "pang"},
+        {"messages": TALK, "rejected": WORSE},
+    ),
+    "The Stack": ("plain text", {"content": "print()", "path": "x.py"}, {"text": "print()"}),
     "UltraFeedback binarized": (
         "preference pairs",
         {
@@ -249,6 +392,7 @@ SHAPES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_public_shape_is_recognized_and_read(name: str) -> None:
     format, record, value = SHAPES[name]
+    (record,) = spread(record)
     assert format_of(record).name == format
     assert format_of(record).value(record, Counter()) == value
 
@@ -279,3 +423,47 @@ def test_bad_answers_of_kto_are_left_out_with_the_reason() -> None:
     _, kto = found_in("kto.jsonl", *({"prompt": "a", "completion": "b", "label": label} for label in (True, False)))
     assert [row.place for row in kto.rows] == ["kto.jsonl:1"]
     assert [(lost.place, lost.rejection.step) for lost in kto.rejected] == [("kto.jsonl:2", "label")]
+
+
+def test_tasks_with_several_instances_are_several_rows() -> None:
+    instances = [{"input": "1 1", "output": "2"}, {"input": "", "output": "0"}]
+    detected, found = found_in("seed_tasks.jsonl", {"name": "x", "instruction": "Add.", "instances": instances})
+    assert detected.format.name == "Alpaca"
+    said = [[turn["content"] for turn in row.value["messages"]] for row in found.rows]
+    assert said == [["Add.\n\n1 1", "2"], ["Add.", "0"]]
+    assert [row.place for row in found.rows] == ["seed_tasks.jsonl:1"] * 2
+
+
+def test_an_article_of_squad_is_a_row_a_question() -> None:
+    asked = [{"id": name, "question": name, "answers": [{"text": f"{name}!", "answer_start": 0}]} for name in "ab"]
+    never = {"id": "c", "question": "c", "answers": [], "is_impossible": True}
+    article = {"title": "t", "paragraphs": [{"context": "x", "qas": [*asked, never]}]}
+    detected, found = found_in("squad.json", {"version": "2.0", "data": [article]})
+    assert detected.format.name == "SQuAD"
+    assert [row.value["messages"][1]["content"] for row in found.rows] == ["a!", "b!"]
+    assert [lost.rejection.reason for lost in found.rejected] == ["no answer: the context has none"]
+
+
+@pytest.mark.parametrize("column", ["image", "images", "videos"])
+def test_a_row_about_a_picture_is_left_out(column: str) -> None:
+    pair = {"question": "Who is it?", "answer": "A cat."}
+    _, found = found_in("seen.jsonl", pair | {column: ["cat.png"]}, pair | {column: None}, pair | {column: []})
+    assert [row.place for row in found.rows] == ["seen.jsonl:2", "seen.jsonl:3"]
+    assert [lost.rejection.reason for lost in found.rejected] == [f"has {column!r}: only text is learned"]
+
+
+@pytest.mark.parametrize("of_list", [False, True])
+def test_a_row_with_the_bytes_of_a_picture_is_left_out(of_list: bool) -> None:
+    shown, blank = {"bytes": b"png", "path": None}, None
+    images = [[shown], []] if of_list else [shown, blank]
+    rows = [{"question": "Who?", "answer": "A cat.", "image": image, "hash": b"7"} for image in images]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "seen.parquet")
+    _, found = found_in("seen.parquet")
+    assert [row.place for row in found.rows] == ["seen.parquet:2"]
+    assert [lost.value["image"] for lost in found.rejected] == [True]
+
+
+@pytest.mark.parametrize("text", ["<|im_start|>user\nping<|im_end|>", "### Human: ping### Assistant: pong", "[INST] a"])
+def test_a_text_that_is_a_rendered_conversation_is_counted(text: str) -> None:
+    _, found = found_in("texts.jsonl", {"text": text}, {"text": "A text."})
+    assert found.changes == {"texts that look like conversations in some template learned whole, questions too": 1}

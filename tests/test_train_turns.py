@@ -40,16 +40,33 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "messages no list": (messages() | {"messages": "ping"}, "'messages' is text that is not JSON ('ping')"),
     "messages an object": ({"messages": {"a": 1}}, "'messages' must be a list of turns, it is dict"),
-    "message no object": (messages("ping"), "messages[0] is not an object with 'role' and 'content'"),
+    "message no object": (messages(7), "messages[0] is not an object with 'role' and 'content'"),
     "no role": (messages({"content": "x"}), "messages[0]: unknown role None: choose one of: system, user, assistant"),
     "unknown role": (messages(USER, {"role": "narrator", "content": "x"}), "messages[1]: unknown role 'narrator'"),
     "role no text": (messages({"role": ["user"], "content": "x"}), "messages[0]: unknown role ['user']"),
     "no content": (messages({"role": "user", "text": "x"}), "messages[0] has no 'content': its keys are role, text"),
     "content a number": (messages({"role": "user", "content": 1}), "messages[0]: 'content' must be text, it is int"),
-    "an image": (
-        messages({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ASSISTANT),
-        "messages[0]: 'content' has a part of type 'image_url': only text is learned, leave such rows out",
+    "content of texts": (
+        messages({"role": "user", "content": ["ping"]}, ASSISTANT),
+        "messages[0]: 'content' must be text, or a list of parts with 'text', not of str",
     ),
+    "one message a row": ({"role": "user", "content": "ping"}, "is one message: write those of a conversation as one"),
+    "an object of objects": ({"a": {"x": 1}, "b": {"x": 2}}, "is an object of 2 objects: write these as a JSON list"),
+    "many columns": (
+        {f"c{number}": 1 for number in range(20)},
+        "no format has the columns c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, 8 more: name them",
+    ),
+    "choices": (
+        {"question": "ping", "choices": ["a", "b"], "answer": "a"},
+        "has 'choices', which no format has a place for: write the choices into the question",
+    ),
+    "several answers": ({"question": "ping", "answer": ["a", "b"]}, "messages[1]: 'content' must be text, or a list"),
+    "a context beside turns": (
+        {"prompt": [USER], "context": "x", "completion": "b"},
+        "has turns in 'prompt' and a context beside them: write the context into a turn",
+    ),
+    "texts and messages": (messages("ping", ASSISTANT), "messages[0] is not an object with 'role' and 'content'"),
+    "questions alone": ({"turns": ["ping", "more?"]}, "no format has the columns turns: name them"),
     "broken surrogate": (
         messages({"role": "user", "content": "cut \ud83d"}, ASSISTANT),
         "messages[0]: 'content' has a broken surrogate pair (a cut emoji): mend it",
@@ -92,6 +109,19 @@ LEFT_OUT: dict[str, tuple[Any, str]] = {
         messages(USER, CALLED, ASSISTANT),
         "an answer follows tool calls without their results",
     ),
+    "an image": (
+        messages({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ASSISTANT),
+        "messages[0]: 'content' has a part of type 'image_url': only text is learned",
+    ),
+    "a call of Gemini's": (
+        {"contents": [{"role": "user", "parts": [{"functionCall": {"name": "f"}}]}]},
+        "messages[0]: 'content' has a part with functionCall: only text is learned",
+    ),
+    "three speakers": ({"dialogue": ["a", "b", "c"], "speakers": ["A", "B", "C"]}, "more than two speak"),
+    "SQuAD's unanswerable question": (
+        {"question": "ping", "context": "x", "answers": {"text": [], "answer_start": []}},
+        "no answer: the context has none",
+    ),
     "an empty text": ({"text": " \n"}, "an empty text"),
     "a pair with one answer": ({"prompt": "a", "chosen": "b", "rejected": None}, "'chosen' or 'rejected' is empty"),
 }
@@ -109,7 +139,6 @@ def assistant(content: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
 
 
-SILENT = {"role": "system", "content": ""}
 NORMALIZED = {
     "turns of one role": (
         messages(SYSTEM, SYSTEM, USER, MORE, assistant("a"), assistant("b")),
@@ -126,6 +155,10 @@ NORMALIZED = {
         [{"role": "system", "content": ""}, *TALK],
     ),
     "other keys": (messages(USER | {"name": "x"}, ASSISTANT | {"id": 1}), TALK),
+    "other marks of what is not learned": (
+        messages(USER, assistant("a", train=False), MORE, assistant("b", loss_weight=1.0)),
+        [USER, assistant("a", weight=0), MORE, assistant("b")],
+    ),
     "null content": (messages(USER, {"role": "assistant", "content": None}), [USER, assistant("")]),
     "words before a call": (
         messages(USER, assistant("I look."), {"role": "assistant", "content": "", "tool_calls": [CALL]}),

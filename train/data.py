@@ -190,8 +190,10 @@ def _told_of(intake: Intake, number: int) -> dict[str, Any]:
     """What the receipt tells of a source, which is shown as well."""
     source, detected = intake.sources[number], intake.detected[number]
     reasons, count = intake.by_reason.get(number, Counter()), intake.read[number]
+    changes = +intake.normalized.get(number, Counter())
     columns = f" ({', '.join(detected.columns)})" if detected.columns else ""
-    log.info("data: %s: %s%s, %d rows, %d left out", source.name, detected.format.name, columns, count, reasons.total())
+    told = "".join(f", {times} x {what}" for what, times in [("left out", reasons.total()), *changes.most_common()])
+    log.info("data: %s: %s%s, %d rows%s", source.name, detected.format.name, columns, count, told)
     return {
         "source": source.name,
         "format": detected.format.name,
@@ -199,7 +201,7 @@ def _told_of(intake: Intake, number: int) -> dict[str, Any]:
         "weight": source.weight,
         "rows": count,
         "rejected": dict(reasons),
-        "changes": dict(intake.normalized.get(number, Counter())),
+        "changes": dict(changes),
     }
 
 

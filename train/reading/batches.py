@@ -6,6 +6,7 @@ from typing import Any
 
 from recipe import UserError
 from recipe.rows import BYTES_A_BATCH, ROWS_A_BATCH, pieces
+from train.reading.columns import MEDIA
 
 READ_BYTES = 1 << 20
 TOOLS = ("tools", "functions")
@@ -26,7 +27,7 @@ def batches(path: Path) -> Iterator[tuple[int, Any]]:
             file.seek(0)
             if magic.startswith(b"PAR1"):
                 whole = pyarrow.parquet.ParquetFile(file, buffer_size=READ_BYTES)
-                found = whole.iter_batches(_rows_that_fit(whole), columns=_without_pictures(whole.schema_arrow))
+                found = whole.iter_batches(_rows_that_fit(whole), columns=_learned(whole.schema_arrow))
             elif magic == b"ARROW1":
                 reader = pyarrow.ipc.open_file(file)
                 found = (reader.get_batch(index) for index in range(reader.num_record_batches))
@@ -41,7 +42,7 @@ def batches(path: Path) -> Iterator[tuple[int, Any]]:
 def small(found: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """The batches cut to what can be held in memory, each with the number of its first row."""
     row = 1
-    for batch in found:
+    for batch in map(_without_media, found):
         for piece in pieces(batch):
             if piece.num_rows < batch.num_rows:  # sent to a worker, a slice takes the whole batch along
                 piece = piece.take(list(range(piece.num_rows)))
@@ -67,9 +68,24 @@ def _rows_that_fit(whole: Any) -> int:
     return int(min(ROWS_A_BATCH, max(1, BYTES_A_BATCH // max(1, largest))))
 
 
-def _without_pictures(schema: Any) -> list[str]:
-    """Columns of text, numbers and lists: pictures and sound are not learned."""
-    return [column.name for column in schema if "binary" not in str(column.type)]
+def _learned(schema: Any) -> list[str]:
+    """Columns that are read: bytes are not learned, but whether a row has a picture is told."""
+    return [column.name for column in schema if "binary" not in str(column.type) or column.name in MEDIA]
+
+
+def _without_media(batch: Any) -> Any:
+    """The batch with only whether a row has them in place of pictures, films and sounds."""
+    import pyarrow.compute
+
+    for place, column in enumerate(batch.schema):
+        if column.name in MEDIA and "binary" in str(column.type):
+            values = batch.column(place)
+            is_list = pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type)
+            there = (
+                pyarrow.compute.greater(pyarrow.compute.list_value_length(values), 0) if is_list else values.is_valid()
+            )
+            batch = batch.set_column(place, column.name, there)
+    return batch
 
 
 def _without_nulls(value: Any) -> Any:

@@ -1,19 +1,29 @@
 """Which format a record has, told by its columns and what they hold, and the rows of a source in that format."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from recipe import UserError
 from train.reading import exports, shapes
 from train.reading.chunks import Chunk, records
+from train.reading.columns import (
+    ANSWERS,
+    PAIRS,
+    QUESTIONS,
+    Record,
+    are_objects,
+    columns_of_turns,
+    is_exchange,
+    label,
+    require_words,
+    spread,
+)
 from train.reading.row import Problem, Rejected, Rejection, Row, told
-from train.reading.shapes import ANSWERS, QUESTIONS, TURNS, first, is_written_list, label
 from train.reading.sources import Source, chunks
 from train.reading.turns import Changes
 
-Record = Mapping[str, Any]
 RECORDS_TRIED = 1000
 COLUMNS_TOLD = 12
 
@@ -29,14 +39,21 @@ class Format:
 
 MESSAGES = Format("OpenAI messages", "messages [tools]", shapes.talk)
 LISTS = Format("lists of messages", "", shapes.bare)
+EXCHANGES = Format("lists of exchanges", "conversation of input and output", shapes.talk)
+GEMINI = Format("Gemini", "contents [systemInstruction]", shapes.talk)
+DIALOGUE = Format("dialogues", "turns of speaker and utterance", shapes.talk)
+ALTERNATING = Format("lists of texts", "conversations of texts that alternate", shapes.talk)
 SHAREGPT = Format("ShareGPT", "conversations [system, tools]", shapes.talk)
-ALPACA = Format("Alpaca", "instruction, output [input, history, system]", shapes.instruction)
-DOLLY = Format("Dolly", "instruction, response [context]", shapes.instruction)
+ALPACA = Format("Alpaca", "instruction, output [input, history, system]", shapes.question)
+DOLLY = Format("Dolly", "instruction, response [context]", shapes.question)
 PROMPT = Format("prompt and completion", "prompt, completion [system]", shapes.question)
 QUESTION = Format("question and answer", "question, answer [system]", shapes.question)
+SQUAD = Format("SQuAD", "question, context, answers", shapes.question)
+XLAM = Format("function calls", "query, tools, answers", shapes.calls)
 PREFERENCE = Format("preference pairs", "chosen, rejected [prompt]", shapes.preference)
 KTO = Format("KTO", "prompt, completion, label", shapes.judged)
 TEXT = Format("plain text", "text", shapes.plain)
+BAIZE = Format("Baize", "input", shapes.baize)
 GLAIVE = Format("Glaive function calling", "system, chat", shapes.glaive)
 OASST = Format("OpenAssistant messages", "message_id, parent_id, text, role", exports.oasst)
 OASST_TREE = Format("OpenAssistant trees", "prompt with replies", exports.oasst)
@@ -80,7 +97,7 @@ def detect(source: Source) -> Detected:
                 if isinstance(record, Problem):
                     raise ValueError(record.text)
                 columns = tuple(map(str, record)) if isinstance(record, dict) else ()
-                return Detected(format_of(record), columns, place)
+                return Detected(format_of(next(spread(record))), columns, place)
             except ValueError as error:
                 problems.append(Problem(place, str(error)))
         if len(problems) >= RECORDS_TRIED:
@@ -109,7 +126,7 @@ def rows(detected: Detected, chunk: Chunk) -> Read:
     read = Read()
     format = OASST_TREE if detected.format == OASST else detected.format
     strangers: set[str] = set()
-    for place, record in records(chunk):
+    for place, record in ((place, one) for place, whole in records(chunk) for one in spread(whole)):
         try:
             if isinstance(record, Problem):
                 read.problems.append(record)
@@ -120,6 +137,7 @@ def rows(detected: Detected, chunk: Chunk) -> Read:
                     strangers.add(own.name)
                     read.problems.append(Problem(place, _mixed(own, detected)))
                 continue
+            require_words(record)
             value = format.value(record, read.changes)
             if value.get("label") is False:
                 raise Rejection("labelled as a bad answer", "label")
@@ -145,10 +163,14 @@ def format_of(record: Any) -> Format:
         raise ValueError(f"not an object with named columns but {type(record).__name__}: {EXPECTED}")
     if found := _export(record) or _conversation(record) or _pair(record):
         return found
-    if set(TURNS) & record.keys():  # null, or of another type: the conversion tells
+    if {"messages", "conversations", "conversation"} & record.keys():  # of another type: the conversion tells
         return MESSAGES
-    if "text" in record:
+    if {"text", "content"} & record.keys():
+        if "role" in record:
+            raise ValueError('is one message: write those of a conversation as one row, {"messages": [...]}')
         return TEXT
+    if len(record) > 1 and all(isinstance(value, dict) for value in record.values()):
+        raise ValueError(f"is an object of {len(record):,} objects: write these as a JSON list")
     names = [str(column)[:40] for column in record]
     more = [f"{len(names) - COLUMNS_TOLD} more"] if len(names) > COLUMNS_TOLD else []
     columns = ", ".join(names[:COLUMNS_TOLD] + more) or "(none)"
@@ -167,37 +189,53 @@ def _export(record: Record) -> Format | None:
         return OASST
     if isinstance(record.get("prompt"), dict) and "replies" in record["prompt"]:
         return OASST_TREE
+    if isinstance(record.get("input"), str) and "[|Human|]" in record["input"]:
+        return BAIZE
     return GLAIVE if {"system", "chat"} <= record.keys() and isinstance(record["chat"], str) else None
 
 
 def _conversation(record: Record) -> Format | None:
     """Formats with a column of turns, or two; other columns beside them, such as a prompt, only repeat."""
-    if {"chosen", "rejected"} <= record.keys():
+    if any(set(names) <= record.keys() for names in PAIRS):
         return PREFERENCE
-    turns = [name for name in TURNS if isinstance(record.get(name), list) or is_written_list(record.get(name))]
+    turns = columns_of_turns(record)
     if len(turns) > 1:
         raise ValueError(f"has turns in {' and in '.join(turns)}: keep one of these columns")
     if not turns:
         return None
     if label(record) is not None:
         return KTO
-    start = first(record, TURNS)[0] if isinstance(first(record, TURNS), list) and first(record, TURNS) else None
-    return SHAREGPT if isinstance(start, dict) and start.get("role") is None and "from" in start else MESSAGES
+    start = next(iter(record[turns[0]]), None) if isinstance(record[turns[0]], list) else None
+    if isinstance(start, str) or is_exchange(start):
+        return ALTERNATING if isinstance(start, str) else EXCHANGES
+    if not isinstance(start, dict) or start.get("role") is not None:
+        return GEMINI if isinstance(start, dict) and "parts" in start else MESSAGES
+    return SHAREGPT if "from" in start else DIALOGUE if "speaker" in start else MESSAGES
 
 
 def _pair(record: Record) -> Format | None:
     """Formats with a column of the question and one of the answer."""
-    answers = [name for name in ANSWERS if name in record]
+    answers, questions = _filled(record, ANSWERS), _filled(record, QUESTIONS)
     if "instruction" in record and answers:
         _one_of(("instruction",), answers)
         return DOLLY if answers == ["response"] else ALPACA
-    questions = [name for name in QUESTIONS if name in record]
+    if len(questions) == 1 and not answers and "answers" in record:
+        if "tools" in record:
+            return XLAM
+        texts = record["answers"]
+        return SQUAD if (isinstance(texts, dict) and "text" in texts) or texts == [] or are_objects(texts) else None
     if not questions or not answers:
         return None
     _one_of(questions, answers)
     if label(record) is not None:
         return KTO
     return PROMPT if questions == ["prompt"] else QUESTION
+
+
+def _filled(record: Record, names: tuple[str, ...]) -> list[str]:
+    """Those of the columns that are there and not null; if all are null, those that are there."""
+    present = [name for name in names if name in record]
+    return [name for name in present if record[name] is not None] or present
 
 
 def _one_of(questions: tuple[str, ...] | list[str], answers: list[str]) -> None:

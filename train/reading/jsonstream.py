@@ -10,8 +10,14 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from recipe import UserError
+from train.reading.columns import KNOWN
 
 CHARACTERS = 1 << 20
+TURN_KEYS = (
+    ("role", "content"), ("role", "tool_calls"), ("role", "parts"), ("from", "value"), ("sender", "text"),
+    ("speaker", "utterance"),
+)  # fmt: skip
+TALKS = ("messages", "conversations", "conversation", "dialogue", "dialog")
 LONGEST_TOKEN = 16  # how near the end of what is read a fault may be only for want of the rest, as in "-Infini"
 
 
@@ -73,14 +79,16 @@ def _array(scanner: "_Scanner") -> Iterator[tuple[int, Any]]:
 
 
 def _only_list(record: Any) -> str | None:
-    """The key of the one list of objects, if these are records and not the turns of one."""
+    """The key of the one list of objects, if these are records and not a part of one."""
     lists = [key for key, value in record.items() if _has_objects(value)] if isinstance(record, dict) else []
-    return lists[0] if len(lists) == 1 and not _is_turn(record[lists[0]][0]) else None
+    if len(lists) != 1 or _is_turn(record[lists[0]][0]) or KNOWN & record.keys() - set(lists):
+        return None
+    exchange = lists[0] in TALKS and all(isinstance(said, str | None) for said in record[lists[0]][0].values())
+    return None if exchange else lists[0]
 
 
 def _is_turn(item: Any) -> bool:
-    pairs = (("role", "content"), ("role", "tool_calls"), ("from", "value"), ("sender", "text"))
-    return isinstance(item, dict) and any(who in item and what in item for who, what in pairs)
+    return isinstance(item, dict) and any(who in item and what in item for who, what in TURN_KEYS)
 
 
 def _has_objects(value: Any) -> bool:

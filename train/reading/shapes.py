@@ -4,28 +4,68 @@ They raise ValueError for what is wrong with the record, and Rejection for what 
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from train.reading.calls import parsed
+from train.reading.columns import (
+    ANSWERS,
+    CHOICES,
+    CONTEXTS,
+    PAIRS,
+    QUESTIONS,
+    SYSTEMS,
+    TURNS,
+    Record,
+    columns_of_turns,
+    first,
+    is_exchange,
+    is_written_list,
+    label,
+)
 from train.reading.row import Rejection
-from train.reading.transcripts import glaive_system, glaive_turns, human_assistant, is_human_assistant
-from train.reading.turns import Changes, as_turns, conversation, text
+from train.reading.transcripts import (
+    RENDERED,
+    baize_turns,
+    glaive_system,
+    glaive_turns,
+    human_assistant,
+    is_human_assistant,
+)
+from train.reading.turns import REASONING, SPEAKERS, Changes, as_turns, conversation, text
 
-Record = Mapping[str, Any]
 Value = dict[str, Any]
-TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog")
-# Columns of a question and of its answer, where a set has just one of each.
-QUESTIONS = ("prompt", "question", "query", "input", "inputs", "problem", "user", "human")
-ANSWERS = ("completion", "response", "answer", "output", "targets", "solution", "assistant")
-CONTEXTS = ("input", "context")
-LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+MARKS_WITHIN = 2000  # characters
 OTHER_OPENING = "worse answers to another opening left out"
+OTHER_ANSWERS = "further answers to one question left out"
+LOOKS_RENDERED = "texts that look like conversations in some template learned whole, questions too"
 
 
 def talk(record: Record, changes: Changes) -> Value:
-    """A column of turns, of OpenAI's or ShareGPT's spelling."""
-    return _whole(record, first(record, TURNS), changes)
+    """A column of turns, of OpenAI's or ShareGPT's spelling, of exchanges, or of texts that alternate."""
+    name = next(iter(columns_of_turns(record)), None)
+    given = as_turns(record[name] if name else first(record, TURNS))
+    if all(isinstance(said, str) for said in given):
+        given = _alternating(given, record.get("speakers"))
+    return _whole(record, [one for turn in given for one in _exchanged(turn)], changes)
+
+
+def _alternating(said: list[str], speakers: Any) -> list[Any]:
+    """Turns of plain texts: the user begins; SODA names who speaks."""
+    if not isinstance(speakers, list) or len(speakers) != len(said):
+        speakers = [at % 2 for at in range(len(said))]
+    names = list(dict.fromkeys(speakers))
+    if len(names) > 2:
+        raise Rejection("more than two speak")
+    roles = dict(zip(names, ("user", "assistant"), strict=False))
+    return [{"role": roles[speaker], "content": words} for speaker, words in zip(speakers, said, strict=True)]
+
+
+def _exchanged(turn: Any) -> list[Any]:
+    if not is_exchange(turn):
+        return [turn]
+    system = [{"role": "system", "content": turn["system"]}] if turn.get("system") else []
+    return system + _exchange(first(turn, QUESTIONS), first(turn, ANSWERS))
 
 
 def bare(record: Any, changes: Changes) -> Value:
@@ -33,27 +73,53 @@ def bare(record: Any, changes: Changes) -> Value:
     return conversation(record, changes)
 
 
-def instruction(record: Record, changes: Changes) -> Value:
-    """Alpaca and Dolly: the input, or context, follows the instruction after an empty line."""
-    asked = [text(record.get(name), f"'{name}'") for name in ("instruction", *CONTEXTS)]
-    question = "\n\n".join(part for part in asked if part.strip())
+def question(record: Record, changes: Changes) -> Value:
+    """A question and its answer, each a text or a list of turns; an input, or context, follows after an empty line."""
+    if chosen := [name for name in CHOICES if record.get(name)]:
+        raise ValueError(f"has {chosen[0]!r}, which no format has a place for: write the choices into the question")
+    name = next((name for name in ("instruction", *QUESTIONS) if record.get(name) is not None), "")
+    asked = record.get(name)
+    more = [text(record[part], f"'{part}'") for part in CONTEXTS if part != name and record.get(part)]
+    if isinstance(asked, str) and not is_written_list(asked):
+        asked = "\n\n".join(part for part in (text(asked, f"'{name}'"), *more) if part.strip())
+    elif any(map(str.strip, more)):
+        raise ValueError(f"has turns in {name!r} and a context beside them: write the context into a turn")
+    answer = _turns(_answer(record, changes), "assistant")
+    if thought := next((record[key] for key in REASONING if isinstance(record.get(key), str)), ""):
+        answer = [*answer[:-1], answer[-1] | {"reasoning_content": thought}]
+    return _whole(record, _history(record) + _turns(asked, "user") + answer, changes)
+
+
+def _history(record: Record) -> list[Any]:
     history = record.get("history") or []
     history = parsed(history, "'history'") if isinstance(history, str) else history
     if not isinstance(history, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
         raise ValueError("'history' must be a list of [question, answer] pairs")
-    turns = [turn for pair in history for turn in _exchange(*pair)]
-    return _whole(record, turns + _exchange(question, first(record, ANSWERS)), changes)
+    return [turn for pair in history for turn in _exchange(*pair)]
 
 
-def question(record: Record, changes: Changes) -> Value:
-    """A question and its answer, each a text or a list of turns."""
-    asked, answer = _turns(first(record, QUESTIONS), "user"), _turns(first(record, ANSWERS), "assistant")
-    return _whole(record, asked + answer, changes)
+def _answer(record: Record, changes: Changes) -> Any:
+    """The answer; of SQuAD's several the first."""
+    if "answers" not in record:
+        return first(record, ANSWERS)
+    answers = record["answers"]
+    said = answers["text"] if isinstance(answers, dict) else [answer.get("text") for answer in answers]
+    if not said:
+        raise Rejection("no answer: the context has none")
+    if len(set(said)) > 1:
+        changes[OTHER_ANSWERS] += 1
+    return said[0]
+
+
+def calls(record: Record, changes: Changes) -> Value:
+    """xLAM: a question, the tools, and the calls that answer it."""
+    called = {"role": "assistant", "content": "", "tool_calls": record["answers"]}
+    return _whole(record, [*_turns(first(record, QUESTIONS), "user"), called], changes)
 
 
 def judged(record: Record, changes: Changes) -> Value:
     """KTO: an answer, and whether it is a good one."""
-    value = talk(record, changes) if set(TURNS) & record.keys() else question(record, changes)
+    value = talk(record, changes) if columns_of_turns(record) else question(record, changes)
     return value | {"label": label(record)}
 
 
@@ -62,8 +128,11 @@ def preference(record: Record, changes: Changes) -> Value:
 
     Where they do not answer the same, only the better one stays.
     """
-    asked = first(record, (*TURNS, *QUESTIONS, "instruction"))
-    pair = {name: _opened(record[name], asked) for name in ("chosen", "rejected")}
+    if isinstance(record.get("input"), dict) and "messages" in record["input"]:  # OpenAI's own, with the tools in it
+        record = {**record, "input": None, **record["input"]}
+    asked = first(record, (*columns_of_turns(record), *QUESTIONS, "instruction"))
+    better_and_worse = next(names for names in PAIRS if set(names) <= record.keys())
+    pair = dict(zip(("chosen", "rejected"), (_opened(record[name], asked) for name in better_and_worse), strict=True))
     if all(isinstance(said, str) for said in pair.values()):  # a continuation of nothing
         return plain({"text": pair["chosen"]}, changes) | {"rejected": text(pair["rejected"], "'rejected'")}
     better = _whole(record, pair["chosen"], changes)
@@ -76,9 +145,17 @@ def preference(record: Record, changes: Changes) -> Value:
 
 def plain(record: Record, changes: Changes) -> Value:
     """Text that is learned as it stands."""
-    if not (content := text(record["text"], "'text'")).strip():
+    name = "text" if "text" in record else "content"
+    if not (content := text(record[name], f"'{name}'")).strip():
         raise Rejection("an empty text")
+    if RENDERED.search(content, 0, MARKS_WITHIN):
+        changes[LOOKS_RENDERED] += 1
     return {"text": content}
+
+
+def baize(record: Record, changes: Changes) -> Value:
+    """Baize: the turns stand in one text."""
+    return conversation(baize_turns(record["input"]), changes)
 
 
 def glaive(record: Record, changes: Changes) -> Value:
@@ -88,26 +165,10 @@ def glaive(record: Record, changes: Changes) -> Value:
     return conversation(turns, changes, tools, system)
 
 
-def first(record: Record, names: tuple[str, ...]) -> Any:
-    """The first of these columns that is not null."""
-    return next((record[name] for name in names if record.get(name) is not None), None)
-
-
-def label(record: Record) -> bool | None:
-    """Whether the record is labelled as good or bad, in any spelling of true and false."""
-    given = record.get("label", record.get("kto_tag"))
-    given = given.strip().lower() if isinstance(given, str) else given
-    return LABELS.get(given) if isinstance(given, bool | int | str) else None
-
-
-def is_written_list(value: Any) -> bool:
-    """Whether it is a list as JSON text, as in a table's cell."""
-    return isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]")
-
-
 def _whole(record: Record, turns: Any, changes: Changes) -> Value:
     """The conversation with the record's system prompt and tools."""
-    tools, system = first(record, ("tools", "functions")), first(record, ("system", "system_prompt"))
+    tools, system = first(record, ("tools", "functions")), first(record, SYSTEMS)
+    system = system.get("parts", system.get("content")) if isinstance(system, dict) else system
     return conversation(turns, changes, tools, system)
 
 
@@ -117,13 +178,12 @@ def _exchange(asked: Any, answer: Any) -> list[Any]:
 
 def _turns(given: Any, role: str) -> list[Any]:
     """Turns of a list of them, of a single one, or of a text, which is a turn of that role."""
+    said = given
     if is_written_list(given):
-        try:
-            given = as_turns(given)
-        except ValueError:
-            return [{"role": role, "content": given}]  # a text that only looks like a list
-    if isinstance(given, list) and given and isinstance(given[0], dict) and "type" not in given[0]:
-        return given
+        with suppress(ValueError):  # else a text that only looks like a list
+            said = parsed(given, "")
+    if isinstance(said, list) and said and isinstance(said[0], dict) and set(SPEAKERS) & said[0].keys():
+        return said
     return [given if isinstance(given, dict) else {"role": role, "content": given}]
 
 

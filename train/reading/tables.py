@@ -5,26 +5,25 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from recipe import UserError
+from train.reading.columns import KNOWN
 from train.reading.row import Problem
-from train.reading.shapes import ANSWERS, QUESTIONS, TURNS
 
 DELIMITERS = ",\t;|"
 LONGEST_CELL = 1 << 26
 PIECE_CHARACTERS = 1 << 16  # of a text, cut between paragraphs
-KNOWN = frozenset((*QUESTIONS, *ANSWERS, *TURNS, "instruction", "chosen", "rejected", "text", "label"))
 csv.field_size_limit(LONGEST_CELL)
 
 
 def names_columns(line: str) -> bool:
     """Whether it can only be the first line of a table."""
-    return len(KNOWN.intersection(_header(line)[1])) > 1
+    return len(KNOWN.intersection(map(str.lower, _header(line)[1]))) > 1
 
 
 def table(file: IO[str], name: str) -> Iterator[tuple[int, Any]]:
-    """(line, {column: cell}) of a table's rows; an empty cell is None."""
+    """(line, {column: cell}) of a table's rows; an empty cell is None, a first column without a name pandas' index."""
     header = file.readline()
     delimiter, columns = _header(header)
-    if len(set(columns)) < len(columns) or "" in columns:
+    if len(set(columns)) < len(columns) or "" in columns[1:] or columns == [""]:
         raise UserError(f"{name}:1: the first line of a table names its columns, each once: {header.strip()[:80]}")
     reader = csv.reader(file, delimiter=delimiter, strict=True)
     while True:
@@ -38,7 +37,7 @@ def table(file: IO[str], name: str) -> Iterator[tuple[int, Any]]:
         if cells is None:
             return
         if len(cells) == len(columns):
-            yield line, {column: cell or None for column, cell in zip(columns, cells, strict=True)}
+            yield line, {column: cell or None for column, cell in zip(columns, cells, strict=True) if column}
         elif cells:
             told = (
                 f"{len(cells)} cells where the first line names {len(columns)}: quote cells that contain {delimiter!r}"

@@ -1,4 +1,4 @@
-"""Conversations written as one text: Anthropic's `Human:` and `Assistant:`, and Glaive's function calls."""
+"""Conversations written as one text: Anthropic's `Human:` and `Assistant:`, Baize's, and Glaive's function calls."""
 
 import json
 import re
@@ -9,6 +9,12 @@ from train.reading.calls import Message
 from train.reading.row import Rejection
 
 HUMAN_ASSISTANT = re.compile(r"\n\n(Human|Assistant): ?")
+BAIZE = re.compile(r"\[\|(Human|AI)\|\] ?")
+# Marks of a conversation that is rendered already, by whichever template.
+RENDERED = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|\[\|Human\|\]|^###? ?(Human|Instruction|User):",
+    re.M,
+)
 GLAIVE = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE): ?")
 GLAIVE_CALL = re.compile(r"<functioncall>\s*(\{.*\})\s*", re.DOTALL)
 GLAIVE_ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
@@ -24,6 +30,13 @@ def human_assistant(talk: str) -> list[Message]:
     """The turns of that form."""
     pieces = HUMAN_ASSISTANT.split(talk)[1:]
     return [{"role": who, "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2], strict=True)]
+
+
+def baize_turns(talk: str) -> list[Message]:
+    """The turns of `... [|Human|] ... [|AI|] ...`; after the last answer it has an empty question."""
+    pieces = BAIZE.split(talk)[1:]
+    turns = [{"role": who, "content": said.strip()} for who, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    return turns[:-1] if turns and not turns[-1]["content"] else turns
 
 
 def glaive_turns(chat: str) -> list[Message]:

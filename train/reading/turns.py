@@ -14,11 +14,14 @@ ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+    "ai": "assistant", "chatbot": "assistant",
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",  # ShareGPT names who answered
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool",
     "function_call": "call", "tool_call": "call",
 }  # fmt: skip
+SPEAKERS, SAID = ("role", "from", "speaker"), ("content", "value", "utterance", "parts")
 REASONING = ("reasoning_content", "reasoning", "thinking")
+UNLEARNED = ("weight", "loss_weight", "train", "loss")  # 0 or false in one of them: the answer is only read
 SURROGATE = re.compile("[\ud800-\udfff]")
 JOINED = "turns of one role joined"
 OPENING = "answers before the first question left out"
@@ -82,13 +85,11 @@ def text(content: Any, where: str) -> str:
     """The text of a turn: a string, or OpenAI's list of parts if all of them are text; null is no text.
 
     Raises:
-        ValueError: it is anything else, such as an image.
+        ValueError: it is anything else.
+        Rejection: a part is something else, such as an image.
     """
     if isinstance(content, list):
-        kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
-        if other := [kind for kind in kinds if kind not in ("text", "input_text", "output_text")]:
-            raise ValueError(f"{where} has a part of type {other[0]!r}: only text is learned, leave such rows out")
-        content = "\n".join(str(part.get("text") or "") for part in content)
+        content = "\n".join(_part(part, where) for part in content)
     if content is None:
         return ""
     if not isinstance(content, str):
@@ -98,33 +99,55 @@ def text(content: Any, where: str) -> str:
     return content
 
 
+def _part(part: Any, where: str) -> str:
+    """The text of a part of a turn; Google's and Amazon's have no type."""
+    if not isinstance(part, dict):
+        raise ValueError(f"{where} must be text, or a list of parts with 'text', not of {type(part).__name__}")
+    if (kind := part.get("type", "text")) not in ("text", "input_text", "output_text"):
+        raise Rejection(f"{where} has a part of type {kind!r}: only text is learned")
+    if not {"text", "value"} & part.keys():
+        raise Rejection(f"{where} has a part with {', '.join(map(str, part)) or 'nothing'}: only text is learned")
+    return text(part.get("text", part.get("value")), where)
+
+
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise ValueError(f"{where} is not an object with 'role' and 'content'")
-    key = "role" if turn.get("role") is not None else "from"
+    key = next((key for key in SPEAKERS if turn.get(key) is not None), "role")
     name = turn.get(key)
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         raise ValueError(f"{where}: unknown role {name!r}: choose one of: system, user, assistant, tool")
-    content = next((turn[key] for key in ("content", "value") if turn.get(key) is not None), None)
+    if key == "speaker" and role == "system":  # in dialogues of a user with a service
+        role = "assistant"
+    content = next((turn[key] for key in SAID if turn.get(key) is not None), None)
     if role == "call":  # ShareGPT: the whole turn is the call
         return {"role": "assistant", "content": "", "tool_calls": tool_calls(content, where)}
     calls = turn.get("tool_calls") or turn.get("function_call")
-    if content is None and not calls and not {"content", "value"} & turn.keys():
+    thought = next((turn[key] for key in REASONING if turn.get(key)), None)
+    if role == "assistant" and isinstance(content, list):  # LLaMA-Factory writes these as parts
+        thought = thought or text([part | {"type": "text"} for part in _parts(content, "reasoning")], where)
+        calls = calls or [part.get("value") for part in _parts(content, "tool_call")]
+        content = [part for part in content if part not in _parts(content, "reasoning", "tool_call")]
+    if content is None and not calls and not set(SAID) & turn.keys():
         raise ValueError(f"{where} has no 'content': its keys are {', '.join(map(str, turn))}")
     if role == "tool" and not isinstance(content, str | list | None):  # results are often objects
         content = json.dumps(content, ensure_ascii=False)
     message: Message = {"role": role, "content": text(content, f"{where}: 'content'")}
     if role == "assistant":
-        if isinstance(reasoning := next((turn[key] for key in REASONING if turn.get(key)), None), str):
-            message["reasoning_content"] = text(reasoning, f"{where}: 'reasoning_content'")
+        if thought and isinstance(thought, str):
+            message["reasoning_content"] = text(thought, f"{where}: 'reasoning_content'")
         if calls:
             message["tool_calls"] = tool_calls(calls, where)
-        if turn.get("weight") == 0:
+        if any(turn.get(key) == 0 for key in UNLEARNED):
             message["weight"] = 0
     elif role == "tool":
         message |= {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str)}
     return message
+
+
+def _parts(content: list[Any], *kinds: str) -> list[Any]:
+    return [part for part in content if isinstance(part, dict) and part.get("type") in kinds]
 
 
 def _joined(messages: list[Message], changes: Changes) -> list[Message]:
