@@ -1,8 +1,10 @@
-"""How sure a measure is: 95 % intervals by resampling the rows, of each model and of the difference between the two.
+"""How sure a measure is: 95 % intervals of each model, and of the difference between the two on the same rows.
 
-Every measure is a function of sums over rows, so one bootstrap serves all: exact match as well as BLEU or macro F1.
+What is right or wrong has intervals of its own, which hold for few rows and near 0 and 1. Every other measure is a
+function of sums over rows, so one bootstrap serves all, BLEU as well as macro F1.
 """
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,18 +14,21 @@ LEVEL = 0.95
 RESAMPLES = 2000
 LEAST_ROWS = 6  # of fewer, the sign test calls no difference significant at 5 %: 2 / 2**5 > 0.05
 METHOD = (
-    f"95 % intervals: percentile bootstrap over rows, {RESAMPLES} seeded resamples, the same rows for both models "
-    "(Efron and Tibshirani, 1993); Wilson's score interval where each row is right or wrong (1927)"
+    "95 % intervals, of the same rows for both models. Where each row is right or wrong: Wilson's score interval (1927), "
+    "and Newcombe's for the difference of pairs (1998, method 10). Else: percentile bootstrap over rows, "
+    f"{RESAMPLES:,} seeded resamples (Efron and Tibshirani, 1993). Each measure is judged by itself: of twenty that "
+    "nothing changed, one is expected to be called better or worse. Changes of shares are in "
+    "percentage points. Speeds: medians between order statistics."
 )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval."""
+    """A value with its 95 % interval, where that can be told."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,21 +86,28 @@ def compare(
 
     rows = len(trained)
     times = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES).astype(np.float64)
+    bounded = unit == "share" and score is mean
 
     def estimated(given: Any) -> tuple[Estimate, Any]:
         """A model's estimate, and its values in the resamples."""
         each = np.asarray(given, dtype=np.float64)
         value, resampled = float(np.asarray(score(each.sum(0, keepdims=True)))[0]), np.asarray(score(times @ each))
-        exact = score is mean and _right_or_wrong(each)
-        return wilson(int(each[:, 0].sum()), rows) if exact else _percentiles(value, resampled), resampled
+        if bounded and (_right_or_wrong(each) or value in (0, 1)):  # all at one end: too wide a bound beats none
+            return wilson(round(value * rows), rows), resampled
+        return _percentiles(value, resampled, rows), resampled
 
     second, after = estimated(trained)
     if base is None:
         return Score(group, name, unit, rows, None, second, None, "", note)
     first, before = estimated(base)
-    difference = _percentiles(second.value - first.value, after - before)
-    verdict = _verdict(rows, difference, lower_is_better)
-    return Score(group, name, unit, rows, first, second, difference, verdict, note)
+    if bounded and _right_or_wrong(np.asarray(base)) and _right_or_wrong(np.asarray(trained)):
+        difference = newcombe(np.asarray(base)[:, 0] == 1, np.asarray(trained)[:, 0] == 1)
+    elif bounded and {first.value, second.value} & {0.0, 1.0}:
+        difference = squared_and_added(first, second)
+    else:
+        difference = _percentiles(second.value - first.value, after - before, rows)
+    judged = verdict(rows, difference, lower_is_better)
+    return Score(group, name, unit, rows, first, second, difference, judged, note)
 
 
 def median(values: list[float]) -> Estimate:
@@ -118,20 +130,49 @@ def wilson(hits: int, trials: int) -> Estimate:
     return Estimate(hits / trials, float(low), float(high))
 
 
-def _verdict(rows: int, difference: Estimate, lower_is_better: bool) -> str:
+def newcombe(before: Any, after: Any) -> Estimate:
+    """The change of a proportion of the same rows, given whether each was right: Newcombe (1998), method 10."""
+    rows = len(before)
+    both, neither = int((before & after).sum()), int((~before & ~after).sum())
+    lost, won = int((before & ~after).sum()), int((~before & after).sum())
+    margins = (both + lost) * (won + neither) * (both + won) * (lost + neither)
+    together = both * neither - lost * won
+    corrected = max(together - rows / 2, 0.0) if together > 0 else together
+    correlation = corrected / math.sqrt(margins) if margins else 0.0
+    return squared_and_added(wilson(both + lost, rows), wilson(both + won, rows), correlation)
+
+
+def squared_and_added(first: Estimate, second: Estimate, correlation: float = 0.0) -> Estimate:
+    """The difference of two estimates from what each end lies off (Zou and Donner, 2008)."""
+    if first.low is None or first.high is None or second.low is None or second.high is None:
+        return Estimate(second.value - first.value)
+
+    def off(one: float, other: float) -> float:
+        return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0.0))
+
+    change = second.value - first.value
+    down = off(second.value - second.low, first.high - first.value)
+    return Estimate(change, change - down, change + off(second.high - second.value, first.value - first.low))
+
+
+def verdict(rows: int, difference: Estimate, lower_is_better: bool) -> str:
+    """What a difference shows, if its interval excludes zero."""
     if rows < LEAST_ROWS:
         return "too few rows"
+    if difference.low is None or difference.high is None:
+        return "no interval known" if difference.value else "no difference shown"
     if difference.low <= 0 <= difference.high:
         return "no difference shown"
     return "better" if (difference.value < 0) == lower_is_better else "worse"
 
 
-def _percentiles(value: float, found: Any) -> Estimate:
+def _percentiles(value: float, found: Any, rows: int) -> Estimate:
+    """By the bootstrap, which tells nothing of few rows, nor of rows that are all alike."""
     import numpy as np
 
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(found, (tail, 1 - tail))
-    return Estimate(value, float(low), float(high))
+    return Estimate(value, float(low), float(high)) if rows >= LEAST_ROWS and low < high else Estimate(value)
 
 
 def _right_or_wrong(rows: Any) -> bool:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recipe.confidence import Estimate, Score, compare
+from recipe.confidence import Estimate, Score, compare, squared_and_added, verdict
 from recipe.error import UserError
 
 RESAMPLES = 1000  # for the error of a task's own measure that is no mean of its rows
 NORMAL = 1.96  # standard errors of a 95 % interval
+# What a mistake in a task's YAML ends in, besides errors of YAML and Jinja themselves.
+WRONGLY_WRITTEN = (TypeError, LookupError, AttributeError, ValueError, NotImplementedError, ImportError)
 
 log = logging.getLogger("truetune")
 
@@ -20,11 +22,14 @@ def tasks_named(names: tuple[str, ...]) -> dict[str, Any]:
     """The harness's tasks of these names or YAML files, with their data.
 
     Raises:
-        UserError: no such task, it runs code that the model wrote, or its data is out of reach.
+        UserError: no such task, it is wrongly written, runs code that the model wrote, or its data is out of reach.
     """
     for chatty in ("lm_eval", "lm-eval", "evaluate"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
     from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+    from yaml import YAMLError
 
     files = [name for name in names if name.endswith((".yaml", ".yml"))]
     if missing := [name for name in files if not Path(name).is_file()]:
@@ -40,8 +45,11 @@ def tasks_named(names: tuple[str, ...]) -> dict[str, Any]:
             continue
         try:
             loaded = manager.load([name])
-        except Exception as error:  # of datasets, of the network, of the task's own code
+        except (OSError, DatasetsError) as error:  # of the network, too
             problems.append(f"eval.tasks: the data of {name} is out of reach ({_reason(error)}): {_MEND}")
+            continue
+        except (YAMLError, TemplateError, *WRONGLY_WRITTEN) as error:
+            problems.append(f"eval.tasks: the harness cannot read {name} ({_reason(error)}): mend the task")
             continue
         for part, values in loaded.items():
             found[part] |= values
@@ -63,6 +71,7 @@ def asked(model: Any, tasks: dict[str, Any], rows: int, seed: int) -> Any:
     import random
 
     import numpy as np
+    from jinja2 import TemplateError
     from lm_eval.evaluator import evaluate  # type: ignore[import-untyped]
 
     random.seed(seed)
@@ -78,7 +87,7 @@ def asked(model: Any, tasks: dict[str, Any], rows: int, seed: int) -> Any:
             apply_chat_template=True,
             fewshot_as_multiturn=True,
         )
-    except (TypeError, LookupError, AttributeError, ValueError, NotImplementedError) as error:  # of a task's own YAML
+    except (TemplateError, *WRONGLY_WRITTEN) as error:
         names = ", ".join(tasks["tasks"])
         raise UserError(f"eval.tasks: the harness cannot ask {names} ({_reason(error)}): mend the task") from error
 
@@ -127,20 +136,17 @@ def _of_errors(task: str, label: str, name: str, kind: str, base: Any, trained: 
 
     def told(results: Any) -> Estimate:
         value, error = (results["results"][task].get(f"{key},{kind}") for key in (name, f"{name}_stderr"))
-        wide = NORMAL * float(error) if isinstance(error, int | float) else 0.0
-        return Estimate(float(value), float(value) - wide, float(value) + wide)
+        if not isinstance(error, int | float):
+            return Estimate(float(value))
+        return Estimate(float(value), float(value) - NORMAL * error, float(value) + NORMAL * error)
 
     rows, second = trained["n-samples"][task]["effective"], told(trained)
     note = f"{note}, its own standard errors"
     if not base:
         return Score(task, label, "number", rows, None, second, None, "", note)
-    first = told(base)
-    change = second.value - first.value
-    wide = math.hypot(first.high - first.value, second.high - second.value)
-    difference = Estimate(change, change - wide, change + wide)
-    verdict = "better" if (change < 0) == lower else "worse"
-    verdict = "no interval known" if not wide else verdict if abs(change) > wide else "no difference shown"
-    return Score(task, label, "number", rows, first, second, difference, verdict, note)
+    difference = squared_and_added(told(base), second)
+    judged = verdict(rows, difference, lower)
+    return Score(task, label, "number", rows, told(base), second, difference, judged, note)
 
 
 def _reason(error: Exception) -> str:

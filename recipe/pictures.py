@@ -122,8 +122,10 @@ def change_chart(scores: list[Score]) -> Tracks | None:
         return None
 
     def percent(estimate: Estimate, unit: str) -> tuple[float, float, float]:
+        """The value and its ends; without an interval, the value alone."""
         times = 100 if unit == "share" else 1
-        return times * estimate.value, times * estimate.low, times * estimate.high
+        low, high = (estimate.value if end is None else end for end in (estimate.low, estimate.high))
+        return times * estimate.value, times * low, times * high
 
     kinds = {"better": "chosen", "worse": "failed"}
     tracks = [

@@ -13,7 +13,9 @@ from recipe.schema import Recipe
 from recipe.units import number, share, size
 from recipe.verdict import outdated
 
-COLUMNS = ("measure", "rows", "base", "95 %", "trained", "95 %", "change", "95 %", "")
+WIDE = ("measure", "rows", "base", "95 % interval", "trained", "95 % interval", "change", "95 % interval", "verdict")
+NARROW = ("measure, verdict", "rows", "base, 95 %", "trained, 95 %", "change, 95 %")  # intervals below their values
+PIPE_CHARACTERS = 140  # of a line that no terminal bounds
 STYLES = {"better": "green", "worse": "red"}
 MINUS = "\N{MINUS SIGN}"
 
@@ -31,7 +33,9 @@ def change(value: float, unit: str) -> str:
 
 
 def interval(estimate: Estimate, unit: str, show: Callable[[float, str], str] = figure) -> str:
-    """From its low to its high end."""
+    """From its low to its high end; a dash where no interval can be told."""
+    if estimate.low is None or estimate.high is None:
+        return "\N{EN DASH}"
     return f"{show(estimate.low, unit)} to {show(estimate.high, unit)}"
 
 
@@ -71,36 +75,47 @@ def evaluated(recipe: Recipe, run: Run) -> Evaluated | None:
 def show(metrics: dict[str, Any]) -> None:
     """The scores as a table on standard output, and what the machine makes of each model."""
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(*COLUMNS, padding=(0, 0))
-    for column in table.columns[1:-1]:
-        column.justify = "right"
-    for group, scores in grouped([Score.of(row) for row in metrics["scores"]]):
-        table.add_section()
-        table.add_row(f"[bold]{escape(group)}[/bold]")
-        for score in scores:
-            cells = [escape(score.name), str(score.rows)]
-            for estimate, shown in ((score.base, figure), (score.trained, figure), (score.difference, change)):
-                given = (shown(estimate.value, score.unit), interval(estimate, score.unit, shown)) if estimate else ()
-                cells += given or ("", "")
-            style = STYLES.get(score.verdict, "default")
-            table.add_row(*cells, f"[{style}]{score.verdict}[/{style}]")
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else PIPE_CHARACTERS, highlight=False)
     if metrics["scores"]:
-        console.print(table)
+        groups = grouped([Score.of(row) for row in metrics["scores"]])
+        wide = _table(groups, WIDE)
+        console.print(wide if console.measure(wide).maximum <= console.width else _table(groups, NARROW))
     for name, row in metrics["speed"].items():
         console.print(f"{name}: {speed(row)}", markup=False)
     if metrics["scores"]:
         console.print(metrics["method"], markup=False)
 
 
+def _table(groups: list[tuple[str, list[Score]]], columns: tuple[str, ...]) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1 : None if columns is NARROW else -1]:
+        column.justify = "right"
+    for group, scores in groups:
+        table.add_section()
+        table.add_row(Text(group, "bold"))
+        for score in scores:
+            pairs = [
+                (shown(estimate.value, score.unit), interval(estimate, score.unit, shown)) if estimate else ("", "")
+                for estimate, shown in ((score.base, figure), (score.trained, figure), (score.difference, change))
+            ]
+            name, verdict = Text(score.name), Text(score.verdict, STYLES.get(score.verdict, ""))
+            if columns is NARROW:
+                table.add_row(Text("\n").join((name, verdict)), str(score.rows), *("\n".join(pair) for pair in pairs))
+            else:
+                table.add_row(name, str(score.rows), *(cell for pair in pairs for cell in pair), verdict)
+    return table
+
+
 def speed(row: dict[str, Any]) -> str:
     """Time to the first token, tokens a second and memory, in one line."""
-    first, rate = Estimate(**row["first_token_seconds"]), Estimate(**row["tokens_per_second"])
+    first, rate = row["first_token_seconds"], row["tokens_per_second"]
     return (
-        f"first token after {1000 * first.value:.0f} ms ({1000 * first.low:.0f} to {1000 * first.high:.0f}), "
-        f"then {number(rate.value)} tokens a second ({number(rate.low)} to {number(rate.high)})"
+        f"first token after {1000 * first['value']:.0f} ms ({1000 * first['low']:.0f} to {1000 * first['high']:.0f}), "
+        f"then {number(rate['value'])} tokens a second ({number(rate['low'])} to {number(rate['high'])})"
         + (f", {size(row['bytes'])} of memory" if row["bytes"] else "")  # Ollama's is not ours to see
     )

@@ -24,6 +24,7 @@ SHAPES = {
              '{"premise": "A", "hypothesis": "B", "label": 2, "idx": 0}\n'
              '{"premise": "A", "hypothesis": "B", "label": 0, "idx": 1}\n', [2, 0]),
     "SNLI": ("snli.tsv", "sentence1\tsentence2\tgold_label\nA\tB\tneutral\nA\tC\tcontradiction\n", [1, 0]),
+    "pandas": ("gap.csv=no|yes", "text,label\na,1.0\nb,0.0\n", [1, 0]),
     "CSV": ("mine.csv", 'text,label\n"a, b",spam\n"c\nd",ham\n', [1, 0]),
 }  # fmt: skip
 
@@ -53,6 +54,8 @@ def test_the_prompt_has_both_texts_and_the_labels_as_words(tmp_path: Path) -> No
 FAULTS = [
     ("a.tsv", "sentence\tlabel\nx\t1\ny\t0\n", "label has the numbers 0, 1: name them in order, as"),
     ("a.tsv=no|yes", "sentence\tlabel\nx\t2\n", "a.tsv:2: label '2' is none of no, yes"),
+    ("a.csv", "text,label\na,1.0\nb,0.0\n", "label has the numbers 0, 1: name them in order, as"),
+    ("a.csv", "text,label\n" + "".join(f"a,word {n}\n" for n in range(201)), "has 201 labels in label, and at most"),
     ("a.jsonl=no|yes", '{"sentence": "x", "label": -1}\n', "a.jsonl:1: label -1, as in GLUE's test files"),
     ("stsb.tsv", "sentence1\tsentence2\tscore\na\tb\t3.25\n", "a regression"),
     ("stsb.jsonl", '{"sentence1": "a", "sentence2": "b", "label": 3.8}\n', "a regression"),

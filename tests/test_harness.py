@@ -88,6 +88,29 @@ def test_data_out_of_reach_is_one_clear_line(task: Callable[[str], str], tmp_pat
     assert "out of reach" in problem and "\n" not in problem
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("test_split: test", "test_split: gone"),
+        ("{{thing}}", "{{thing"),
+        ("output_type: multiple_choice", "output_type: guess"),
+        ("task: colours", "task: [colours"),
+        ("metric: acc}", "metric: gone}"),
+        ("test_split: test", "test_split: test\nprocess_docs: !function gone.away"),
+    ],
+)
+def test_a_task_that_is_wrongly_written_is_one_clear_line(
+    right: str, wrong: str, task: Callable[[str], str], tmp_path: Path
+) -> None:
+    path = task(CHOOSING)
+    Path(path).write_text(Path(path).read_text().replace(right, wrong))
+    with pytest.raises(UserError) as error:
+        harness.tasks_named((path,))
+    (problem,) = error.value.problems
+    assert problem.startswith(f"eval.tasks: the harness cannot read {path} (") and problem.endswith("): mend the task")
+    assert "\n" not in problem
+
+
 def results(value: float, error: Any, rows: list[float]) -> dict[str, Any]:
     """The harness's results of one task with one measure."""
     return {
@@ -99,7 +122,7 @@ def results(value: float, error: Any, rows: list[float]) -> dict[str, Any]:
 
 
 def test_a_measure_that_is_no_mean_of_its_rows_has_the_harnesss_own_errors() -> None:
-    rows = [1.0, 2.0, 3.0]
+    rows = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     (score,) = harness.compared(results(10.0, 1.0, rows), results(5.0, 1.0, rows), 0)
     assert (score.unit, score.verdict) == ("number", "better"), "less is better, and 5 is more than 1.96 times 1.41"
     assert score.difference and score.difference.high == pytest.approx(-5 + 1.96 * 2**0.5, abs=0.01)

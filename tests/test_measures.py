@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from recipe.confidence import LEAST_ROWS, Score, as_rows, compare, wilson
+from recipe.confidence import LEAST_ROWS, Estimate, Score, as_rows, compare, newcombe, wilson
 from train.scoring.measures import confusion, macro_f1, matthews, normalized, text_measures, token_f1, words
 
 ANSWERS = ["The cat sat on the mat.", "I am Truetune, the assistant.", "8000", ""]
@@ -81,6 +81,14 @@ def test_wilson_is_that_of_the_published_example() -> None:
     assert [round(value, 4) for value in (wilson(0, 20).low, wilson(0, 20).high)] == [0.0, 0.1611]
 
 
+def test_the_interval_of_paired_proportions_is_that_of_the_published_example() -> None:
+    # Fagerland, Lydersen and Laake (2014), Statistics in Medicine 33, Bentur's 21 children: 1, 1, 7 and 12.
+    cells = ((True, True, 1), (True, False, 1), (False, True, 7), (False, False, 12))
+    before, after = (np.array([pair[side] for *pair, count in cells for _ in range(count)]) for side in (0, 1))
+    found = newcombe(before, after)
+    assert [round(value, 3) for value in (found.value, found.low, found.high)] == [0.286, 0.026, 0.507]
+
+
 def rows(*hits: float) -> list[list[float]]:
     return [[hit, 1.0] for hit in hits]
 
@@ -88,8 +96,10 @@ def rows(*hits: float) -> list[list[float]]:
 VERDICTS = [
     (rows(*[0] * 20), rows(*[1] * 20), False, "better"),
     (rows(*[1] * 20), rows(*[0] * 20), False, "worse"),
-    (rows(*[5.0] * 20), rows(*[2.0] * 20), True, "better"),
-    (rows(*[2.0] * 20), rows(*[5.0] * 20), True, "worse"),
+    (rows(*[5.0, 5.1] * 10), rows(*[2.0] * 20), True, "better"),
+    (rows(*[2.0] * 20), rows(*[5.0, 5.1] * 10), True, "worse"),
+    (rows(*[5.0] * 20), rows(*[2.0] * 20), True, "no interval known"),
+    (rows(*[5.0] * 20), rows(*[5.0] * 20), True, "no difference shown"),
     (rows(*[0, 1] * 10), rows(*[1, 0] * 10), False, "no difference shown"),
     (rows(*[1] * 20), rows(*[1] * 20), False, "no difference shown"),
     (rows(*[0] * (LEAST_ROWS - 1)), rows(*[1] * (LEAST_ROWS - 1)), False, "too few rows"),
@@ -104,13 +114,41 @@ def test_a_difference_is_called_when_its_interval_excludes_zero(
     assert compare("group", "name", base, trained, lower_is_better=lower_is_better).verdict == verdict
 
 
+FEW = [
+    (rows(0.0), Estimate(0.0, 0.0, 0.7935)),  # one row, wrong: Wilson's, 1.96**2 / (1 + 1.96**2)
+    (rows(1.0), Estimate(1.0, 0.2065, 1.0)),
+    (rows(*[0.0] * 20), Estimate(0.0, 0.0, 0.1611)),
+    ([[0.0, 2.0]] * 10, Estimate(0.0, 0.0, 0.2775)),  # facts, two a question: never surer than ten rows are
+    ([[2.0, 2.0]] * 10, Estimate(1.0, 0.7225, 1.0)),
+    (rows(0.2, 0.4), Estimate(pytest.approx(0.3), None, None)),  # a bootstrap of two rows says nothing
+    (rows(*[0.5] * 20), Estimate(0.5, None, None)),  # nor does one of rows that are all alike
+]
+
+
+@pytest.mark.parametrize(("given", "wanted"), FEW)
+def test_few_rows_or_equal_ones_have_an_honest_interval_or_none(given: list[list[float]], wanted: Estimate) -> None:
+    found = compare("g", "n", None, given).trained
+    ends = tuple(None if end is None else round(end, 4) for end in (found.low, found.high))
+    assert (found.value, *ends) == (wanted.value, wanted.low, wanted.high)
+
+
+def test_what_all_rows_agree_on_leaves_the_difference_uncertain() -> None:
+    facts = [[1.0, 2.0], [2.0, 2.0], [0.0, 1.0], [1.0, 1.0]] * 5
+    score = compare("g", "n", [[0.0, 2.0], [0.0, 2.0], [0.0, 1.0], [0.0, 1.0]] * 5, facts)
+    assert score.difference and score.difference.value == pytest.approx(2 / 3)
+    assert score.difference.low < score.trained.low < score.difference.value, "the base's own interval counts too"
+    same = compare("g", "n", rows(*[0.0] * 20), rows(*[0.0] * 20)).difference
+    assert (round(same.low, 4), round(same.high, 4)) == (-0.1611, 0.1611)
+
+
 def test_the_interval_of_a_mean_is_near_that_of_the_normal_distribution() -> None:
     found = np.random.default_rng(1).normal(10.0, 2.0, 400)
-    score = compare("g", "n", rows(*found), rows(*found + 1))
+    score = compare("g", "n", rows(*found), rows(*found + 1 + np.tile([-1e-3, 1e-3], 200)))
     wide = 1.96 * found.std() / 20
     assert score.base.low == pytest.approx(found.mean() - wide, abs=0.03)  # the bootstrap's own noise
     assert score.base.high == pytest.approx(found.mean() + wide, abs=0.03)
-    assert score.difference.low == pytest.approx(1.0) == score.difference.high, "pairs differ by one, each of them"
+    ends = (score.difference.low, score.difference.high)
+    assert ends == pytest.approx((1.0, 1.0), abs=1e-3), "pairs differ by one, nearly"
 
 
 def test_the_same_seed_gives_the_same_interval_and_a_receipt_keeps_it() -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from recipe import UserError
 from recipe.rows import RowWriter, picked, row_batch, rows
-from train.preview import CLOSE, OPEN, histogram, pieces, preview
+from train.pieces import pieces
+from train.preview import CLOSE, OPEN, histogram, preview
 from train.sft import sft
 from train.template import IGNORED, row_examples
 

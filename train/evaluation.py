@@ -30,7 +30,9 @@ from train.template import Example, render, row_examples
 
 KNOWLEDGE = Path(__file__).with_name("knowledge.jsonl")
 ROWS_AT_ONCE = 8  # of a task of the evaluation harness
+KNOWN = "the likeliest of 4 answers by its summed log-likelihood, not scaled by length; chance is 25%"
 LARGEST_LOSS = 100.0  # nats a token: more would be no number of JSON
+SPEAKERS = ("base", "trained, its adapter not merged, in one process")
 PACKAGES = ("torch", "transformers", "peft", "sacrebleu", "rouge-score", "scipy", "numpy")
 
 log = logging.getLogger("truetune")
@@ -54,9 +56,7 @@ def evaluation(recipe: Recipe, run: Run) -> Made:
             "scores": as_rows(scores),
             "method": METHOD,
             "precision": pair.precision,
-            "speed": dict(
-                zip(("base", "trained"), pair.ask(lambda model, _: speed(model, pair.tokenizer)), strict=True)
-            ),
+            "speed": dict(zip(SPEAKERS, pair.ask(lambda model, _: speed(model, pair.tokenizer)), strict=True)),
         },
         inputs={path: fingerprint(Path(path)) for path in _read(recipe)},
         packages=PACKAGES + (("lm-eval",) if tasks else ()),
@@ -91,7 +91,7 @@ def of_validation(pair: Pair, recipe: Recipe, run: Run) -> list[Score]:
 
     group = "validation answers"
     losses, hits = of_rows(lambda each: each.loss), of_rows(lambda each: each.hits)
-    note = "of the assistant's tokens, teacher-forced"
+    note = f"of the assistant's tokens, each once, teacher-forced in rows of at most {recipe.train.max_tokens:,} tokens"
     return [
         compare(
             group, "perplexity", *losses, perplexity, unit="number", lower_is_better=True, seed=recipe.seed, note=note
@@ -163,7 +163,7 @@ def of_knowledge(pair: Pair, recipe: Recipe) -> list[Score]:
     asked = [choices_of(pair.tokenizer, row) for row in questions]
     both = pair.ask(lambda model, name: choice_losses(model, pair.tokenizer, asked, f"eval: general knowledge, {name}"))
     hits = map(right_answers, both)
-    return [compare("general knowledge", "accuracy", *hits, seed=recipe.seed, note="the likeliest of 4; chance is 25%")]
+    return [compare("general knowledge", "accuracy", *hits, seed=recipe.seed, note=KNOWN)]
 
 
 def choices_of(tokenizer: Any, row: dict[str, Any]) -> Choices:

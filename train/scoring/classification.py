@@ -13,6 +13,7 @@ from typing import Any
 from recipe import UserError
 
 PROBLEMS_SHOWN = 20
+MOST_LABELS = 200  # more are no classification, and their confusion matrices fill the memory
 # Of each task, the columns of its text: SST-2 and CoLA; RTE, MNLI, STS-B, WNLI; the Hub's MNLI; QQP; QNLI; MRPC.
 TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
          ("#1 String", "#2 String"), ("sentence",), ("text",))  # fmt: skip
@@ -68,26 +69,34 @@ def read(entry: str, problems: list[str]) -> Labelled | None:
     labels = names or tuple(sorted({str(row[column]).strip() for _, row in taken}))
     wanted: list[int] = []
     for place, row in taken:
-        value = str(row[column]).strip()
-        number = _number(row[column])
-        if value in labels and not (numbered and not names):
-            wanted.append(labels.index(value))
-        elif numbered and number == -1:
-            problems.append(f"{place}: label -1, as in GLUE's test files, is a hidden one: use the validation file")
-        elif numbered and number is None:
-            problems.append(f"{place}: {column} is {value!r}")
-        elif numbered and names and 0 <= int(number or 0) < len(names):
-            wanted.append(int(number or 0))
-        elif names:
-            problems.append(f"{place}: label {value!r} is none of {', '.join(names)}: name every label, in order")
-    if numbered and not names and taken and len(problems) == before:
+        found = _index(row[column], labels, numbered)
+        if isinstance(found, str):
+            problems.append(f"{place}: {found}")
+        else:
+            wanted.append(found)
+    if len(problems) == before and numbered and not names:
         problems.append(_unnamed(path, column, [row[column] for _, row in taken]))
     elif len(problems) == before and len(labels) < 2:
         problems.append(f"{path}: has the one label {labels[0]!r}: there is nothing to tell apart")
+    elif len(problems) == before and len(labels) > MOST_LABELS:
+        told = f"has {len(labels):,} labels in {column}, and at most {MOST_LABELS} compete"
+        problems.append(f"{path}: {told}: name another file in eval.classification")
     if len(problems) > before:
         return None
     prompts = [prompt_of(texts, row, labels) for _, row in taken]
     return Labelled(Path(path).name, labels, prompts, wanted)
+
+
+def _index(value: Any, labels: tuple[str, ...], numbered: bool) -> int | str:
+    """Which of the labels it is, by name or by number; else what is wrong with it."""
+    text, number = str(value).strip(), _number(value)
+    if number == -1 and numbered:
+        return "label -1, as in GLUE's test files, is a hidden one: use the validation file, or leave the row out"
+    if text in labels:
+        return labels.index(text)
+    if number is not None and numbered and 0 <= number < len(labels):
+        return number
+    return f"label {text!r} is none of {', '.join(labels)}: name every label, in order"
 
 
 def prompt_of(texts: tuple[str, ...], row: dict[str, Any], labels: tuple[str, ...]) -> str:
@@ -197,13 +206,14 @@ def _has(row: dict[str, Any], place: str, columns: tuple[str, ...], problems: li
 
 
 def _number(value: Any) -> int | None:
+    """A whole number, also as 1.0: so pandas writes a column that once had a gap."""
     try:
-        return int(str(value).strip())
+        return int(str(value).strip().removesuffix(".0"))
     except ValueError:
         return None
 
 
 def _unnamed(path: str, column: str, values: list[Any]) -> str:
-    found = sorted({int(value) for value in values})
+    found = sorted({number for value in values if (number := _number(value)) is not None})
     example = "|".join(f"name of {number}" for number in range(found[-1] + 1))
     return f"{path}: {column} has the numbers {', '.join(map(str, found))}: name them in order, as '{path}={example}'"

@@ -19,6 +19,8 @@ WORDS = re.compile(
     r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+"
 )
 
+ROUGE = "rouge-score's F1, mean of the rows; words of any script, in lower case, not stemmed"
+
 
 @dataclass(frozen=True)
 class TextMeasure:
@@ -40,7 +42,7 @@ def text_measures() -> list[TextMeasure]:
             [measure(answer, reference), 1.0] for answer, reference in zip(answers, references, strict=True)
         ]
 
-    squad = "SQuAD's normalization: lower case, without punctuation and the articles a, an, the"
+    squad = "one reference, SQuAD's normalization: lower case, without punctuation and the articles a, an, the"
     made = [
         TextMeasure(
             "exact match", each(lambda answer, wanted: float(normalized(answer) == normalized(wanted))), note=squad
@@ -50,7 +52,7 @@ def text_measures() -> list[TextMeasure]:
     for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
         made.append(_of_sacrebleu(name, metric))
     for name, kind in (("ROUGE-1", "rouge1"), ("ROUGE-2", "rouge2"), ("ROUGE-L", "rougeL")):
-        made.append(TextMeasure(name, each(_rouge(kind)), note="F-measure, without stemming"))
+        made.append(TextMeasure(name, each(_rouge(kind)), note=ROUGE))
     return made
 
 

@@ -12,7 +12,7 @@ from recipe.machine import fast_precision, resident_bytes
 from train.sft import load_base
 from train.template import render
 
-SPEED_TOKENS, SPEED_REPEATS = 32, 6
+SPEED_TOKENS, SPEED_REPEATS = 16, 6
 
 
 class Pair:
@@ -56,6 +56,19 @@ def round_once(model: Any) -> None:
             module.weight = torch.nn.Parameter(module.weight.to(torch.bfloat16), requires_grad=False)
 
 
+class Ticks:
+    """When `generate` had the prompt, and when each token: a streamer that keeps the time alone."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def put(self, _: Any) -> None:
+        self.at.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
 def speed(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Seconds to the first token of one answer, tokens a second after it, and the memory that all this took."""
     import torch
@@ -63,18 +76,18 @@ def speed(model: Any, tokenizer: Any) -> dict[str, Any]:
     prompt = render(tokenizer, [{"role": "user", "content": "What is the capital of France?"}], prompt=True)
     batch = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
 
-    def seconds(tokens: int) -> float:
-        start = time.perf_counter()
+    def answered(tokens: int) -> list[float]:
+        """The seconds from the prompt to each token."""
+        ticks = Ticks()
         with torch.inference_mode():
-            model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
-        return time.perf_counter() - start
+            model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=ticks)
+        return [at - ticks.at[0] for at in ticks.at[1:]]
 
-    seconds(1)  # the first one also prepares
-    firsts = [seconds(1) for _ in range(SPEED_REPEATS)]
-    rates = [SPEED_TOKENS / max(seconds(1 + SPEED_TOKENS) - median(firsts).value, 1e-9) for _ in range(SPEED_REPEATS)]
+    answered(1)  # the first one also prepares
+    times = [answered(1 + SPEED_TOKENS) for _ in range(SPEED_REPEATS)]
     held = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else resident_bytes()[1]
     return {
-        "first_token_seconds": asdict(median(firsts)),
-        "tokens_per_second": asdict(median(rates)),
+        "first_token_seconds": asdict(median([each[0] for each in times])),
+        "tokens_per_second": asdict(median([SPEED_TOKENS / (each[-1] - each[0]) for each in times])),
         "bytes": held,
     }
