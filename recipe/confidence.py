@@ -14,8 +14,8 @@ LEVEL = 0.95
 RESAMPLES = 2000
 LEAST_ROWS = 6  # of fewer, the sign test calls no difference significant at 5 %: 2 / 2**5 > 0.05
 METHOD = (
-    "95 % intervals, of the same rows for both models. Where each row is right or wrong: Wilson's score interval (1927), "
-    "and Newcombe's for the difference of pairs (1998, method 10). Else: percentile bootstrap over rows, "
+    "95 % intervals, of the same rows for both models. Where each row is right or wrong: Wilson's score interval "
+    "(1927), and Newcombe's for the difference of pairs (1998, method 10). Else: percentile bootstrap over rows, "
     f"{RESAMPLES:,} seeded resamples (Efron and Tibshirani, 1993). Each measure is judged by itself: of twenty that "
     "nothing changed, one is expected to be called better or worse. Changes of shares are in "
     "percentage points. Speeds: medians between order statistics."
