@@ -26,7 +26,7 @@ def tasks_named(names: tuple[str, ...]) -> dict[str, Any]:
     """
     for chatty in ("lm_eval", "lm-eval", "evaluate"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
     from jinja2 import TemplateError
     from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
     from yaml import YAMLError
