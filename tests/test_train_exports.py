@@ -108,8 +108,11 @@ def test_messages_of_openassistant_become_the_best_thread_of_each_tree(
         return {"message_id": name, "parent_id": parent, "text": text, "role": role, "rank": rank, "lang": "en"}
 
     tree = [message("1", None, "ping"), message("2", "1", "pang", 1), message("3", "1", "pong", 0)]
-    detected, found = found_in("oasst.jsonl", *tree, message("9", None, "Anyone?"))
+    detected, found = found_in("oasst.jsonl", *tree, message("9", None, "Anyone?"), message("10", "3", "so?"))
     assert detected.format.name == "OpenAssistant messages"
     assert [(row.value, row.place) for row in found.rows] == [({"messages": TALK}, "oasst.jsonl:1")]
-    assert [lost.place for lost in found.rejected] == ["oasst.jsonl:4"]
+    assert [(lost.place, lost.rejection.reason) for lost in found.rejected] == [
+        ("oasst.jsonl:5", "answers a message that does not stand before it"),
+        ("oasst.jsonl:4", "no turn of role 'assistant': there is nothing to learn from it"),
+    ]
     assert found.problems == []

@@ -98,6 +98,10 @@ KINDS: dict[str, tuple[str | bytes, list[int]]] = {
     "lines.jsonl.zst": (packed(LINES, "zstd"), [1, 2]),
     "lines.jsonl.bz2": (bz2.compress(LINES.encode()), [1, 2]),
     "lines.jsonl.xz": (lzma.compress(LINES.encode()), [1, 2]),
+    "two-streams.jsonl.gz": (gzip.compress(LINES.encode()[:9]) + gzip.compress(LINES.encode()[9:]), [1, 2]),
+    "two-streams.jsonl.zst": (packed(LINES[:9], "zstd") + packed(LINES[9:], "zstd"), [1, 2]),
+    "two-streams.jsonl.bz2": (bz2.compress(LINES.encode()[:9]) + bz2.compress(LINES.encode()[9:]), [1, 2]),
+    "two-streams.jsonl.xz": (lzma.compress(LINES.encode()[:9]) + bytes(8) + lzma.compress(LINES.encode()[9:]), [1, 2]),
     "not-packed.jsonl.gz": (LINES, [1, 2]),
 }
 
@@ -111,11 +115,13 @@ def test_a_file_is_what_its_content_is(name: str) -> None:
     assert [row.place for row in rows] == [f"{name}:{place}" for place in places]
 
 
+LENGTHS = bytes((4, 0, 0, 0, 8, 0, 0, 0))  # where "ping" and "pong" end in Arrow; damaged, they crashed the process
+
 # File → its content, and what is told of it after `file:`.
 DAMAGED: dict[str, tuple[str | bytes, str]] = {
     "cut.jsonl": (LINES + GOOD[:40], "3: not JSON at column 41 (Expecting ':' delimiter): write one JSON object a"),
     "two-on-a-line.jsonl": (LINES + GOOD + GOOD, f"3: not JSON at column {len(GOOD) + 1} (Extra data): write one"),
-    "cut.json": (ARRAY[:-40], "14: the file ends before its JSON does: it was cut off, get it again"),
+    "cut.json": (ARRAY[:-40], "22: the file ends before its JSON does: it was cut off, get it again"),
     "no-comma.json": (ARRAY.replace("},\n  {", "}\n  {"), "14: not JSON (',' is missing here): mend it"),
     "no-quotes.json": (ARRAY.replace('"pong"', "pong"), "10: not JSON (Expecting value): mend it, or write one"),
     "latin-1.jsonl": (LINES.encode() + b'{"text": "caf\xe9"}', "3: not UTF-8 at byte 14: save the file as UTF-8"),
@@ -146,6 +152,19 @@ DAMAGED: dict[str, tuple[str | bytes, str]] = {
     "cut.jsonl.gz": (gzip.compress(MANY.encode())[:-99], "11157: its compressed data is damaged or cut off (Comp"),
     "cut.jsonl.zst": (packed(MANY, "zstd")[:-9], "11157: its compressed data is damaged or cut off (Truncated"),
     "no.jsonl.gz": (b"\x1f\x8bnonsense", " its compressed data is damaged or cut off (Unknown compression method)"),
+    "cut.jsonl.bz2": (bz2.compress(LINES.encode())[:-9], " its compressed data is damaged or cut off (it ends before"),
+    "cut.jsonl.xz": (lzma.compress(LINES.encode())[:-9], " its compressed data is damaged or cut off (it ends before"),
+    "junk.jsonl.gz": (gzip.compress(LINES.encode()) + b"junk", " its compressed data is damaged or cut off (Not a"),
+    "junk.jsonl.bz2": (bz2.compress(LINES.encode()) + b"junk", " its compressed data is damaged or cut off (Invalid"),
+    "junk.jsonl.xz": (lzma.compress(LINES.encode()) + b"junk" * 9, " its compressed data is damaged or cut off (In"),
+    "junk.json": (json.dumps([VALUE]) + " junk", "1: not JSON (Expecting value): mend it, or write one JSON object a"),
+    "header-again.csv": (TABLE + TABLE, "4: repeats the first line, as where tables were put together: remove it"),
+    "lengths.arrow": (
+        arrow("file").replace(b"\x04\0\0\0\x08\0\0\0", b"\x04\0\0\0\x08\0\0\x7f"),
+        " the Parquet or Arrow",
+    ),
+    "document.pdf": ("%PDF-1.7\n", " is a PDF: save its text as .txt"),
+    "archive.tar.gz": (gzip.compress(bytes(257) + b"ustar" + bytes(250)), " is a tar archive: unpack it"),
     "archive.zip": (b"PK\x03\x04...", " is a ZIP archive or a spreadsheet: unpack it, or save it as CSV"),
     "pointer.parquet": ("version https://git-lfs.github.com/spec/v1\n", " is only Git LFS's note of the file"),
     "page.json": ("<!DOCTYPE html>", " is a web page: download the file itself"),

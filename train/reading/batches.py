@@ -33,7 +33,7 @@ def batches(path: Path) -> Iterator[tuple[int, Any]]:
                 found = (reader.get_batch(index) for index in range(reader.num_record_batches))
             else:
                 found = iter(pyarrow.ipc.open_stream(file))
-            yield from small(found)
+            yield from small(map(_whole, found))
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(f"{path}: the Parquet or Arrow file is damaged or cut off ({reason}): get it again") from None
@@ -59,6 +59,12 @@ def without_nulls_of_tools(record: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list) and any(isinstance(turn, dict) and turn.get("tool_calls") for turn in value):
             cleaned[name] = [turn | {"tool_calls": _without_nulls(turn.get("tool_calls"))} for turn in value]
     return cleaned
+
+
+def _whole(batch: Any) -> Any:
+    """The batch, if its lengths and texts hold; Arrow follows a damaged length out of memory otherwise."""
+    batch.validate(full=True)
+    return batch
 
 
 def _rows_that_fit(whole: Any) -> int:

@@ -3,12 +3,8 @@
 What a file is, its content decides; the name's ending only tells a table from a text.
 """
 
-import bz2
-import gzip
 import io
 import json
-import lzma
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,23 +14,27 @@ from typing import IO, Any
 from recipe import UserError
 from train.reading.batches import batches, without_nulls_of_tools
 from train.reading.jsonstream import DECODER, values
+from train.reading.packed import FAULTS, opened
 from train.reading.row import Problem
 from train.reading.tables import DELIMITERS, names_columns, pieces, table
 
 BYTES_A_CHUNK, ROWS_A_CHUNK = 1 << 20, 1000
 LONGEST_LINE_BYTES = 1 << 26
 START_BYTES = 1 << 16
-PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
 TEXTS = (".txt", ".md", ".text", ".raw", ".tokens")
 JSONS = (".jsonl", ".ndjson", ".json")
 NOT_UTF8 = "not UTF-8 at byte {}: save the file as UTF-8"
 NO_DATA = {
     b"pk\x03\x04": "is a ZIP archive or a spreadsheet: unpack it, or save it as CSV",
+    b"\xd0\xcf\x11\xe0": "is a document of an Office program: save it as CSV, or as text",
+    b"7z\xbc\xaf": "is a 7z archive: unpack it",
+    b"rar!": "is a RAR archive: unpack it",
+    b"%pdf-": "is a PDF: save its text as .txt",
+    b"sqlite format 3": "is an SQLite database: export the table as CSV",
     b"version https://git-lfs": "is only Git LFS's note of the file: get the file itself with 'git lfs pull'",
     b"<!doctype": "is a web page: download the file itself",
     b"<html": "is a web page: download the file itself",
 }
-UNPACKING = (EOFError, zlib.error, lzma.LZMAError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def file_chunks(path: Path) -> Iterator[Chunk]:
         raise UserError(f"{path}: cannot be read ({error.strerror}): correct the path or the permissions") from None
     except UnicodeDecodeError:
         raise UserError(_not_utf8(path)) from None
-    except UNPACKING as error:
+    except FAULTS as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         where = f"{path}:{_line_after(reached)}" if reached.content else str(path)
@@ -91,7 +91,7 @@ def file_chunks(path: Path) -> Iterator[Chunk]:
 
 def _chunks(path: Path) -> Iterator[Chunk]:
     name = str(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         start = file.read(START_BYTES)
     if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
         for first, batch in batches(path):
@@ -102,13 +102,15 @@ def _chunks(path: Path) -> Iterator[Chunk]:
     for mark, what in NO_DATA.items():
         if start.lstrip().lower().startswith(mark):
             raise UserError(f"{name}: {what}")
+    if start[257:262] == b"ustar":
+        raise UserError(f"{name}: is a tar archive: unpack it")
     if b"\0" in start:
         line = start[: start.index(b"\0")].count(b"\n") + 1
         raise UserError(f"{name}:{line}: has a zero byte: the file is damaged, or no text and no Parquet or Arrow file")
     if not start.removeprefix(b"\xef\xbb\xbf").strip() and len(start) < START_BYTES:
         raise UserError(f"{name}: is empty: write one conversation a line")
     kind = _kind(path, start)
-    with _opened(path) as file:
+    with opened(path) as file:
         if kind == "lines":
             yield from _lines(file, name)
             return
@@ -125,25 +127,13 @@ def _line_after(chunk: Chunk) -> int:
 
 def _not_utf8(path: Path) -> str:
     """The problem of a file that does not decode, with its first such line."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode()
             except UnicodeDecodeError as error:
                 return f"{path}:{number}: {NOT_UTF8.format(error.start + 1)}"
     return f"{path}: {NOT_UTF8.format('?')}"
-
-
-def _opened(path: Path) -> Any:
-    """The file's bytes, unpacked."""
-    with path.open("rb") as file:
-        magic = file.read(6)
-    packing = next((name for mark, name in PACKED.items() if magic.startswith(mark)), None)
-    if packing == "zstd":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open, None: open}[packing](path, "rb")
 
 
 def _kind(path: Path, start: bytes) -> str:
@@ -188,7 +178,7 @@ def _grouped(found: Iterable[tuple[int, Any]], name: str) -> Iterator[Chunk]:
         group: list[tuple[int, Any]] = []
         try:
             group.extend(islice(found, ROWS_A_CHUNK))
-        except (UserError, UnicodeDecodeError, *UNPACKING) as error:
+        except (UserError, UnicodeDecodeError, *FAULTS) as error:
             fault = error
         if not group and fault is None:
             return

@@ -81,6 +81,8 @@ def oasst(record: Record, changes: Changes) -> dict[str, Any]:
     """OpenAssistant: from the prompt down, each time the reply that people ranked first."""
     turns: list[Message] = []
     message = record["prompt"]
+    if message.get("orphan"):
+        raise Rejection("answers a message that does not stand before it")
     while message:
         turns.append({"role": message.get("role"), "content": message.get("text")})
         replies = [reply for reply in message.get("replies") or [] if not reply.get("deleted")]
@@ -94,7 +96,7 @@ def trees(messages: Iterable[tuple[int, Record]]) -> Iterator[tuple[int, Record]
     nodes: dict[str, dict[str, Any]] = {}
     prompt: tuple[int, dict[str, Any]] | None = None
     for number, message in messages:
-        if not isinstance(message, dict) or "message_id" not in message:  # told as a problem where it is read
+        if not _is_message(message):  # told as a problem where it is read
             yield number, message
             continue
         node = {**message, "replies": []}
@@ -104,9 +106,20 @@ def trees(messages: Iterable[tuple[int, Record]]) -> Iterator[tuple[int, Record]
             prompt, nodes = (number, node), {}
         elif message["parent_id"] in nodes:
             nodes[message["parent_id"]]["replies"].append(node)
+        else:
+            yield number, {"prompt": node | {"orphan": True}}
+            continue
         nodes[message["message_id"]] = node
     if prompt:
         yield prompt[0], {"prompt": prompt[1]}
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("message_id"), str)
+        and isinstance(message.get("parent_id"), str | None)
+    )
 
 
 def _branch(nodes: Mapping[str, Any], last: Any, parent: str) -> list[Any]:

@@ -148,6 +148,9 @@ def rows(detected: Detected, chunk: Chunk) -> Read:
             read.problems.append(Problem(place, "nested too deeply: a row is an object of a few levels"))
         except ValueError as error:
             read.problems.append(Problem(place, str(error)))
+        except (AttributeError, KeyError, TypeError):  # deep inside what no vendor publishes a schema of
+            why = f"a part of it is of another type than {format.name} has there: mend the row, or leave it out"
+            read.problems.append(Problem(place, why))
     return read
 
 

@@ -146,7 +146,8 @@ class _Scanner:
                 value, end = DECODER.raw_decode(self.buffer, start)
             except json.JSONDecodeError as error:
                 unfinished = error.msg.startswith("Unterminated") or error.pos >= len(self.buffer) - LONGEST_TOKEN
-                if unfinished and self._more():
+                if unfinished and not self.ended:
+                    self._more()
                     continue
                 cut_off = self.ended and (
                     error.msg.startswith("Unterminated") or error.pos >= len(self.buffer.rstrip())

@@ -36,7 +36,12 @@ def table(file: IO[str], name: str) -> Iterator[tuple[int, Any]]:
             ) from None
         if cells is None:
             return
-        if len(cells) == len(columns):
+        if [cell.strip() for cell in cells] == columns:
+            yield (
+                line,
+                Problem(f"{name}:{line}", "repeats the first line, as where tables were put together: remove it"),
+            )
+        elif len(cells) == len(columns):
             yield line, {column: cell or None for column, cell in zip(columns, cells, strict=True) if column}
         elif cells:
             told = (
@@ -62,5 +67,5 @@ def pieces(file: IO[str], name: str) -> Iterator[tuple[int, Any]]:
 def _header(line: str) -> tuple[str, list[str]]:
     """(delimiter, names of the columns) of a table's first line."""
     delimiter = max(DELIMITERS, key=line.count)
-    cells = next(csv.reader([line.strip("\r\n\ufeff")], delimiter=delimiter), [])
+    cells = next(csv.reader([line.strip("\r\n\ufeff").partition("\r")[0]], delimiter=delimiter), [])
     return delimiter, [cell.strip() for cell in cells]
