@@ -201,3 +201,8 @@ def test_a_row_that_is_too_short_or_too_long_is_rejected(
     [(key, bound)] = settings.items()
     at_the_bound = bound - 1 if key.startswith("min") else bound + 1
     assert clean(value, Clean(**{key: at_the_bound})) == (value, [])
+
+
+def test_both_texts_of_a_pair_without_a_prompt_are_mended() -> None:
+    value, steps = clean({"text": "fiancÃ©", "rejected": "schÃ¶n"}, Clean())
+    assert (value, steps) == ({"text": "fiancé", "rejected": "schön"}, ["encoding"])

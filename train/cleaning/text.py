@@ -7,14 +7,14 @@ Change = Callable[[str], str]
 # Patterns, to be compiled with re.DOTALL; a fence that nothing closes goes to the end.
 FENCED = r"```.*?(?:```|\Z)"
 CODE = FENCED + r"|`[^`\n]+`"
+PLAIN = ("text", "rejected")  # of a row without turns, both are texts
 WRITTEN = ("content", "reasoning_content")
 
 
 def texts(value: dict[str, Any]) -> Iterator[str]:
     """Every written text of a row, in order: contents, reasoning, the arguments of tool calls, a rejected answer."""
-    if "text" in value:
-        yield value["text"]
-    for message in (*value.get("messages", ()), *value.get("rejected", ())):
+    yield from (value[part] for part in PLAIN if isinstance(value.get(part), str))
+    for message in (message for part in _parts(value) for message in value[part]):
         yield from (message[key] for key in WRITTEN if isinstance(message.get(key), str))
         for call in message.get("tool_calls") or ():
             yield from _strings(call.get("function", {}).get("arguments"))
@@ -23,11 +23,11 @@ def texts(value: dict[str, Any]) -> Iterator[str]:
 def changed(value: dict[str, Any], change: Change) -> dict[str, Any]:
     """The row with `change` applied to each of those texts; roles, names, ids and the tools' schemas stay."""
     new = value | {part: [_message(message, change) for message in value[part]] for part in _parts(value)}
-    return new | {"text": change(value["text"])} if "text" in value else new
+    return new | {part: change(value[part]) for part in PLAIN if isinstance(value.get(part), str)}
 
 
 def _parts(value: dict[str, Any]) -> list[str]:
-    return [part for part in ("messages", "rejected") if part in value]
+    return [part for part in ("messages", "rejected") if isinstance(value.get(part), list)]
 
 
 def _message(message: dict[str, Any], change: Change) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Row:
       that is not to be learned;
     - a preference pair, with `rejected` beside `messages`: the same opening with the worse answer;
     - a judged answer, with `label` beside `messages`: whether it is a good one;
-    - plain text `{"text": ...}`.
+    - plain text `{"text": ...}`, of a pair without a prompt with `rejected`, the worse text.
     """
 
     value: dict[str, Any]
