@@ -102,11 +102,8 @@ def _is_here(url: str, port: int) -> bool:
 
 
 def set_numbers(page: Any, **numbers: float) -> None:
-    for name, value in {
-        "Max tokens": 12,
-        **{name.replace("_", " "): number for name, number in numbers.items()},
-    }.items():
-        field = page.get_by_label(f"number input for {name}")
+    for name, value in ({"Max tokens": 12} | numbers).items():
+        field = page.get_by_label(f"number input for {name.replace('_', ' ')}")
         field.fill(str(value))
         field.press("Tab")
 
@@ -135,6 +132,14 @@ def answers(page: Any, side: str) -> list[str]:
     return [text.strip() for text in page.locator(f"#{side} .bot.message").all_inner_texts()]
 
 
+def exported(page: Any, folder: Path) -> Path:
+    """The file that the left pane's Export gives."""
+    with page.expect_download() as download:
+        page.locator("#left").get_by_role("button", name="Export").click()
+    download.value.save_as(folder / "exported.jsonl")
+    return folder / "exported.jsonl"
+
+
 def picture(page: Any, name: str) -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=str(PICTURES / f"playground-{name}.png"))
@@ -157,10 +162,7 @@ def test_a_chat_with_the_adapter_is_streamed_rated_and_exported(
     assert (line["rating"], line["artefact"]) == ("up", "line/adapter")
     assert line["messages"] == [{"role": "user", "content": "What says the cat?"}] and line["answer"]
 
-    with page.expect_download() as download:
-        page.locator("#left").get_by_role("button", name="Export").click()
-    source = Source(str(tmp_path / "exported.jsonl"))
-    download.value.save_as(source.name)
+    source = Source(str(exported(page, tmp_path)))
     (chunk,) = chunks(source)
     read = rows(detect(source), chunk)
     (row,) = read.rows
@@ -173,11 +175,7 @@ def test_two_artefacts_answer_the_same_question_side_by_side(browser: Any, playg
     page.get_by_label("Compare two").check()
     choose(page, "right", "F16")
     set_numbers(page, Temperature=0)
-    for animal in (
-        "dog",
-        "owl",
-        "hen",
-    ):  # the F16 file is the adapter, merged and converted: greedily, both say the same
+    for animal in ("dog", "owl", "hen"):  # F16 is the adapter, merged and converted: greedily, both say the same
         ask(page, f"What says the {animal}?", "left", "right")
         assert answers(page, "left") == answers(page, "right")
         ids = [page.locator(f"#{side}-prompt details code").text_content() for side in ("left", "right")]
@@ -223,9 +221,7 @@ def test_an_edited_turn_is_exported_as_edited_and_read_by_the_next_answer(
     page.locator("#left").get_by_role("button", name="Submit").first.click()
     page.locator("#left .bot.message").get_by_text("The cat says meow.").wait_for()
     picture(page, "edited")
-    with page.expect_download() as download:
-        page.locator("#left").get_by_role("button", name="Export").click()
-    row = json.loads(Path(download.value.path()).read_text())
+    row = json.loads(exported(page, tmp_path).read_text())
     assert [turn["content"] for turn in row["messages"]] == ["What says the cat?", "The cat says meow."]
     page.locator("#left .status b").evaluate("told => told.remove()")  # so that the next answer's is waited for
     ask(page, "And twice?", "left")
