@@ -39,7 +39,7 @@ BUILTIN = """
 {name} ({type}) answers in llama.cpp's own page
 
   {ui}
-  its settings ask for the key, which is in {key}
+  'Enter API Key' there asks for the key once; it is in {key}
 
 and behind OpenAI's API
 """

@@ -5,6 +5,7 @@ for standard input, or `Q` of the environment, where no shell's quoting can brea
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -77,7 +78,13 @@ def connect(recipe: Recipe) -> "tuple[OpenAI, str]":
 
     # A proxy of the environment must never see what is said to this machine, nor the key.
     http = DefaultHttpxClient(trust_env=False)
-    served = Run(recipe.name).receipt("serve").metrics
+    run = Run(recipe.name)
+    if (receipt := run.find_receipt("serve")) is None:
+        raise UserError(
+            f"{run.folder} is not served yet: run 'make serve RECIPE={recipe.name}' in another terminal and wait for "
+            "its address"
+        )
+    served = receipt.metrics
     if served.get("engine") == "ollama":  # not our server: what it holds was proved when it was registered
         key = os.environ.get("OLLAMA_API_KEY") or "none"
         return OpenAI(base_url=served["url"], api_key=key, http_client=http), served["model"]
@@ -116,6 +123,8 @@ def chat(client: "OpenAI", model: str) -> None:
         if line == "/reset":
             messages.clear()
             console.print("[dim]forgotten[/dim]")
+        elif re.fullmatch(r"/[a-z]+", line):
+            console.print(f"[dim]{HELP}[/dim]")
         elif line:
             question: ChatCompletionMessageParam = {"role": "user", "content": line}
             if text := show_answer(console, client, model, [*messages, question]):
@@ -181,9 +190,8 @@ def reason(error: Exception) -> str:
     """One line that a person can act on."""
     body = getattr(error, "body", None)
     if isinstance(body, dict) and body.get("type") == "exceed_context_size_error":
-        return (
-            f"{body['n_prompt_tokens']} tokens, but serve.context is {body['n_ctx']}: ask less, or /reset a long chat"
-        )
+        asked, context = body["n_prompt_tokens"], body["n_ctx"]
+        return f"{asked} tokens, but serve.context is {context}: ask less, or begin a new conversation"
     return f"the server gave no whole answer ({error}): ask again, 'make serve' tells more"
 
 

@@ -9,15 +9,15 @@ from recipe.run import Run
 from serve.running.session import Session, find
 
 DOES = "Show what serves the run: its services, their ports, processes, restarts and memory"
-COLUMNS = ("service", "state", "port", "process", "restarts", "memory", "since")
+TEXTS, NUMBERS = ("service", "state"), ("port", "process", "restarts", "memory", "since")
 
 
 def status(session: Session) -> None:
     """The endpoint, and a row for each service."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(*COLUMNS)
+    table = Table(*TEXTS, *(Column(name, justify="right") for name in NUMBERS))
     for service in session.services:
         pid = service["pid"]
         memory = f"{memory_bytes(pid) / 1e6:.0f} MB" if pid else "-"

@@ -66,11 +66,19 @@ def test_ask_too_much_names_the_key(server: Server):
 
 
 def test_chat_works_in_a_pipe(server: Server):
-    done = chat(server.folder, server.port, given="apple\n\n/reset\nbread\n/quit\nnever asked\n")
+    done = chat(server.folder, server.port, given="apple\n\n/reset\nbread\n/exit\n/quit\nnever asked\n")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(NAME)
     assert len(re.findall(r"^\d+ tokens, [\d.]+ a second, the first after [\d.]+ s$", done.stdout, re.MULTILINE)) == 2
     assert "forgotten" in done.stdout
+    assert done.stdout.count("/reset forgets the conversation") == 2  # at the start, and for a command that is none
+
+
+def test_what_is_not_served_is_told(server: Server, tmp_path: Path):
+    shutil.copy(server.folder / f"{NAME}.yaml", tmp_path)
+    done = chat(tmp_path, server.port, "--ask", "apple")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: runs/{NAME} is not served yet: run 'make serve RECIPE={NAME}' in another ")
 
 
 def test_chat_remembers_until_reset(server: Server):

@@ -136,7 +136,7 @@ def test_llama_cpps_own_page_needs_the_key_only_for_the_model(start) -> None:
     import urllib.request
 
     server: Server = start(UI="builtin")
-    server.wait_for("its settings ask for the key")
+    server.wait_for("asks for the key once")
     request = urllib.request.Request(f"{server.url}/", headers={"Accept-Encoding": "gzip"})
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30) as page:
         content = page.read()

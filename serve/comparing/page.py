@@ -3,7 +3,7 @@
 import html
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +127,8 @@ def _wire(
             sampling = _sampling(*numbers)
             yield {question: gr.Textbox("", interactive=False), stop: gr.Button(interactive=True),
                    clear: gr.Button(interactive=False)}  # fmt: skip
-            yield from _answers(recipe, voices, shown, text, system, sampling, at_once, ended)
+            if not (yield from _answers(recipe, voices, shown, text, system, sampling, at_once, ended)):
+                yield {question: text}  # to ask it otherwise, or again
         except UserError as error:
             yield {pane.status: told(error) for pane, _, _ in shown} | {question: text}
         finally:
@@ -166,8 +167,8 @@ def _wire(
 def _answers(
     recipe: Recipe, voices: Voices, shown: list[tuple[Pane, str, Conversation]], text: str, system: str,
     sampling: Sampling, at_once: bool, ended: threading.Event,
-) -> Iterator[Update]:  # fmt: skip
-    """Both answers as they come; what a pane has when the page is left, it keeps."""
+) -> Generator[Update, None, bool]:  # fmt: skip
+    """Both answers as they come, and whether there was any; what a pane has when the page is left, it keeps."""
     found = artefacts(recipe.name)
     chosen = []
     for side, name, before in shown:
@@ -182,7 +183,7 @@ def _answers(
         voices.answer(artefact, messages, sampling, ended)
         for (_, artefact, _), messages in zip(chosen, asked, strict=True)
     ]
-    waiting, shown_at = set(range(len(chosen))), [0.0] * len(chosen)
+    waiting, shown_at, answered = set(range(len(chosen))), [0.0] * len(chosen), False
     for number, said in together(coming, at_once):
         side, artefact, conversation = chosen[number]
         if isinstance(said, UserError):
@@ -190,6 +191,7 @@ def _answers(
             yield unanswered(side, conversation, told(said))
         elif said.speed:
             waiting.discard(number)
+            answered = True
             yield whole(side, artefact, conversation, asked[number], sampling, said)
             yield {side.prompt: read(voices, artefact, asked[number])}
         elif time.monotonic() - shown_at[number] > FRAME_SECONDS:
@@ -199,6 +201,7 @@ def _answers(
     for number in waiting:  # stopped before it was loaded
         side, _, conversation = chosen[number]
         yield unanswered(side, conversation, "stopped")
+    return answered
 
 
 def _sampling(temperature: float, top_p: float, top_k: float, max_tokens: float, seed: float | None) -> Sampling:
