@@ -143,7 +143,7 @@ def change_chart(scores: list[Score]) -> Tracks | None:
     return Tracks(
         "change",
         "What training changed",
-        "Each line is a 95 % interval, its dot the value: above the base, below the trained model.",
+        "On a scale of 100: each line is a 95 % interval, its dot the value; above the base, below the trained model.",
         "; ".join(
             f"{score.group}, {score.name}: {change(score.difference.value, score.unit)}, {score.verdict}"
             for score in shown

@@ -160,7 +160,10 @@ def groups(columns: list[Column]) -> list[tuple[str, int]]:
 
 def learned(train: Receipt) -> list[tuple[str, str, str]]:
     """(measure, of the base, of the trained model) on what was held back from training."""
-    known = (("validation loss", "validation_loss", number), ("key facts in answers", "key_fact_accuracy", share))
+    known = (
+        ("validation loss, nats a token", "validation_loss", number),
+        ("key facts in answers", "key_fact_accuracy", share),
+    )
     before, after = (train.metrics.get(when, {}) for when in ("before", "after"))
     return [
         (name, show(before[key]), show(after[key]))

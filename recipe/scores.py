@@ -78,13 +78,18 @@ def show(metrics: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else PIPE_CHARACTERS, highlight=False)
     if metrics["scores"]:
-        groups = grouped([Score.of(row) for row in metrics["scores"]])
-        wide = _table(groups, WIDE)
-        console.print(wide if console.measure(wide).maximum <= console.width else _table(groups, NARROW))
+        console.print(table(grouped([Score.of(row) for row in metrics["scores"]]), console))
     for name, row in metrics["speed"].items():
         console.print(f"{name}: {speed(row)}", markup=False)
     if metrics["scores"]:
         console.print(metrics["method"], markup=False)
+
+
+def table(groups: list[tuple[str, list[Score]]], console: Any) -> Any:
+    """A line for each score; two where the console is too narrow for that."""
+    wide = _table(groups, WIDE)
+    wanted = console.measure(wide, options=console.options.update(width=PIPE_CHARACTERS)).maximum
+    return wide if wanted <= console.width else _table(groups, NARROW)
 
 
 def _table(groups: list[tuple[str, list[Score]]], columns: tuple[str, ...]) -> Any:
@@ -92,12 +97,12 @@ def _table(groups: list[tuple[str, list[Score]]], columns: tuple[str, ...]) -> A
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
-    for column in table.columns[1 : None if columns is NARROW else -1]:
+    made = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+    for column in made.columns[1 : None if columns is NARROW else -1]:
         column.justify = "right"
     for group, scores in groups:
-        table.add_section()
-        table.add_row(Text(group, "bold"))
+        made.add_section()
+        made.add_row(Text(group, "bold"))
         for score in scores:
             pairs = [
                 (shown(estimate.value, score.unit), interval(estimate, score.unit, shown)) if estimate else ("", "")
@@ -105,10 +110,10 @@ def _table(groups: list[tuple[str, list[Score]]], columns: tuple[str, ...]) -> A
             ]
             name, verdict = Text(score.name), Text(score.verdict, STYLES.get(score.verdict, ""))
             if columns is NARROW:
-                table.add_row(Text("\n").join((name, verdict)), str(score.rows), *("\n".join(pair) for pair in pairs))
+                made.add_row(Text("\n").join((name, verdict)), str(score.rows), *("\n".join(pair) for pair in pairs))
             else:
-                table.add_row(name, str(score.rows), *(cell for pair in pairs for cell in pair), verdict)
-    return table
+                made.add_row(name, str(score.rows), *(cell for pair in pairs for cell in pair), verdict)
+    return made
 
 
 def speed(row: dict[str, Any]) -> str:

@@ -1,9 +1,14 @@
 """The measures of an answer against the libraries' and papers' own values, and the intervals around them."""
 
+import io
+import re
+
 import numpy as np
 import pytest
 
-from recipe.confidence import LEAST_ROWS, Estimate, Score, as_rows, compare, newcombe, wilson
+from recipe.confidence import LEAST_ROWS, Estimate, Score, as_rows, compare, newcombe, squared_and_added, wilson
+from recipe.scores import table
+from recipe.units import share
 from train.scoring.measures import confusion, macro_f1, matthews, normalized, text_measures, token_f1, words
 
 ANSWERS = ["The cat sat on the mat.", "I am Truetune, the assistant.", "8000", ""]
@@ -89,6 +94,14 @@ def test_the_interval_of_paired_proportions_is_that_of_the_published_example() -
     assert [round(value, 3) for value in (found.value, found.low, found.high)] == [0.286, 0.026, 0.507]
 
 
+def test_rows_that_agree_make_the_interval_of_the_difference_narrower() -> None:
+    before, after = np.array([True] * 45 + [False] * 55), np.array([True] * 40 + [False] * 55 + [True] * 5)
+    found, apart = newcombe(before, after), squared_and_added(wilson(45, 100), wilson(45, 100))
+    assert found.value == 0.0 and found.high == pytest.approx(-found.low)
+    # 10 of 100 rows changed: Wald's is 1.96 * sqrt(10) / 100; Newcombe's is a little wider.
+    assert 0.062 < found.high < 0.075 < 0.13 < apart.high
+
+
 def rows(*hits: float) -> list[list[float]]:
     return [[hit, 1.0] for hit in hits]
 
@@ -156,3 +169,19 @@ def test_the_same_seed_gives_the_same_interval_and_a_receipt_keeps_it() -> None:
     again = [compare("g", "n", rows(*found[0]), rows(*found[1]), seed=3) for _ in range(2)]
     assert again[0] == again[1] == Score.of(as_rows(again)[0])
     assert again[0] != compare("g", "n", rows(*found[0]), rows(*found[1]), seed=4)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_the_table_fits_the_terminal_with_every_interval(width: int) -> None:
+    from rich.console import Console
+
+    found = np.random.default_rng(5).random((2, 30))
+    score = compare("held-out questions", "token F1", rows(*found[0]), rows(*found[1]))
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table([("held-out questions", [score])], console))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    words = re.findall(r"[\d.]+%?", text)
+    for estimate in (score.base, score.trained):
+        assert {share(value) for value in (estimate.value, estimate.low, estimate.high)} <= set(words)
+    assert score.verdict.split()[0] in text
