@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,10 +16,6 @@ from recipe import UserError
 from train.pool import AHEAD, ALONE, in_order
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-def _offset(by: int) -> int:
-    return by
 
 
 def _slow_when_even(offset: int, item: int) -> tuple[int, int]:
@@ -41,7 +36,7 @@ def _die(offset: int, item: int) -> int:
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_results_come_in_the_order_of_the_items(workers: int) -> None:
-    results = list(in_order(_slow_when_even, range(20), partial(_offset, 100), workers))
+    results = list(in_order(_slow_when_even, range(20), 100, workers))
     assert [value for value, _ in results] == list(range(100, 120))
     processes = {process for _, process in results}
     assert (processes == {os.getpid()}) if workers == 1 else os.getpid() not in processes
@@ -49,7 +44,7 @@ def test_results_come_in_the_order_of_the_items(workers: int) -> None:
 
 
 def test_a_few_items_start_no_process() -> None:
-    assert list(in_order(_slow_when_even, [1], partial(_offset, 0), 2)) == [(1, os.getpid())]
+    assert list(in_order(_slow_when_even, [1], 0, 2)) == [(1, os.getpid())]
 
 
 def test_items_are_taken_as_results_are_wanted() -> None:
@@ -61,7 +56,7 @@ def test_items_are_taken_as_results_are_wanted() -> None:
             taken += 1
             yield taken
 
-    results = in_order(_slow_when_even, counted(), partial(_offset, 0), 2)
+    results = in_order(_slow_when_even, counted(), 0, 2)
     for _ in range(3):
         next(results)
     results.close()
@@ -71,30 +66,27 @@ def test_items_are_taken_as_results_are_wanted() -> None:
 
 def test_what_the_work_raises_comes_through_and_ends_the_workers() -> None:
     with pytest.raises(ValueError, match="three"):
-        list(in_order(_fail, range(9), partial(_offset, 0), 2))
+        list(in_order(_fail, range(9), 0, 2))
     assert multiprocessing.active_children() == []
 
 
 def test_a_killed_worker_is_told() -> None:
     with pytest.raises(UserError, match=r"a worker process was killed, most likely for want of memory: "):
-        list(in_order(_die, range(9), partial(_offset, 0), 2))
+        list(in_order(_die, range(9), 0, 2))
 
 
 PARENT = """
 import sys, time
-from functools import partial
 from recipe.command import boundary
 from train.pool import in_order
 
-def prepare():
-    print("ready", flush=True)
-
 def work(state, item):
+    print("ready", flush=True)
     time.sleep(60)
 
 if __name__ == "__main__":
     with boundary():
-        list(in_order(work, range(9), prepare, 2))
+        list(in_order(work, range(9), None, 2))
 """
 
 

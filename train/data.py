@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def take_in(intake: Intake, given: Settings, folder: Path) -> None:
         rejected = stack.enter_context(
             (folder / "rejected.jsonl").open("w", encoding="utf-8", errors="backslashreplace")
         )
-        for piece in in_order(prepared, _works(intake), partial(_same, given), cores()):
+        for piece in in_order(prepared, _works(intake), given, cores()):
             every.write(piece.batch)
             signatures.write(piece.signatures.tobytes())
             copies.write(piece.copies.tobytes())
@@ -169,10 +168,6 @@ def _works(intake: Intake) -> Iterator[Work]:
                 yield Work(number, source, detected, chunk)
         except UserError as error:
             intake.problems += error.problems
-
-
-def _same(given: Settings) -> Settings:
-    return given
 
 
 def _count(intake: Intake, piece: Prepared) -> None:

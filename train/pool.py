@@ -5,6 +5,7 @@ Processes are started afresh (`spawn`), since a fork of a process with threads m
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -18,6 +19,7 @@ from recipe import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+State = TypeVar("State")
 AHEAD = 2  # items under way a worker, so that none waits while the parent writes
 ALONE = 4  # so many items are done before the first worker has started
 
@@ -27,11 +29,11 @@ _state: Any = None
 
 
 def in_order(
-    work: Callable[[Any, Item], Result], items: Iterable[Item], prepare: Callable[[], Any], workers: int
+    work: Callable[[State, Item], Result], items: Iterable[Item], state: State, workers: int
 ) -> Iterator[Result]:
-    """`work(state, item)` of every item, with the `state` that `prepare` gives each worker once.
+    """`work(state, item)` of every item; the `state` is sent to each worker once.
 
-    A few items are worked on in this process. `work` and `prepare` must be importable by name, or partials of such.
+    A few items are worked on in this process. `work` must be importable by name.
 
     Raises:
         UserError: a worker was killed, most likely for want of memory. What `work` raises comes through.
@@ -39,13 +41,12 @@ def in_order(
     items = iter(items)
     first = list(islice(items, ALONE + 1))
     if workers == 1 or len(first) <= ALONE:
-        state = prepare()
         for item in chain(first, items):
             yield work(state, item)
         return
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(prepare,))
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(pickle.dumps(state),))
     waiting: deque[Future[Result]] = deque()
     try:
         for item in chain(first, items):
@@ -66,14 +67,14 @@ def in_order(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(prepare: Callable[[], Any]) -> None:
+def _begin(pickled: bytes) -> None:
     """Let the parent alone answer Ctrl-C, and end with it, however it ends."""
     global _state
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ |= ONE_THREAD
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _state = prepare()
+    _state = pickle.loads(pickled)  # only now: what it imports looks at the environment
 
 
 def _end_with_parent() -> None:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
+from itertools import chain, takewhile
 from typing import Any
 
 from recipe import UserError
@@ -148,20 +148,26 @@ def _labelled(tokenizer: Any, texts: list[Spoken], max_tokens: int) -> list[Exam
     if not texts:
         return []
     encoded = tokenizer([text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True)
-    eos = tokenizer.eos_token_id
+    rows, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    # From here on the texts are one long text: numpy costs as much for a short array as for a long one.
+    before = np.cumsum([0, *(len(text) for text, _ in texts)])
+    lengths = [len(row) for row in rows]
+    ids = np.fromiter(chain.from_iterable(rows), np.int64)
+    places = np.fromiter(chain.from_iterable(chain.from_iterable(offsets)), np.int64).reshape(-1, 2)
+    starts, ends = (places + np.repeat(before[:-1], lengths)[:, None]).T
+    spans = [before[index] + span for index, (_, spans) in enumerate(texts) for span in spans]
+    firsts, lasts = np.array(spans, np.int64).reshape(-1, 2).T
+    # What the template writes after the turn's end is never generated.
+    stops = np.append(0, ends[ids == tokenizer.eos_token_id])
+    stops = stops[np.searchsorted(stops, lasts, "right") - 1]
+    learned = np.zeros(before[-1], bool)
+    for first, last in zip(firsts, np.where(stops > firsts, stops, lasts), strict=True):
+        learned[first:last] = True
+    labels = np.where(learned[ends - 1] & (ends > starts), ids, IGNORED)
     found: list[Example | None] = []
-    for (_, spans), all_ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        ids, (starts, ends) = np.array(all_ids), np.array(offsets).reshape(-1, 2).T
-        labels = np.full(len(ids), IGNORED)
-        for first, last in spans:
-            inside = np.flatnonzero((first < ends) & (ends <= last) & (ends > starts))
-            stops = inside[ids[inside] == eos]
-            if len(stops):  # what the template writes after the turn's end is never generated
-                inside = inside[inside <= stops[-1]]
-            labels[inside] = ids[inside]
-        labels = labels[:max_tokens]
-        learned = (labels != IGNORED).any()
-        found.append(Example(all_ids[:max_tokens], labels.tolist()) if learned else None)
+    for row, own in zip(rows, np.split(labels, np.cumsum(lengths)[:-1]), strict=True):
+        own = own[:max_tokens]
+        found.append(Example(row[:max_tokens], own.tolist()) if (own != IGNORED).any() else None)
     return found
 
 

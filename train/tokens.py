@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ def row_tokens(longest: int, total: int, most: int) -> int:
 def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int]]:
     """Write `<part>.arrow` of each part; what became of its rows."""
     import pyarrow
+    from transformers import AutoTokenizer
 
     knobs, data = recipe.train, run.path("data")
     schema = pyarrow.schema({name: pyarrow.list_(pyarrow.int32()) for name in COLUMNS})
@@ -95,12 +96,13 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
     unshown: dict[str, list[str]] = {part: [] for part in PARTS}
     silent: dict[str, list[str]] = {part: [] for part in PARTS}
     items = ((part, batch) for part in PARTS for batch in batches(data, part))
-    prepare = partial(_tokenizer, str(run.path("base")), knobs.max_tokens)
+    # Sent to the workers and not loaded there: to find its class, AutoTokenizer imports torch.
+    state = AutoTokenizer.from_pretrained(run.path("base")), knobs.max_tokens
     with ExitStack() as stack:
         tell = stack.enter_context(progress("tokens", sum(count(data, part) for part in PARTS), "rows"))
         paths = {part: str(folder / f"{part}.arrow") for part in PARTS}
         streams = {part: stack.enter_context(pyarrow.ipc.new_stream(paths[part], schema)) for part in PARTS}
-        for part, batch, numbers, problems, thoughtless in in_order(_examples, items, prepare, cores()):
+        for part, batch, numbers, problems, thoughtless in in_order(_examples, items, state, cores()):
             streams[part].write_batch(batch)
             longest = max(counts[part]["longest"], numbers.pop("longest"))
             counts[part].update(numbers)
@@ -124,7 +126,7 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
                 part, counts[part]["reasoning_lost"], places[0],
             )  # fmt: skip
     if nothing_left:
-        raise _nothing_learned(next(rows(data, "train")), prepare()[0], knobs.max_tokens)
+        raise _nothing_learned(next(rows(data, "train")), state[0], knobs.max_tokens)
     return {part: dict(counted) for part, counted in counts.items()}
 
 
@@ -143,14 +145,9 @@ def _nothing_learned(first: dict[str, Any], tokenizer: Any, max_tokens: int) -> 
     )
 
 
-def _tokenizer(base: str, max_tokens: int) -> tuple[Any, int]:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(base), max_tokens
-
-
 def _examples(state: tuple[Any, int], item: tuple[str, Any]) -> tuple[str, Any, dict[str, int], list[str], list[str]]:
     """(part, ids and labels, what was counted, problems, rows without their thoughts) of a batch; runs in a worker."""
+    import numpy as np
     import pyarrow
 
     tokenizer, max_tokens = state
@@ -161,12 +158,11 @@ def _examples(state: tuple[Any, int], item: tuple[str, Any]) -> tuple[str, Any, 
     problems = [problem for row in found if isinstance(row, UserError) for problem in row.problems]
     kept = [row for row in found if not isinstance(row, UserError)]
     examples = [example for row in kept for example in row]
-    columns = [
-        pyarrow.array([getattr(example, name) for example in examples], pyarrow.list_(pyarrow.int32()))
-        for name in COLUMNS
-    ]
     lengths = [len(example.input_ids) for example in examples]
-    labels = columns[1].values.to_numpy()
+    ends = np.cumsum([0, *lengths], dtype=np.int32)
+    every = (chain.from_iterable(getattr(example, name) for example in examples) for name in COLUMNS)
+    ids, labels = (np.fromiter(values, np.int32, ends[-1]) for values in every)
+    columns = [pyarrow.ListArray.from_arrays(ends, values) for values in (ids, labels)]
     reasoned = [row["source"] for row in rows if any(turn.get("reasoning_content") for turn in row.get("messages", []))]
     thoughtless = reasoned if reasoned and not shown(tokenizer).reasoning else []
     numbers = {
