@@ -1,6 +1,8 @@
 """Cleaning: what is mended, what must stay as it is to the byte, and which rows are rejected by which step."""
 
 import json
+import random
+import re
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -206,3 +208,40 @@ def test_a_row_that_is_too_short_or_too_long_is_rejected(
 def test_both_texts_of_a_pair_without_a_prompt_are_mended() -> None:
     value, steps = clean({"text": "fiancÃ©", "rejected": "schÃ¶n"}, Clean())
     assert (value, steps) == ({"text": "fiancé", "rejected": "schön"}, ["encoding"])
+
+
+def matches(parsed: Any, dice: random.Random) -> str:
+    """A text that this part of a parsed pattern matches."""
+    text = ""
+    for kind, what in parsed:
+        name = str(kind)
+        if name == "LITERAL":
+            text += chr(what)
+        elif name == "RANGE":
+            text += chr(dice.randint(*what))
+        elif name == "IN":
+            text += matches([dice.choice(what)], dice) if str(what[0][0]) != "NEGATE" else "\n"
+        elif name == "BRANCH":
+            text += matches(dice.choice(what[1]), dice)
+        elif name == "MAX_REPEAT":
+            text += matches(what[2], dice) * dice.randint(what[0], min(what[1], 2))
+        elif name in ("ANY", "CATEGORY"):
+            text += " " if what == re._constants.CATEGORY_SPACE else "e"  # type: ignore[attr-defined]
+        else:
+            assert name == "AT", name
+    return text
+
+
+def test_no_broken_encoding_that_ftfy_finds_is_passed_over() -> None:
+    """The cheap test before ftfy's is none of its own: it finds whatever any branch of ftfy's pattern does."""
+    from ftfy.badness import BADNESS_RE
+
+    from train.cleaning.clean import _suspect
+
+    dice = random.Random(0)
+    # What `re` itself reads a pattern into; it has no public name.
+    [(_, (_, branches))] = re._parser.parse(BADNESS_RE.pattern, BADNESS_RE.flags)  # type: ignore[attr-defined]
+    assert len(branches) > 30
+    for branch in branches:
+        for text in {matches(branch, dice) for _ in range(1000)}:
+            assert BADNESS_RE.search(text) and _suspect().search(text), (text, branch)

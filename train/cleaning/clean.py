@@ -3,6 +3,7 @@
 Every step is a switch of `data.clean`, looks at one row alone, and is told by name: what changed a row, or rejected it.
 """
 
+import functools
 import re
 import unicodedata
 from typing import Any
@@ -56,7 +57,7 @@ def encoding(text: str) -> str:
 
     Of ftfy only this is used: quotes, ligatures, widths and HTML stay as they were written.
     """
-    if text.isascii():
+    if text.isascii() or not _suspect().search(text):
         return text
     from ftfy import TextFixerConfig, fix_encoding
     from ftfy.badness import is_bad
@@ -73,6 +74,19 @@ def encoding(text: str) -> str:
     pieces = IN_CODE.split(text)  # every second one is code
     pieces[::2] = ["\n".join(map(mended, piece.split("\n"))) for piece in pieces[::2]]
     return "".join(pieces)
+
+
+@functools.cache
+def _suspect() -> re.Pattern[str]:
+    """Finds a part of all that ftfy's pattern finds, ten times as fast: a character that common text has seldom, beside
+    another that is not ASCII; a few are found by themselves.
+    """
+    from ftfy.badness import MOJIBAKE_CATEGORIES as kinds
+
+    often = ("common", "lower_common", "upper_common", "kaomoji")
+    seldom = "".join(characters for kind, characters in kinds.items() if kind not in often) + "°ÙЂ"
+    alone = f"{kinds['c1']}ÂÃŒœ"
+    return re.compile(f"[{alone}{seldom}](?:(?<=[{alone}])|(?<=[^\\0-\\x7f].)|(?=[^\\0-\\x7f]))", re.DOTALL)
 
 
 def without_empty_turns(value: dict[str, Any]) -> dict[str, Any]:
