@@ -33,16 +33,49 @@ def free_bytes() -> int:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(free, _container_bytes())
+    return max(0, min(free, _group_bytes(), _address_bytes()))
 
 
-def _container_bytes() -> int:
-    """What the container has left of its limit (cgroup v2), unlimited without one."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-    except (OSError, ValueError):  # no such file, or the word max
+def _group_bytes(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
+    """What this process' control groups, as of a container, leave of their limits; unlimited where they set none.
+
+    Pages of files that were read count as used, though the kernel gives them up before it ends a process.
+    """
+    found = [sys.maxsize]
+    for line in _lines(own):
+        controllers, path = line.split(":", 2)[1:]
+        if controllers == "":
+            root, limit, used, reclaimed = mounted, "memory.max", "memory.current", "inactive_file "
+        elif "memory" in controllers.split(","):  # version 1
+            root, limit, used = mounted / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            reclaimed = "total_inactive_file "
+        else:
+            continue
+        group = root / path.strip("/")
+        for folder in (group, *group.parents):
+            try:
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            except (OSError, ValueError):  # no such file, or the word max
+                continue
+            files = [row for row in _lines(folder / "memory.stat") if row.startswith(reclaimed)]
+            found.append(left + sum(int(row.split()[1]) for row in files))
+    return min(found)
+
+
+def _address_bytes() -> int:
+    """What `ulimit -v` leaves this process."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
         return sys.maxsize
+    mapped = [int(line.split()[1]) for line in _lines(Path("/proc/self/status")) if line.startswith("VmSize:")]
+    return limit - 1024 * sum(mapped)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def gpus() -> int:
