@@ -25,7 +25,8 @@ def logged(folder: Path) -> list[tuple[int, float]]:
     return [(event.step, round(event.value, 3)) for event in shown.Scalars("train/loss")]
 
 
-def test_a_step_that_is_taken_again_is_shown_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clock", ["right", "set back"])
+def test_a_step_that_is_taken_again_is_shown_once(clock: str, tmp_path: Path) -> None:
     from train.curves import Curves
 
     def train(first: int, last: int, loss: float) -> None:
@@ -37,6 +38,10 @@ def test_a_step_that_is_taken_again_is_shown_once(tmp_path: Path) -> None:
         curves.on_train_end(None, state, None)
 
     train(0, 7, 2.0)  # killed two steps after the checkpoint of step 5
+    if clock == "set back":
+        [file] = tmp_path.iterdir()
+        file.rename(file.with_name(file.name.replace("tfevents.1", "tfevents.9")))
+    train(5, 8, 1.0)
     train(5, 9, 1.0)
     assert logged(tmp_path) == [(step, 2.0) for step in range(1, 6)] + [(step, 1.0) for step in range(6, 10)]
 

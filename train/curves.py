@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers.integrations import MLflowCallback, TensorBoardCallback
 
+EVENTS = "events.out.tfevents."
+
 
 class Curves(TensorBoardCallback):  # type: ignore[misc]
     """One folder a training, those before it beside it; steps that a resumed training takes again are forgotten.
@@ -25,6 +27,10 @@ class Curves(TensorBoardCallback):  # type: ignore[misc]
                 self.on_log(args, state, control, {name: value for name, value in row.items() if name != "step"})
 
     def _init_summary_writer(self, args: Any) -> None:
+        # TensorBoard reads files by name, which begins with the time: after a clock was set back, not in their order.
+        for number, file in enumerate(sorted(Path(self.logging_dir).glob(f"{EVENTS}*"))):
+            rest = file.name.removeprefix(EVENTS).partition(".")[2]
+            file.rename(file.with_name(f"{EVENTS}{number:010d}.{rest}"))
         self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=self.first_step)
 
 
