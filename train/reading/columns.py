@@ -36,9 +36,10 @@ def spread(record: Any) -> Iterator[Any]:
     if not isinstance(record, dict):
         yield record
         return
-    lowered = {name: name.strip().lower() for name in record if name not in KNOWN}
-    if any(name in KNOWN and name not in record for name in lowered.values()):
-        record = {lowered.get(name, name): value for name, value in record.items()}
+    if not "".join(record).islower():
+        lowered = {name: name.strip().lower() for name in record if name not in KNOWN}
+        if any(name in KNOWN and name not in record for name in lowered.values()):
+            record = {lowered.get(name, name): value for name, value in record.items()}
     if "instruction" in record and are_objects(record.get("instances")):
         yield from ({"instruction": record["instruction"]} | instance for instance in record["instances"])
     elif are_objects(record.get("paragraphs")) and all(are_objects(one.get("qas")) for one in record["paragraphs"]):
@@ -56,7 +57,7 @@ def require_words(record: Any) -> None:
 
 def columns_of_turns(record: Record) -> list[str]:
     """The columns that hold a list of turns, also as JSON text."""
-    return [name for name in TURNS if _holds_turns(name, record.get(name))]
+    return [name for name in TURNS if name in record and _holds_turns(name, record[name])]
 
 
 def _holds_turns(name: str, value: Any) -> bool:

@@ -199,7 +199,7 @@ def _export(record: Record) -> Format | None:
 
 def _conversation(record: Record) -> Format | None:
     """Formats with a column of turns, or two; other columns beside them, such as a prompt, only repeat."""
-    if any(set(names) <= record.keys() for names in PAIRS):
+    if any(better in record and worse in record for better, worse in PAIRS):
         return PREFERENCE
     turns = columns_of_turns(record)
     if len(turns) > 1:

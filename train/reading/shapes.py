@@ -47,7 +47,9 @@ def talk(record: Record, changes: Changes) -> Value:
     given = as_turns(record[name] if name else first(record, TURNS))
     if all(isinstance(said, str) for said in given):
         given = _alternating(given, record.get("speakers"))
-    return _whole(record, [one for turn in given for one in _exchanged(turn)], changes)
+    elif is_exchange(given[0]):
+        given = [one for turn in given for one in _exchanged(turn)]
+    return _whole(record, given, changes)
 
 
 def _alternating(said: list[str], speakers: Any) -> list[Any]:

@@ -124,7 +124,7 @@ def _message(turn: Any, where: str) -> Message:
     if role == "call":  # ShareGPT: the whole turn is the call
         return {"role": "assistant", "content": "", "tool_calls": tool_calls(content, where)}
     calls = turn.get("tool_calls") or turn.get("function_call")
-    thought = next((turn[key] for key in REASONING if turn.get(key)), None)
+    thought = next((turn[key] for key in REASONING if turn.get(key)), None) if role == "assistant" else None
     if role == "assistant" and isinstance(content, list):  # LLaMA-Factory writes these as parts
         thought = thought or text([part | {"type": "text"} for part in _parts(content, "reasoning")], where)
         calls = calls or [part.get("value") for part in _parts(content, "tool_call")]
@@ -139,7 +139,7 @@ def _message(turn: Any, where: str) -> Message:
             message["reasoning_content"] = text(thought, f"{where}: 'reasoning_content'")
         if calls:
             message["tool_calls"] = tool_calls(calls, where)
-        if any(turn.get(key) == 0 for key in UNLEARNED):
+        if any(key in turn and turn[key] == 0 for key in UNLEARNED):
             message["weight"] = 0
     elif role == "tool":
         message |= {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str)}
