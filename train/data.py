@@ -187,8 +187,9 @@ def _told_of(intake: Intake, number: int) -> dict[str, Any]:
     reasons, count = intake.by_reason.get(number, Counter()), intake.read[number]
     changes = +intake.normalized.get(number, Counter())
     columns = f" ({', '.join(detected.columns)})" if detected.columns else ""
-    told = "".join(f", {times} x {what}" for what, times in [("left out", reasons.total()), *changes.most_common()])
-    log.info("data: %s: %s%s, %d rows%s", source.name, detected.format.name, columns, count, told)
+    told = "".join(f", {times} x {what}" for what, times in changes.most_common())
+    what = f"{detected.format.name}{columns}, {count} rows, {reasons.total()} left out{told}"
+    log.info("data: %s: %s", source.name, what)
     return {
         "source": source.name,
         "format": detected.format.name,
