@@ -2,6 +2,7 @@
 
 import errno
 import importlib.metadata
+import io
 import logging
 import os
 import platform
@@ -120,6 +121,8 @@ def boundary() -> Iterator[None]:
     for chatty in ("httpx", "httpx2", "huggingface_hub", "absl", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not Unicode's shows the codes of what it lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

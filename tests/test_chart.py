@@ -47,6 +47,20 @@ def test_on_a_logarithmic_scale_each_power_of_ten_is_as_high_as_the_next() -> No
     assert [axis.at(tick) for tick in axis.ticks] == [218.0, 156.0, 94.0, 32.0]  # BOTTOM to TOP in thirds
 
 
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([2.384, 2.415], ["2.39", "2.40", "2.41"]),
+        ([0, 222], ["0", "50", "100", "150", "200"]),
+        ([0, 1.0], ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        ([0, 5000], ["0", "1,000", "2,000", "3,000", "4,000", "5,000"]),
+    ],
+)
+def test_the_ticks_of_a_scale_have_as_many_decimals_as_their_step(values: list[float], shown: list[str]) -> None:
+    axis = horizontal("x", values)
+    assert [axis.show(tick) for tick in axis.ticks] == shown
+
+
 @pytest.mark.parametrize("values", [[5.0], [0.0], [3, 3, 3], [-2.0, -1.0], [1e-9, 2e-9], [1e12, 2e12]])
 def test_any_values_have_a_scale(values: list[float]) -> None:
     axis = vertical("y", values)

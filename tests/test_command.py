@@ -124,6 +124,13 @@ def test_a_bug_keeps_its_traceback(bug: str, tmp_path: Path) -> None:
     assert not re.search("^error: ", done.stderr, re.M)
 
 
+def test_what_a_terminal_cannot_spell_is_shown_by_its_code() -> None:
+    code = "from recipe.command import boundary\nwith boundary():\n    print('Gr\\u00fc\\u00dfe \\u27e6')"
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (found.returncode, found.stdout) == (0, b"Gr\xfc\xdfe \\u27e6\n"), found.stderr
+
+
 def test_a_reader_that_is_gone_is_no_traceback(tmp_path: Path) -> None:
     code = "from recipe.command import boundary\nwith boundary():\n    while True: print('x' * 9999)"
     with subprocess.Popen(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from recipe.confidence import LEAST_ROWS, Estimate, Score, as_rows, compare, newcombe, squared_and_added, wilson
-from recipe.scores import table
+from recipe.scores import change, table
 from recipe.units import share
 from train.scoring.measures import confusion, macro_f1, matthews, normalized, text_measures, token_f1, words
 
@@ -185,3 +185,17 @@ def test_the_table_fits_the_terminal_with_every_interval(width: int) -> None:
     for estimate in (score.base, score.trained):
         assert {share(value) for value in (estimate.value, estimate.low, estimate.high)} <= set(words)
     assert score.verdict.split()[0] in text
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "shown"),
+    [
+        (0.559, "share", "+55.9"),
+        (-0.0471, "share", "\N{MINUS SIGN}4.7"),
+        (0.0, "share", "0.0"),
+        (13.87, "points", "+13.9"),
+        (-60.8, "number", "\N{MINUS SIGN}60.8"),
+    ],
+)
+def test_a_change_has_a_sign_and_shares_change_by_points_of_a_hundred(value: float, unit: str, shown: str) -> None:
+    assert change(value, unit) == shown

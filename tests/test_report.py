@@ -12,10 +12,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_run import EVERY, METRICS, TYPES, Told, comparisons
+from report_run import EVERY, METRICS, SCORES, TYPES, Told, comparisons
 
 from recipe import Run, UserError
-from recipe.pictures import loss_chart
+from recipe.confidence import Score
+from recipe.pictures import change_chart, loss_chart
 from recipe.report import page, report
 from recipe.summary import lineage
 
@@ -220,6 +221,15 @@ def test_each_chart_says_in_words_what_it_shows(told: Callable[..., Told]) -> No
     assert described.keys() == {"size", "speed", "losses", "change"}
     assert "Q4_K_M: 105\N{NO-BREAK SPACE}MB, 0.0480 nats" in described["size"]
     assert "validation loss 4.16 at step 0, 1.14 at step 200, 0.840 at step 400" in described["losses"]
+
+
+def test_what_changed_is_drawn_on_a_scale_of_a_hundred() -> None:
+    chart = change_chart([Score.of(row) for row in SCORES])
+    assert chart and {track.label: track.after for track in chart.tracks} == {
+        "key facts": pytest.approx((93.0, 83.7, 102.3)),  # a share, and the fixture's ends
+        "BLEU": pytest.approx((14.7, 13.23, 16.17)),  # points already
+        "general knowledge": pytest.approx((55.0, 49.5, 60.5)),
+    }
 
 
 def test_the_losses_mark_the_best_step_and_where_training_stopped(told: Callable[..., Told]) -> None:

@@ -183,6 +183,7 @@ def show_numbers(console: Any, recipe: Recipe, told: dict[str, Any]) -> None:
             f"cut to train.max_tokens={recipe.train.max_tokens}": numbers["cut"],
             "left out, no answer within train.max_tokens": numbers["dropped"],
             "left out, the template does not show it": numbers["unshown"],
+            "without their reasoning_content, which the template does not show": numbers.get("reasoning_lost", 0),
         }
         for what, number in lost.items():
             if number:
