@@ -227,6 +227,18 @@ def test_a_large_file_is_never_in_memory(kind: str, monkeypatch: pytest.MonkeyPa
     assert most < size / 4  # 2 MB in chunks of 16 kB; what is read first to know the kind is 64 kB
 
 
+@pytest.mark.parametrize("kind", ["array", "text"])
+def test_long_rows_come_few_in_a_chunk(kind: str) -> None:
+    """A worker holds some copies of a chunk: it is no larger for long rows than for short ones."""
+    rows = [{"text": f"{row} " + "word " * 12_000} for row in range(100)]
+    text = json.dumps(rows) if kind == "array" else "\n\n".join(row["text"] for row in rows)
+    Path("long.json" if kind == "array" else "long.txt").write_text(text)
+    [path] = Path().glob("long.*")
+    sizes = [sum(len(record["text"]) for _, record in chunk.content) for chunk in chunks(Source(str(path)))]
+    assert len(sizes) > 4 and max(sizes) < 1.2e6
+    assert sum(sizes) > 0.95 * len(text)
+
+
 def test_parquet_is_read_a_batch_at_a_time() -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 2500}), "many.parquet")
     assert [(chunk.first, len(chunk.content)) for chunk in chunks(Source("many.parquet"))] == [

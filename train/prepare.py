@@ -64,7 +64,8 @@ def settings(recipe: Recipe, questions: list[Row]) -> Settings:
         UserError: a language that cannot be told.
     """
     knobs = recipe.data.clean
-    language.require_known(knobs.languages)
+    if knobs.languages:  # its model takes longer to load than a small set to clean
+        language.require_known(knobs.languages)
     held_out = contamination.questions(questions if knobs.contamination else [], knobs.similarity)
     return Settings(knobs, held_out, recipe.seed)
 

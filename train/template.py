@@ -147,7 +147,13 @@ def _labelled(tokenizer: Any, texts: list[Spoken], max_tokens: int) -> list[Exam
 
     if not texts:
         return []
-    encoded = tokenizer([text for text, _ in texts], add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(
+        [text for text, _ in texts],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
     rows, offsets = encoded["input_ids"], encoded["offset_mapping"]
     # From here on the texts are one long text: numpy costs as much for a short array as for a long one.
     before = np.cumsum([0, *(len(text) for text, _ in texts)])

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from train.cleaning.text import texts
 
+ENCODER = json.JSONEncoder(sort_keys=True)  # json.dumps would make one a row
 WORD = re.compile(r"\w+")
 RUN = 5  # characters; Mining of Massive Datasets, section 3.2.2, has 5 for texts as short as e-mails
 BANDS, HASHES, SEED = 16, 128, 42
@@ -104,7 +105,7 @@ def _similarity(sketches: NDArray[np.uint8], left: Labels, right: Labels, step: 
 
 def _digest(value: Any) -> int:
     """64 bits of SHA-256: two of a million different rows get the same one with a probability below 1e-7."""
-    text = json.dumps(value, sort_keys=True)
+    text = ENCODER.encode(value)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
@@ -129,10 +130,11 @@ def _runs(compared: list[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     A text is followed by zeros, so that it has as many runs as characters, and an empty one has one.
     """
     padded = [(text or "\0") + "\0" * (RUN - 1) for text in compared]
-    codes = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
+    codes = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32)
     hashes = np.zeros(len(codes) - RUN + 1, np.uint64)
     for place in range(RUN):
-        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[place : place + len(hashes)]
+        hashes *= np.uint64(0x9E3779B97F4A7C15)
+        hashes += codes[place : place + len(hashes)]
     lengths = np.array([len(text) for text in padded])
     ends = np.cumsum(lengths)
     inside = np.ones(len(codes), bool)

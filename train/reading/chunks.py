@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +17,7 @@ from train.reading.packed import FAULTS, opened
 from train.reading.row import Problem
 from train.reading.tables import DELIMITERS, names_columns, pieces, table
 
-BYTES_A_CHUNK, ROWS_A_CHUNK = 1 << 20, 1000
+BYTES_A_CHUNK, CHARACTERS_A_CHUNK, ROWS_A_CHUNK = 1 << 20, 1 << 20, 1000
 LONGEST_LINE_BYTES = 1 << 26
 START_BYTES = 1 << 16
 TEXTS = (".txt", ".md", ".text", ".raw", ".tokens")
@@ -176,8 +175,11 @@ def _grouped(found: Iterable[tuple[int, Any]], name: str) -> Iterator[Chunk]:
     fault: Exception | None = None
     while fault is None:
         group: list[tuple[int, Any]] = []
+        length = 0
         try:
-            group.extend(islice(found, ROWS_A_CHUNK))
+            while len(group) < ROWS_A_CHUNK and length < CHARACTERS_A_CHUNK and (record := next(found, None)):
+                group.append(record)
+                length += _characters(record[1])
         except (UserError, UnicodeDecodeError, *FAULTS) as error:
             fault = error
         if not group and fault is None:
@@ -185,6 +187,17 @@ def _grouped(found: Iterable[tuple[int, Any]], name: str) -> Iterator[Chunk]:
         if group:
             yield Chunk(name, group[0][0], group)
     raise fault
+
+
+def _characters(record: Any) -> int:
+    waiting, length = [record], 0
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str):
+            length += len(value)
+    return length
 
 
 def _parsed(line: bytes, place: str) -> Any:
