@@ -256,6 +256,24 @@ SHAPES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     ),
     "Firefly": ("question and answer", {"kind": "x", "input": "ping", "target": "pong"}, {"messages": TALK}),
     "a table of a person's": ("question and answer", {"Question": "ping", "Answer ": "pong"}, {"messages": TALK}),
+    "medical-o1": (
+        "question and answer",
+        {"Question": "ping", "Complex_CoT": "hm", "Response": "pong"},
+        {"messages": [USER, ASSISTANT | {"reasoning_content": "hm"}]},
+    ),
+    "Anthropic's thinking": (
+        "OpenAI messages",
+        {
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "pong"}],
+                },
+            ]
+        },
+        {"messages": [USER, ASSISTANT | {"reasoning_content": "hm"}]},
+    ),
     "a question with its reasoning": (
         "question and answer",
         {"question": "ping", "reasoning": "hm", "answer": "pong"},

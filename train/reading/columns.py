@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from train.reading.row import Rejection
-from train.reading.turns import SPEAKERS
+from train.reading.turns import REASONING, SPEAKERS
 
 Record = Mapping[str, Any]
 TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "contents", "turns", "data")
@@ -24,7 +24,7 @@ SYSTEMS = ("system", "system_prompt", "system_instruction", "systeminstruction")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 CHOICES = ("choices", "options")
 OTHERS = ("instruction", "context", "history", "tools", "answers", "text", "label")
-KNOWN = frozenset((*QUESTIONS, *ANSWERS, *TURNS, *SYSTEMS, *MEDIA, *CHOICES, *OTHERS)).union(*PAIRS)
+KNOWN = frozenset((*QUESTIONS, *ANSWERS, *TURNS, *SYSTEMS, *MEDIA, *CHOICES, *REASONING, *OTHERS)).union(*PAIRS)
 LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 
 

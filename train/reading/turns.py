@@ -20,7 +20,7 @@ ROLES = {
     "function_call": "call", "tool_call": "call",
 }  # fmt: skip
 SPEAKERS, SAID = ("role", "from", "speaker"), ("content", "value", "utterance", "parts")
-REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking", "complex_cot")
 UNLEARNED = ("weight", "loss_weight", "train", "loss")  # 0 or false in one of them: the answer is only read
 SURROGATE = re.compile("[\ud800-\udfff]")
 JOINED = "turns of one role joined"
@@ -125,10 +125,11 @@ def _message(turn: Any, where: str) -> Message:
         return {"role": "assistant", "content": "", "tool_calls": tool_calls(content, where)}
     calls = turn.get("tool_calls") or turn.get("function_call")
     thought = next((turn[key] for key in REASONING if turn.get(key)), None) if role == "assistant" else None
-    if role == "assistant" and isinstance(content, list):  # LLaMA-Factory writes these as parts
-        thought = thought or text([part | {"type": "text"} for part in _parts(content, "reasoning")], where)
+    if role == "assistant" and isinstance(content, list):  # LLaMA-Factory and Anthropic write these as parts
+        thoughts = _parts(content, "reasoning", "thinking")
+        thought = thought or text([{"text": part.get("value", part.get("thinking"))} for part in thoughts], where)
         calls = calls or [part.get("value") for part in _parts(content, "tool_call")]
-        content = [part for part in content if part not in _parts(content, "reasoning", "tool_call")]
+        content = [part for part in content if part not in (*thoughts, *_parts(content, "tool_call"))]
     if content is None and not calls and not set(SAID) & turn.keys():
         raise ValueError(f"{where} has no 'content': its keys are {', '.join(map(str, turn))}")
     if role == "tool" and not isinstance(content, str | list | None):  # results are often objects
