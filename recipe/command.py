@@ -35,6 +35,7 @@ RECIPE is a shipped recipe's name or the path of a YAML file; key=value override
 """
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EROFS, errno.EACCES)
 
 log = logging.getLogger("truetune")
 
@@ -142,6 +143,9 @@ def boundary() -> Iterator[None]:
         print("error: out of memory: lower train.max_tokens or choose a smaller base, then run again", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FORBIDDEN:
+            print(f"error: {error.filename}: {error.strerror}: let this user read and write there", file=sys.stderr)
+            sys.exit(1)
         # safetensors tells a full disk by an exception of its own, with the system's words in it.
         if getattr(error, "errno", None) not in FULL and not any(os.strerror(code) in str(error) for code in FULL):
             raise

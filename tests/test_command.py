@@ -98,6 +98,18 @@ ENDS = {
         "",
         "error: the disk is full ({folder}): free some space and run again\n",
     ),
+    "read-only disk": (
+        "raise OSError(errno.EROFS, 'Read-only file system', 'runs/x')",
+        1,
+        "",
+        "error: runs/x: Read-only file system: let this user read and write there\n",
+    ),
+    "another user's folder": (
+        "raise PermissionError(errno.EACCES, 'Permission denied', 'runs/x')",
+        1,
+        "",
+        "error: runs/x: Permission denied: let this user read and write there\n",
+    ),
     "no memory": (
         "bytearray(1 << 62)",
         1,

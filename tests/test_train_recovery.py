@@ -43,8 +43,10 @@ def test_what_was_being_written_is_set_aside(trained: Workplace) -> None:
     folder = trained.run.path("checkpoints")
     (folder / ".saving").mkdir()
     (folder / "checkpoint-10").rename(folder / ".saving/checkpoint-10")
-    assert open_folder(folder, (folder / "training.key").read_text()) == folder / "checkpoint-5"
+    key = (folder / "training.key").read_text()
+    assert open_folder(folder, key) == folder / "checkpoint-5"
     assert (folder / "checkpoint-10.incomplete").is_dir() and not (folder / ".saving").exists()
+    assert open_folder(folder, key) == folder / "checkpoint-5" and not (folder / "checkpoint-10.incomplete").exists()
 
 
 def test_a_lost_best_checkpoint_is_told_and_the_best_of_the_others_kept(

@@ -2,7 +2,8 @@
 
 transformers writes a checkpoint's files in place and takes the highest number for the latest, so that a kill while
 saving leaves a folder that cannot be loaded. Here a checkpoint is written below `.saving`, listed with the hash of each
-of its files, and only then renamed. What is cut off, filled with zeros or changed is set aside as `<name>.incomplete`.
+of its files, and only then renamed. What is cut off, filled with zeros or changed is set aside as `<name>.incomplete`
+until the next start, so that many kills do not fill the disk.
 """
 
 import json
@@ -25,6 +26,8 @@ def open_folder(folder: Path, key: str) -> Path | None:
         for old in folder.iterdir():  # the folder itself may be a disk of its own
             remove(old)
     write_whole(mark, key)
+    for aside in folder.glob(f"checkpoint-*{INCOMPLETE}"):
+        remove(aside)
     for unfinished in (folder / SAVING).glob("checkpoint-*"):
         _set_aside(unfinished, folder / unfinished.name, "it was being written when the training ended")
     remove(folder / SAVING)
