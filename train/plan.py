@@ -22,6 +22,7 @@ from train.planning.prediction import (
     Place,
     devices_needed,
     fitting,
+    flops,
     job,
     largest_base,
     memory_bytes,
@@ -97,7 +98,10 @@ def _of_this_machine(recipe: Recipe) -> Recipe:
 
 def _model(of: Job) -> str:
     base = of.base
-    active = f", of which a token meets {number(base.active)}" if base.active != base.parameters else ""
+    active = ""
+    if base.active != base.parameters:
+        multiplied = number(base.active - base.looked_up)
+        active = f", of which a token meets {number(base.active)} ({multiplied} without the embedding)"
     return (
         f"{of.recipe.base}: {number(base.parameters)} weights{active}, {base.depth} layers of {base.width}\n"
         f"data: {number(of.data.tokens)} tokens an epoch by {of.data.told}, rows of {of.row(of.recipe.train)}, "
@@ -107,17 +111,23 @@ def _model(of: Job) -> str:
 
 def _memory(of: Job, at: Place) -> str:
     """A column for each way to tune; the recipe's has a star."""
-    tuners = [tuner for tuner in STEP_TUNERS if not (tuner == "qlora" and at.kind == "processor")]
-    columns = {tuner: memory_bytes(of, at, tuner) for tuner in tuners}
-    heads = [f"{tuner} *" if tuner == of.recipe.train.tuner else tuner for tuner in tuners]
-    rows = [[part, *(size(columns[tuner][part]) for tuner in tuners)] for part in columns[tuners[0]]]
+    tuner = of.recipe.train.tuner
+    tuners = [each for each in STEP_TUNERS if not (each == "qlora" and at.kind == "processor")]
+    columns = {each: memory_bytes(of, at, each) for each in tuners}
+    heads = [f"{each} *" if each == tuner else each for each in tuners]
+    rows = [[part, *(size(columns[each][part]) for each in tuners)] for part in columns[tuners[0]]]
     totals = [sum(column.values()) for column in columns.values()]
     rows += [
         ["together", *map(size, totals)],
         [f"fits {size(at.memory)}", *("yes" if total <= at.memory else "no" for total in totals)],
     ]
     spread = f" x {at.devices}, ZeRO stage {at.zero}" if at.devices > 1 else ""
+    if tuner in tuners:
+        seconds = of.data.tokens * of.recipe.train.epochs / tokens_per_second(of, at)[0]
+        rows.append(["time", *(duration(seconds * flops(of, each) / flops(of)) for each in tuners)])
     told = [f"memory of a step on {at.name}{spread}, {at.precision}", table(["", *heads], rows)]
+    if "qlora" in tuners and of.base.experts:
+        told.append(f"qlora keeps {number(of.base.experts)} weights of experts in 16 bits: bitsandbytes leaves them")
     total = sum(memory_bytes(of, at).values())
     if total > at.memory and (changes := fitting(of, at)):
         told.append(f"to fit: make train SET='{' '.join(changes)}'")
@@ -145,8 +155,12 @@ def _time(of: Job, at: Place, run: Run) -> str:
     tokens = of.data.tokens * of.recipe.train.epochs
     seconds = tokens / speed
     lines = f"time: {duration(seconds)} for {number(round(tokens))} tokens, {number(round(speed))} a second ({told})"
-    energy = at.watts * at.devices * seconds / 3.6e6
-    return f"{lines}\nenergy: {energy:.2g} kWh at {at.watts:g} W a device{_cost(at, seconds)}"
+    return f"{lines}\nenergy: {_energy(at, seconds)} at {at.watts:g} W a device{_cost(at, seconds)}"
+
+
+def _energy(at: Place, seconds: float) -> str:
+    hours = at.watts * at.devices * seconds / 3600
+    return f"{number(hours / 1000)} kWh" if hours >= 100 else f"{number(hours)} Wh"
 
 
 def _cost(at: Place, seconds: float) -> str:
@@ -170,7 +184,7 @@ def _rent(of: Job) -> str:
     if of.recipe.train.tuner not in STEP_TUNERS:
         return ""
     found = []
-    for name in DEVICES:
+    for name in _by_price():
         at = devices_needed(of, of.recipe, name)
         if at:
             seconds = of.data.tokens * of.recipe.train.epochs / tokens_per_second(of, at)[0]
@@ -182,7 +196,7 @@ def _rent(of: Job) -> str:
             size(at.memory),
             size(sum(memory_bytes(of, at).values())),
             duration(seconds),
-            f"{at.watts * at.devices * seconds / 3.6e6:.2g} kWh",
+            _energy(at, seconds),
             _cost(at, seconds).removeprefix(", "),
         ]
         for _, at, seconds in found[:RENTED_SHOWN]
@@ -194,7 +208,8 @@ def _rent(of: Job) -> str:
 
 
 def _by_price() -> list[str]:
-    return sorted(DEVICES, key=lambda name: DEVICES[name].price[0])
+    """Those that are rented."""
+    return sorted((name for name in DEVICES if DEVICES[name].price[0]), key=lambda name: DEVICES[name].price[0])
 
 
 def _weights(count: int) -> str:

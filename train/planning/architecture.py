@@ -10,7 +10,9 @@ from train.base import PACKAGED, RANDOM, packaged_gguf, random_config
 
 # Configs name a mixture's experts, and those that one token meets, in several ways.
 EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts", "moe_topk")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts", "moe_topk", "moe_top_k")
+MOST = {"num_hidden_layers": 1000, "hidden_size": 2**17, "vocab_size": 2**22, "num_attention_heads": 2**12}
+MEND = "mend its config.json or use another base"
 NOT_GENERATING = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification")
 
 
@@ -21,6 +23,8 @@ class Architecture:
     parameters: int
     active: int  # that one token meets: of a mixture's experts only its own
     linear: int  # in the linear layers between embedding and head, which QLoRA keeps in 4 bits
+    largest: int  # in the largest of these
+    experts: int  # of a mixture, where they are fused to one tensor a layer, which bitsandbytes leaves as they are
     head: int  # of the output head, multiplied only where the assistant speaks
     looked_up: int  # of the embedding, which nothing multiplies; 0 where the head is tied to it
     depth: int
@@ -53,11 +57,12 @@ def read_config(recipe: Recipe, run: Run) -> Any:
                 raise UserError(f"{folder} holds no config.json, by which a model is planned: name a model's folder")
             # A config may name code of its own; it is never run, and most such models are known without it.
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"base {recipe.base!r}: its config is not understood ({reason[:200]}): use another base"
-        ) from None
+    except UserError:
+        raise
+    except Exception as error:  # of whatever class of config a stranger's file names
+        raise UserError(f"base {recipe.base!r}: its config is not understood ({reason(error)}): {MEND}") from None
+    if absurd := _absurd(config.get_text_config()):
+        raise UserError(f"base {recipe.base!r}: its config has {absurd}: {MEND}")
     kinds = [str(kind) for kind in config.architectures or ()]
     generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not any(k.endswith(NOT_GENERATING) for k in kinds)
     if not generates or not isinstance(config, PretrainedConfig):
@@ -80,18 +85,22 @@ def architecture(config: Any) -> Architecture:
     head = output.weight.numel() if output is not None else 0
     embedding = model.get_input_embeddings().weight
     tied = output is not None and output.weight is embedding
-    linear = sum(
+    linear = [
         module.weight.numel()
         for module in model.modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not output
-    )
-    experts, chosen = (next((int(getattr(text, name)) for name in names if getattr(text, name, None)), 0)
-                       for names in (EXPERTS, CHOSEN))  # fmt: skip
-    routed = sum(size for name, size in sizes.items() if re.search(r"\bexperts\.", name)) if experts else 0
+    ]
+    routed = {name: size for name, size in sizes.items() if re.search(r"\bexperts\.", name)}
+    places = (text, getattr(text, "ffn_config", None))
+    count, chosen = (next((int(value) for of in places for name in names if (value := getattr(of, name, None))), 0)
+                     for names in (EXPERTS, CHOSEN))  # fmt: skip
+    asleep = sum(routed.values()) * (count - chosen) // count if count else 0
     return Architecture(
         parameters=sum(sizes.values()),
-        active=sum(sizes.values()) - (routed - routed * chosen // experts if experts else 0),
-        linear=linear,
+        active=sum(sizes.values()) - asleep,
+        linear=sum(linear),
+        largest=max(linear, default=0),
+        experts=sum(size for name, size in routed.items() if not name.endswith(".weight")) if count else 0,
         head=head,
         looked_up=0 if tied else embedding.numel(),
         depth=text.num_hidden_layers,
@@ -112,9 +121,27 @@ def on_meta(config: Any, dtype: str = "float32") -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"a {config.model_type} cannot be built from its config ({reason}): use another base") from None
+    except Exception as error:  # of the model's own code
+        raise UserError(f"a {config.model_type} cannot be built from its config ({reason(error)}): {MEND}") from None
+
+
+def reason(error: Exception) -> str:
+    """What a library says in its last line, short enough for a message of one line."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return said[-1][:200] if said else type(error).__name__
+
+
+def _absurd(text: Any) -> str:
+    """What no model can have, as `key=value`, or nothing."""
+    for key, most in MOST.items():
+        value = getattr(text, key, None)
+        if value is not None and not (isinstance(value, int) and 1 <= value <= most):
+            return f"{key}={value!r}, where 1 to {most:,} are known"
+    heads = getattr(text, "num_attention_heads", None) or 1
+    groups = getattr(text, "num_key_value_heads", None) or heads
+    if not isinstance(groups, int) or groups < 1 or heads % groups:
+        return f"num_key_value_heads={groups!r}, which does not divide num_attention_heads={heads}"
+    return ""
 
 
 def _config_of_hub(name: str) -> Path:

@@ -29,6 +29,17 @@ def state_bytes(
     }
 
 
+def whole_bytes(of: Architecture, weights: float, tuner: str, width: int, zero: int) -> float:
+    """Weights that a device has whole for a moment, of a model whose weights together have `weights` bytes.
+
+    By ZeRO stage 3 that of the part that computes and of the next one, a layer or the head; by QLoRA a layer's largest
+    matrix, which bitsandbytes expands to multiply.
+    """
+    part = max((of.parameters - of.head - of.looked_up) // of.depth, of.head)
+    gathered = 2 * part * weights / of.parameters if zero == 3 else 0
+    return gathered + (width * of.largest if tuner == "qlora" else 0)
+
+
 def checkpoint_bytes(parameters: int, trained: int, tuner: str, width: int) -> int:
     """One checkpoint: an adapter with its optimizer, or all weights with the float32 copy where there is one."""
     if tuner == "full":

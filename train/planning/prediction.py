@@ -10,12 +10,13 @@ from recipe.machine import cores, free_bytes, machine
 from recipe.schema import Train
 from train.planning.architecture import Architecture, architecture, read_config
 from train.planning.corpus import Corpus, corpus, supervised_positions
-from train.planning.devices import DEVICES, processor_peak
-from train.planning.memory import state_bytes, token_flops, training_flops
-from train.planning.rehearsal import Rehearsal, rehearse
+from train.planning.devices import DEVICES, like, processor_peak
+from train.planning.memory import state_bytes, token_flops, training_flops, whole_bytes
+from train.planning.rehearsal import Rehearsal, fused, rehearse
 
 # Resident before any weight: Python with torch, transformers and TRL, or CUDA's context with its libraries' buffers.
 RUNTIME_BYTES = {"processor": 0.58e9, "gpu": 0.8e9}
+NCCL_BYTES = 1e9  # a device's buffers to talk to others: 1 to 2 GiB (ml-engineering, training/performance)
 # What the allocators hold beyond the tensors of a step: glibc a quarter (measured), CUDA's caching one a tenth.
 HOLES = {"processor": 1.25, "gpu": 1.1}
 # Of the peak: published LoRA and full trainings on GPUs reach 0.33 to 0.52; a small model on a processor far less.
@@ -56,10 +57,12 @@ class Job:
         tokens = knobs.rows * self.row(knobs)
         width = "float32" if place.kind == "processor" else place.precision
         supervised = supervised_positions(tokens, self.data.supervised)
-        key = (tuner == "full" or knobs.lora, tokens, supervised, place.precision == "bfloat16", width)
+        fast = place.precision == "bfloat16"
+        key = (tuner == "full" or knobs.lora, tokens, supervised, fast, width, knobs.checkpointing)
         if key not in self.rehearsed:
             adapted = None if tuner == "full" else dataclasses.replace(self.recipe, train=knobs)
-            self.rehearsed[key] = rehearse(self.config, adapted, *key[1:])
+            config = self.config if place.kind == "processor" else fused(self.config)
+            self.rehearsed[key] = rehearse(config, adapted, *key[1:])
         return self.rehearsed[key]
 
 
@@ -107,25 +110,27 @@ def _here(recipe: Recipe) -> Place:
         peak, watts = processor_peak(precision), WATTS_A_CORE * cores()
         return Place("this machine's processor", "processor", free_bytes(), precision, peak, watts, price)
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    words = name.lower().replace("-", " ").split()
-    known = [device for device in DEVICES.values() if device.name.split("-")[0] in words or _is(device.name, words)]
-    near = min(known or DEVICES.values(), key=lambda device: abs(device.memory - memory))
+    near, known = like(name, memory)
     peak = near.bfloat16 if precision == "bfloat16" else near.float32
-    return Place(name, "gpu", memory, precision, peak, near.watts, price, known=bool(known))
-
-
-def _is(name: str, words: list[str]) -> bool:
-    return all(part in words for part in name.split("-"))
+    return Place(name, "gpu", memory, precision, peak, near.watts, price, known=known)
 
 
 def memory_bytes(of: Job, at: Place, tuner: str = "", knobs: Train | None = None) -> dict[str, float]:
     """What each device holds at the peak of a step, by what it is for."""
     knobs, tuner = knobs or of.recipe.train, tuner or of.recipe.train.tuner
     step = of.rehearsal(at, tuner, knobs)
+    held = states(of, at, tuner, step.trained)
+    held["activations and logits"] = HOLES[at.kind] * step.bytes
+    return held | {"libraries": RUNTIME_BYTES[at.kind] + (NCCL_BYTES if at.devices > 1 else 0)}
+
+
+def states(of: Job, at: Place, tuner: str, trained: int) -> dict[str, float]:
+    """What each device holds of weights, gradients and optimizer."""
     width = 4 if at.kind == "processor" or at.precision == "float32" else 2
-    held = state_bytes(of.base.parameters, step.trained, of.base.linear, tuner, width, at.devices, at.zero)
-    held["activations and logits"] = HOLES[at.kind] * step.bytes(knobs.checkpointing)
-    return held | {"libraries": RUNTIME_BYTES[at.kind]}
+    counts = (of.base.parameters, trained, of.base.linear, tuner, width)
+    held = state_bytes(*counts, at.devices, at.zero)
+    held["weights"] += whole_bytes(of.base, state_bytes(*counts)["weights"], tuner, width, at.zero * (at.devices > 1))
+    return held
 
 
 def flops(of: Job, tuner: str = "") -> float:
@@ -172,7 +177,9 @@ def fitting(of: Job, at: Place) -> list[str]:
         knobs = dataclasses.replace(knobs, **{key: value})
         changes = [change for change in changes if not change.startswith(f"train.{key}=")]
         changes.append(f"train.{key}={str(value).lower()}")
-        if key != "rows" and sum(memory_bytes(of, at, knobs.tuner, knobs).values()) <= at.memory:
+        if key == "rows" or sum(states(of, at, knobs.tuner, 0).values()) > at.memory:
+            continue  # the weights alone are too many, which needs no rehearsal
+        if sum(memory_bytes(of, at, knobs.tuner, knobs).values()) <= at.memory:
             return changes
     return []
 
