@@ -17,6 +17,7 @@ from recipe import Made, Recipe, Run, UserError, command
 from recipe.files import fingerprint, fresh_folder, put_in_place
 from recipe.run import Fingerprints
 from train.origin import origin
+from train.reach import without_waiting
 from train.tokenizer import prepare_tokenizer
 
 PACKAGED = "smollm2-135m"
@@ -189,10 +190,11 @@ def _from_hub(name: str, folder: Path) -> Fingerprints:
     """Download a Hub model's safetensors and settings, nothing else."""
     for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.pop(bars, None)  # a download of gigabytes shows its progress
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
+    without_waiting(HfApi.model_info, repository, revision or None)
     try:
         found = snapshot_download(repository, revision=revision or None, allow_patterns=[*WEIGHTS, *SETTINGS])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from recipe import Recipe, Run, UserError
 from train.base import PACKAGED, RANDOM, packaged_gguf, random_config
+from train.reach import without_waiting
 
 # Configs name a mixture's experts, and those that one token meets, in several ways.
 EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
@@ -146,10 +147,11 @@ def _absurd(text: Any) -> str:
 
 def _config_of_hub(name: str) -> Path:
     """The folder of a Hub model's config.json, the one file that is fetched."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
+    without_waiting(HfApi.model_info, repository, revision or None)
     try:
         return Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:

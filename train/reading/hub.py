@@ -1,17 +1,15 @@
 """A split of a data set on the Hugging Face Hub, from the cache in HF_HOME where it is, else downloaded into it."""
 
-import logging
 import os
 import re
 from typing import Any, NamedTuple
 
 from recipe import UserError
+from train.reach import without_waiting
 
-log = logging.getLogger("truetune")
 NAME = re.compile(
     r"(?P<id>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<first>[\w.-]+))?(?::(?P<second>[\w.-]+))?"
 )
-REACHED_SECONDS = 10
 
 
 class HubSet(NamedTuple):
@@ -37,7 +35,9 @@ def download(wanted: HubSet) -> Any:
     """
     for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.pop(bars, None)  # a download of gigabytes shows its progress
-    _without_waiting(wanted)
+    from huggingface_hub import HfApi
+
+    without_waiting(HfApi.dataset_info, wanted.id, wanted.revision)
     try:
         builder, split = _builder(wanted)
         builder.download_and_prepare()
@@ -78,18 +78,3 @@ def _split(builder: Any, wanted: HubSet, given: str | None) -> str:
     example = ":".join([wanted.id, *([wanted.first] if wanted.first and wanted.first != given else []), splits[0]])
     which = f"no split {split!r}" if split else "several splits"
     raise UserError(f"{wanted.id}: {which}: name one of {', '.join(splits)}, as in {example}")
-
-
-def _without_waiting(wanted: HubSet) -> None:
-    """Where the Hub is out of reach, its libraries look into the cache at once instead of trying for half a minute."""
-    import datasets
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        huggingface_hub.HfApi().dataset_info(wanted.id, revision=wanted.revision, timeout=REACHED_SECONDS)
-    except HfHubHTTPError:
-        return  # it answered; what is wrong is told when the set is asked for
-    except Exception as error:  # of whichever HTTP library it uses
-        log.info("data: the Hugging Face Hub is out of reach (%s), looking into the cache", type(error).__name__)
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
