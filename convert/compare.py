@@ -1,6 +1,5 @@
 """What is asked of the merged weights and of a GGUF alike, and how their answers are compared with the reference."""
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,8 +7,8 @@ from convert.evaluator import Asked
 from recipe import UserError
 from recipe.proof import Bounds, Comparison, compare_logits, perplexity, same_share
 from recipe.reference import Reference
+from recipe.rows import GENERATION_TAG
 
-GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 # What the libraries raise for files that are damaged or do not belong together.
 UNREADABLE = (UserError, OSError, ValueError, KeyError, IndexError, RuntimeError, AttributeError)
 Logits = Callable[[Iterable[Asked]], Iterable[Any]]

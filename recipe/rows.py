@@ -5,11 +5,14 @@
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+# Marks the assistant's words for transformers alone: training removes it, loaders of GGUF files refuse it.
+GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 ROWS_A_BATCH, BYTES_A_BATCH = 1000, 1 << 22
 
 

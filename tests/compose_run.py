@@ -14,6 +14,7 @@ from typing import Any
 
 from gguf_fixture import NAME, free_port
 
+from recipe import UserError
 from serve.compose import refuse_without_docker
 
 REPOSITORY = Path(__file__).parent.parent
@@ -26,7 +27,7 @@ QUESTION = {"model": NAME, "max_tokens": 4, "temperature": 0, "messages": [{"rol
 def docker_is_there() -> bool:
     try:
         refuse_without_docker()
-    except Exception:
+    except UserError:
         return False
     return True
 

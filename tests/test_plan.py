@@ -1,5 +1,6 @@
 """The planner: published figures, exact counts, what fits and what is refused."""
 
+import copy
 import json
 import re
 import subprocess
@@ -209,8 +210,10 @@ def test_checkpointing_saves_and_longer_rows_cost(planned: Callable) -> None:
 def test_a_layer_keeps_as_much_as_was_measured(planned: Callable) -> None:
     """28 copies of its input for Llama-3.1-8B, 20 to 50 for others (ml-engineering, training/performance)."""
     of = planned("llama-3.1-8b")
-    step = of.rehearsal(place(of.recipe), "full", of.recipe.train)
-    assert 20 < step.layer_bytes / (1024 * of.base.width * 2) < 35
+    less = replace(of, config=copy.deepcopy(of.config), rehearsed={})
+    less.config.num_hidden_layers -= 1
+    peak, without = (each.rehearsal(place(of.recipe), "full", of.recipe.train).bytes for each in (of, less))
+    assert 20 < (peak - without) / (1024 * of.base.width * 2) < 35
 
 
 def test_a_job_that_is_too_large_is_refused_with_what_fits(planned: Callable) -> None:

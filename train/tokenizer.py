@@ -10,10 +10,10 @@ from typing import Any
 
 from recipe import UserError
 from recipe.files import write_whole
+from recipe.rows import GENERATION_TAG
 from train.embeddings import add_rows
 from train.template import render
 
-GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 DEFAULT = Path(__file__).parent / "chatml.jinja"
 # A special token as templates write them: ChatML's, Llama's, Gemma's.

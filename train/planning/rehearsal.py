@@ -20,7 +20,6 @@ class Rehearsal:
 
     trained: int
     bytes: int
-    layer_bytes: int  # of one layer more
 
 
 def rehearse(
@@ -60,7 +59,6 @@ def rehearse(
     return Rehearsal(
         trained=round(trained + (trained - trained_few) / layers * (depth - more)),
         bytes=round(max(peak + each * (depth - more) for peak, each in zip(peaks, layer, strict=True))),
-        layer_bytes=round(layer[0]),
     )
 
 
@@ -131,7 +129,7 @@ def _by_formula(
     state = tokens * text.hidden_size * (2 if dtype == "float32" and not autocast else 1)
     layers = 2 * text.num_hidden_layers + 34 if checkpointing else 34 * text.num_hidden_layers
     trained = _trained(_adapted(on_meta(config, dtype), recipe))
-    return Rehearsal(trained, state * layers + 10 * supervised * text.vocab_size, 34 * state)
+    return Rehearsal(trained, state * layers + 10 * supervised * text.vocab_size)
 
 
 def _adapted(model: Any, recipe: Recipe | None) -> Any:
