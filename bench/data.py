@@ -23,9 +23,9 @@ from typing import Any
 
 import psutil
 
-from recipe import Run, load
-from recipe.command import boundary
-from recipe.machine import cores
+from pipeline import Run, load
+from pipeline.command import boundary
+from pipeline.machine import cores
 
 ROWS, PEER_ROWS = 100_000, 100_000
 SECONDS_BETWEEN_LOOKS = 0.2

@@ -17,8 +17,8 @@ from typing import Any
 
 import httpx
 
-from recipe import Run, UserError, load
-from recipe.command import boundary
+from pipeline import Run, UserError, load
+from pipeline.command import boundary
 from serve.asking.key import read_key
 from serve.running.session import Session, find
 from serve.status import memory_bytes

@@ -12,8 +12,8 @@ import sys
 import time
 from typing import Any
 
-from recipe import Recipe, Run, load
-from recipe.command import boundary
+from pipeline import Recipe, Run, load
+from pipeline.command import boundary
 
 ROUNDS, STEPS = 2, 4
 
@@ -72,7 +72,7 @@ def trl(recipe: Recipe, run: Run, tuned: bool) -> Any:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    from recipe.machine import fast_precision
+    from pipeline.machine import fast_precision
     from train.sft import load_base
 
     tokenizer, model = load_base(recipe, run)

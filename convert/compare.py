@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from convert.evaluator import Asked
-from recipe import UserError
-from recipe.proof import Bounds, Comparison, compare_logits, perplexity, same_share
-from recipe.reference import Reference
-from recipe.rows import GENERATION_TAG
+from pipeline import UserError
+from pipeline.proof import Bounds, Comparison, compare_logits, perplexity, same_share
+from pipeline.reference import Reference
+from pipeline.rows import GENERATION_TAG
 
 # What the libraries raise for files that are damaged or do not belong together.
 UNREADABLE = (UserError, OSError, ValueError, KeyError, IndexError, RuntimeError, AttributeError)

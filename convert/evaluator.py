@@ -6,8 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from recipe import UserError
-from recipe.machine import cores
+from pipeline import UserError
+from pipeline.machine import cores
 
 Asked = tuple[list[int], list[int]]  # tokens, and the positions in them whose next-token logits are wanted
 # Each pass makes the threads wait for one another hundreds of times; a larger one attends to more foreign tokens.

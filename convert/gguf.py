@@ -13,9 +13,9 @@ from typing import Any
 from convert.header import Header, read_header
 from convert.imatrix import IMATRIX, Matrix, imatrix, training_tokens, write_imatrix
 from convert.llamacpp import convert, file_type, quantize
-from recipe import Made, Recipe, Run, UserError, command
-from recipe.files import fresh_folder, put_in_place
-from recipe.schema import WITHOUT_IMATRIX
+from pipeline import Made, Recipe, Run, UserError, command
+from pipeline.files import fresh_folder, put_in_place
+from pipeline.recipe import WITHOUT_IMATRIX
 
 log = logging.getLogger("truetune")
 F16_LARGEST = 65504.0

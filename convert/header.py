@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe import UserError
+from pipeline import UserError
 
 
 @dataclass(frozen=True)

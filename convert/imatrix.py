@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from convert.evaluator import PASS_TOKENS, Evaluator
-from recipe import UserError
-from recipe.progress import progress
-from recipe.rows import count, picked, rendered
+from pipeline import UserError
+from pipeline.progress import progress
+from pipeline.rows import count, picked, rendered
 
 IMATRIX = "imatrix.gguf"
 DATASET = "data/train.arrow"  # what the files say that it was computed from

@@ -12,10 +12,10 @@ from typing import Any
 
 from convert.imatrix import DATASET, IMATRIX, Matrix, chunks
 from convert.pretokenizer import pre_tokenizer
-from recipe import UserError
-from recipe.machine import cores
-from recipe.progress import progress
-from recipe.schema import NEEDS_IMATRIX
+from pipeline import UserError
+from pipeline.machine import cores
+from pipeline.progress import progress
+from pipeline.recipe import NEEDS_IMATRIX
 
 FALLBACK = re.compile(r"warning: *(\S+) *- ncols .*?required for type *(\w+)\).*?falling back to *(\w+)")
 FALLBACK_COUNT = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback")

@@ -20,13 +20,13 @@ from convert.compare import UNREADABLE, asked_of, check_stops, check_template, c
 from convert.evaluator import PASS_SEQUENCES, Evaluator
 from convert.header import Header, read_header
 from convert.llamacpp import file_type
-from recipe.files import write_whole
-from recipe.machine import resident_bytes
-from recipe.progress import progress
-from recipe.proof import Bounds, Comparison, compare_tokens
-from recipe.reference import Reference, read_reference
-from recipe.schema import QUANTIZATIONS
-from recipe.score import key_fact_accuracy
+from pipeline.files import write_whole
+from pipeline.machine import resident_bytes
+from pipeline.progress import progress
+from pipeline.proof import Bounds, Comparison, compare_tokens
+from pipeline.recipe import QUANTIZATIONS
+from pipeline.reference import Reference, read_reference
+from pipeline.score import key_fact_accuracy
 
 log = logging.getLogger("truetune")
 LEAST_BITS = 0.75  # of what the type has in Llama 3 8B; a fallback takes more, a larger model a little less

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from convert.model import load
-from recipe import Made, Recipe, Run, UserError, command
-from recipe.files import fresh_folder, put_in_place
-from recipe.rows import rendered, rows
+from pipeline import Made, Recipe, Run, UserError, command
+from pipeline.files import fresh_folder, put_in_place
+from pipeline.rows import rendered, rows
 
 log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "peft", "safetensors")

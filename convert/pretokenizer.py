@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recipe import UserError
+from pipeline import UserError
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel itself splits by
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

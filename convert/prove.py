@@ -17,15 +17,15 @@ from convert.evaluator import Asked
 from convert.llamacpp import quantize
 from convert.measure import Found, Task, measured
 from convert.model import load
-from recipe import Made, Recipe, Run, UserError, command
-from recipe.files import fresh_folder, remove, write_whole
-from recipe.machine import cores, free_bytes
-from recipe.proof import Bounds, Comparison, compare_tokens, write_comparisons
-from recipe.recommend import loss, recommend
-from recipe.reference import Reference, read_reference
-from recipe.rows import heldout
-from recipe.schema import NEEDS_IMATRIX, QUANTIZATIONS
-from recipe.score import facts_in
+from pipeline import Made, Recipe, Run, UserError, command
+from pipeline.files import fresh_folder, remove, write_whole
+from pipeline.machine import cores, free_bytes
+from pipeline.proof import Bounds, Comparison, compare_tokens, write_comparisons
+from pipeline.recipe import NEEDS_IMATRIX, QUANTIZATIONS
+from pipeline.recommend import loss, recommend
+from pipeline.reference import Reference, read_reference
+from pipeline.rows import heldout
+from pipeline.score import facts_in
 
 log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "numpy")

@@ -23,10 +23,10 @@ from datatrove.pipeline.dedup.exact_dedup import (
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
-from recipe import Recipe, UserError, load
-from recipe.command import boundary
+from pipeline import Recipe, UserError, load
+from pipeline.command import boundary
+from train.cleaning.prepare import Settings, Work, prepared, settings
 from train.heldout import read_questions
-from train.prepare import Settings, Work, prepared, settings
 from train.reading.formats import detect, whole_chunks
 from train.reading.row import Problem, Row
 from train.reading.sources import Source, sources

@@ -12,15 +12,15 @@ import time
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 
-from recipe.command import boundary, peak_rss_bytes, recipe_of_arguments, versions
-from recipe.error import UserError
-from recipe.load import as_dict
-from recipe.machine import cores
-from recipe.proof import read_comparisons
-from recipe.recommend import chosen
-from recipe.run import Receipt, Run
-from recipe.schema import Recipe
-from recipe.stages import stage
+from pipeline.command import boundary, peak_rss_bytes, recipe_of_arguments, versions
+from pipeline.error import UserError
+from pipeline.load import as_dict
+from pipeline.machine import cores
+from pipeline.proof import read_comparisons
+from pipeline.recipe import Recipe
+from pipeline.recommend import chosen
+from pipeline.run import Receipt, Run
+from pipeline.stages import stage
 from serve.asking.endpoint import port_problem, url_of, with_environment
 from serve.asking.key import KEY_FILE
 from serve.running.backend import Backend, Service
@@ -130,9 +130,9 @@ def backend_of(recipe: Recipe, run: Run) -> Backend:
     """The engine that the recipe names."""
     match recipe.serve.engine:
         case "llamacpp":
-            from serve.running.llamacpp import backend
+            from serve.engines.llamacpp import backend
         case "vllm":
-            from serve.running.vllm import backend
+            from serve.engines.vllm import backend
         case "ollama":
             from serve.register import backend
     return backend(recipe, run)
@@ -142,7 +142,7 @@ def chat_window(recipe: Recipe, run: Run, backend: Backend) -> list[Service]:
     """Open WebUI in front of the engine, if the recipe wants it."""
     if recipe.serve.ui != "openwebui":
         return []
-    from serve.running.openwebui import openwebui
+    from serve.openwebui import openwebui
 
     return [openwebui(run, backend.endpoint, recipe.serve.ui_port)]
 
@@ -201,7 +201,7 @@ def ui_url(recipe: Recipe) -> str:
 
 def welcome(recipe: Recipe, backend: Backend) -> str:
     """Where everything is; secrets by their file."""
-    from serve.running.openwebui import EMAIL, PASSWORD_FILE
+    from serve.openwebui import EMAIL, PASSWORD_FILE
 
     window = {"openwebui": OPENWEBUI, "builtin": BUILTIN, "none": NONE}[recipe.serve.ui]
     guarded = bool(backend.services)  # Ollama asks for no key

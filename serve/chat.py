@@ -13,10 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recipe.command import boundary, recipe_of_arguments
-from recipe.error import UserError
-from recipe.run import Run
-from recipe.schema import Recipe
+from pipeline.command import boundary, recipe_of_arguments
+from pipeline.error import UserError
+from pipeline.recipe import Recipe
+from pipeline.run import Run
 from serve.asking.endpoint import is_healthy, port_of_environment, served_model, url_of
 from serve.asking.key import read_key
 

@@ -10,12 +10,12 @@ import shlex
 import sys
 from dataclasses import dataclass
 
-from recipe.command import boundary, recipe_of_arguments
-from recipe.error import UserError
-from recipe.run import Run
-from recipe.schema import Recipe
+from pipeline.command import boundary, recipe_of_arguments
+from pipeline.error import UserError
+from pipeline.recipe import Recipe
+from pipeline.run import Run
 from serve.asking.key import KEY_FILE
-from serve.running.vllm import Machine, Model, model_arguments, model_of
+from serve.engines.vllm import Machine, Model, model_arguments, model_of
 
 WAYS = ("replicas", "nodes", "ray")
 PROGRAMS = ".venv-vllm/bin"

@@ -8,18 +8,18 @@ import shutil
 import subprocess
 import sys
 
-from recipe.command import boundary, recipe_of_arguments
-from recipe.error import UserError
-from recipe.load import find
-from recipe.recommend import chosen
-from recipe.run import Run
-from recipe.schema import Recipe
+from pipeline.command import boundary, recipe_of_arguments
+from pipeline.error import UserError
+from pipeline.load import find
+from pipeline.recipe import Recipe
+from pipeline.recommend import chosen
+from pipeline.run import Run
 from serve.api import refuse_disproved
 from serve.asking.endpoint import port_problem, url_of, with_environment
 from serve.asking.key import KEY_FILE, make_key
 from serve.containers import stack
-from serve.running.llamacpp import refuse_long_context, served_file
-from serve.running.openwebui import EMAIL, PASSWORD_FILE
+from serve.engines.llamacpp import refuse_long_context, served_file
+from serve.openwebui import EMAIL, PASSWORD_FILE
 
 DOES = "Start the stack in containers; with --down, stop it"
 READY_SECONDS = 1800

@@ -9,13 +9,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from recipe import Recipe, Run, UserError, harness
-from recipe.command import boundary, recipe_of_arguments
-from recipe.confidence import METHOD, as_rows, median
-from recipe.files import write_whole
-from recipe.progress import progress
-from recipe.rows import heldout
-from recipe.scores import show
+from pipeline import Recipe, Run, UserError, harness
+from pipeline.command import boundary, recipe_of_arguments
+from pipeline.confidence import METHOD, as_rows, median
+from pipeline.files import write_whole
+from pipeline.progress import progress
+from pipeline.rows import heldout
+from pipeline.scores import show
 from serve.chat import Answer, connect, failures, reason
 from serve.running.session import Session, find
 from serve.status import memory_bytes

@@ -11,10 +11,10 @@ import tempfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from recipe.command import boundary, recipe_of_arguments
-from recipe.error import UserError
-from recipe.run import Run
-from recipe.schema import Recipe
+from pipeline.command import boundary, recipe_of_arguments
+from pipeline.error import UserError
+from pipeline.recipe import Recipe
+from pipeline.run import Run
 from serve.asking.endpoint import HOST, port_problem
 from serve.asking.key import make_key
 from serve.comparing.artefacts import artefacts

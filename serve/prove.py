@@ -10,19 +10,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from recipe import Made, Recipe, Run, UserError
-from recipe.command import boundary, recipe_of_arguments, up_to_date
-from recipe.proof import Comparison, read_comparisons
-from recipe.recommend import chosen
-from recipe.reference import Reference, read_reference
-from recipe.report import report
-from recipe.stages import stage
+from pipeline import Made, Recipe, Run, UserError
+from pipeline.command import boundary, recipe_of_arguments, up_to_date
+from pipeline.proof import Comparison, read_comparisons
+from pipeline.recommend import chosen
+from pipeline.reference import Reference, read_reference
+from pipeline.stages import stage
 from serve.api import backend_of
 from serve.asking.endpoint import ERRORS, free_port, with_environment
 from serve.asking.probe import Engine, LlamaCpp, Vllm, ask_probes
+from serve.openwebui import port_of, proved_windows
 from serve.register import row as registered_row
 from serve.running.backend import Backend
-from serve.running.openwebui import port_of, proved_windows
 from serve.running.session import find
 from serve.running.supervisor import Supervisor
 
@@ -176,6 +175,5 @@ if __name__ == "__main__":
         if ollama := registered_row(recipe, Run(recipe.name)):
             comparisons.append(vars(ollama))
         show(comparisons, receipt.metrics["notes"], receipt.metrics["recommended"])
-        report(recipe, Run(recipe.name))
         if problems := verdict(recipe, comparisons):
             raise UserError(*problems)

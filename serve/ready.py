@@ -1,10 +1,11 @@
 """Say before minutes of training, not after, what `make serve` would stumble over:  python -m serve.ready RECIPE"""
 
-from recipe.command import boundary, recipe_of_arguments
-from recipe.run import Run
+from pipeline.command import boundary, recipe_of_arguments
+from pipeline.run import Run
+from serve import openwebui
 from serve.api import refuse_taken_ports
 from serve.asking.endpoint import with_environment
-from serve.running import openwebui, vllm
+from serve.engines import vllm
 from serve.running.session import refuse_second
 
 if __name__ == "__main__":

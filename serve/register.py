@@ -11,25 +11,25 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from recipe import Made, Recipe, Run, UserError
-from recipe.command import boundary, recipe_of_arguments, up_to_date_within
-from recipe.files import write_whole
-from recipe.progress import progress
-from recipe.proof import Comparison, read_comparisons
-from recipe.recommend import chosen
-from recipe.reference import read_probes
-from recipe.run import Receipt
-from recipe.stages import stage
+from pipeline import Made, Recipe, Run, UserError
+from pipeline.command import boundary, recipe_of_arguments, up_to_date_within
+from pipeline.files import write_whole
+from pipeline.progress import progress
+from pipeline.proof import Comparison, read_comparisons
+from pipeline.recommend import chosen
+from pipeline.reference import read_probes
+from pipeline.run import Receipt
+from pipeline.stages import stage
 from serve.api import refuse_disproved
-from serve.ollama.go_template import compile_shape
-from serve.ollama.jinja import Refused, renderer
-from serve.ollama.modelfile import TAG, Modelfile
-from serve.ollama.proof import prove_answers, prove_prompts, refused
-from serve.ollama.server import OllamaServer, server_url
-from serve.ollama.vocabulary import Vocabulary, read_vocabulary
+from serve.engines.llamacpp import refuse_long_context, served_file
+from serve.engines.ollama.go_template import compile_shape
+from serve.engines.ollama.jinja import Refused, renderer
+from serve.engines.ollama.modelfile import TAG, Modelfile
+from serve.engines.ollama.proof import prove_answers, prove_prompts, refused
+from serve.engines.ollama.server import OllamaServer, server_url
+from serve.engines.ollama.vocabulary import Vocabulary, read_vocabulary
 from serve.registered import difference
 from serve.running.backend import Backend, Endpoint
-from serve.running.llamacpp import refuse_long_context, served_file
 
 SUMMARY = """
 {name} ({type}) is registered with Ollama {version} at {url}

@@ -2,11 +2,11 @@
 
 import logging
 
-from recipe import Run
-from recipe.command import boundary, recipe_of_arguments
-from recipe.error import UserError
-from recipe.run import Receipt
-from serve.ollama.server import OllamaServer
+from pipeline import Run
+from pipeline.command import boundary, recipe_of_arguments
+from pipeline.error import UserError
+from pipeline.run import Receipt
+from serve.engines.ollama.server import OllamaServer
 
 log = logging.getLogger("truetune")
 

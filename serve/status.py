@@ -3,9 +3,9 @@
 import sys
 from datetime import UTC, datetime
 
-from recipe.command import boundary, recipe_of_arguments
-from recipe.error import UserError
-from recipe.run import Run
+from pipeline.command import boundary, recipe_of_arguments
+from pipeline.error import UserError
+from pipeline.run import Run
 from serve.running.session import Session, find
 
 DOES = "Show what serves the run: its services, their ports, processes, restarts and memory"

@@ -6,9 +6,9 @@ import signal
 import time
 from contextlib import suppress
 
-from recipe.command import boundary, recipe_of_arguments
-from recipe.error import UserError
-from recipe.run import Run
+from pipeline.command import boundary, recipe_of_arguments
+from pipeline.error import UserError
+from pipeline.run import Run
 from serve.running.session import find
 
 DOES = "Stop what serves the run: engine and chat window"

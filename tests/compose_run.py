@@ -14,11 +14,11 @@ from typing import Any
 
 from gguf_fixture import NAME, free_port
 
-from recipe import UserError
+from pipeline import UserError
 from serve.compose import refuse_without_docker
 
 REPOSITORY = Path(__file__).parent.parent
-PARTS = (".dockerignore", "compose.yaml", "recipe", "requirements.lock", "serve")
+PARTS = (".dockerignore", "compose.yaml", "pipeline", "recipes", "requirements.lock", "serve", "setup")
 PROJECT = f"truetune-test-{os.getpid()}"
 CHAT = "/v1/chat/completions"
 QUESTION = {"model": NAME, "max_tokens": 4, "temperature": 0, "messages": [{"role": "user", "content": "Hello"}]}

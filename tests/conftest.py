@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from recipe import Recipe, Run, command, load
-from recipe.stages import stage
+from pipeline import Recipe, Run, command, load
+from pipeline.stages import stage
 
 # Before a library reads them. The tests may run under make, whose variables must not reach the one under test.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

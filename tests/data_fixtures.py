@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recipe import Made, Run, UserError, load
-from recipe.rows import rows
+from pipeline import Made, Run, UserError, load
+from pipeline.rows import rows
 from train.data import data
 from train.reading.formats import Detected, Read, detect, whole_chunks
 from train.reading.formats import rows as rows_of

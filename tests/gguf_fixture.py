@@ -15,8 +15,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from recipe.files import fingerprint
-from recipe.run import Receipt, Run
+from pipeline.files import fingerprint
+from pipeline.run import Receipt, Run
 from serve.asking.endpoint import ask
 
 REPOSITORY = Path(__file__).parent.parent
@@ -141,7 +141,7 @@ class Server:
 
     def engine(self) -> int | None:
         """The process of the engine."""
-        return next((pid for pid, command in self.children().items() if "serve.answering.engine" in command), None)
+        return next((pid for pid, command in self.children().items() if "serve.gateway.engine" in command), None)
 
     def children(self) -> dict[int, str]:
         """Process and command of each that the supervisor started."""

@@ -9,7 +9,7 @@ import pytest
 from ollama_double import OllamaDouble
 from ollama_run import Registering
 
-from serve.ollama.server import server_url
+from serve.engines.ollama.server import server_url
 
 REAL = os.environ.get("TEST_OLLAMA_HOST", "")
 

@@ -13,11 +13,11 @@ import llama_cpp
 from gguf_fixture import write_gguf
 from ollama_double import greedy
 
-from recipe import Recipe, Run, load
-from recipe.files import files_below, fingerprint
-from recipe.reference import CONTINUATION_TOKENS, FORMAT, Probe
-from recipe.run import Receipt
-from serve.ollama.jinja import renderer
+from pipeline import Recipe, Run, load
+from pipeline.files import files_below, fingerprint
+from pipeline.reference import CONTINUATION_TOKENS, FORMAT, Probe
+from pipeline.run import Receipt
+from serve.engines.ollama.jinja import renderer
 
 NAME = f"truetune-test-{os.getpid()}"
 CONTEXT = 512

@@ -7,11 +7,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from recipe import Recipe, Run, load
-from recipe.command import up_to_date
-from recipe.files import fingerprint
-from recipe.proof import Comparison, read_comparisons
-from recipe.stages import stage
+from pipeline import Recipe, Run, load
+from pipeline.command import up_to_date
+from pipeline.files import fingerprint
+from pipeline.proof import Comparison, read_comparisons
+from pipeline.stages import stage
 
 REPOSITORY = Path(__file__).parent.parent
 NAME = "healthy"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from report_run import EVERY, NAME, RECIPE, Told
 
-from recipe import Run
+from pipeline import Run
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recipe import Recipe, Run, load
-from recipe.confidence import METHOD, Estimate, Score
-from recipe.files import fingerprint, write_whole
-from recipe.load import as_dict
-from recipe.proof import Comparison, write_comparisons
-from recipe.run import Receipt
-from recipe.stages import STAGES, stage
+from pipeline import Recipe, Run, load
+from pipeline.confidence import METHOD, Estimate, Score
+from pipeline.files import fingerprint, write_whole
+from pipeline.load import as_dict
+from pipeline.proof import Comparison, write_comparisons
+from pipeline.run import Receipt
+from pipeline.stages import STAGES, stage
 
 NAME = "mine"
 RECIPE = """

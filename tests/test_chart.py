@@ -2,7 +2,8 @@
 
 import pytest
 
-from recipe.chart import (
+from pipeline.units import duration, number, power, share, size
+from report.chart import (
     BOTTOM,
     LEFT,
     LETTER,
@@ -18,7 +19,6 @@ from recipe.chart import (
     thinned,
     vertical,
 )
-from recipe.units import duration, number, power, share, size
 
 NB = "\N{NO-BREAK SPACE}"
 TIMES = "\N{MULTIPLICATION SIGN}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe import UserError
+from pipeline import UserError
 from train.scoring.classification import labelled, path_of
 
 SHAPES = {

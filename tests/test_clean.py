@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from recipe.schema import Clean
+from pipeline.recipe import Clean
 from train.cleaning.clean import characters, clean, encoding
 from train.reading.row import Rejection
 
@@ -136,7 +136,7 @@ def test_cleaning_twice_is_cleaning_once() -> None:
 
 
 def test_the_shipped_conversations_are_clean() -> None:
-    for line in (REPOSITORY / "train" / "assistant.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (REPOSITORY / "recipes" / "assistant.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         assert clean(row, Clean()) == (row, [])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.stages import STAGES
+from pipeline.stages import STAGES
 
 REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -29,7 +29,7 @@ DOES = {
     "convert.gguf": "Convert to GGUF and quantize",
     "serve.api": "Serve in a chat window and over an OpenAI-compatible API",
     "serve.chat": "Chat with the served model in the terminal; with --ask QUESTION, print one answer",
-    "recipe.resolve": "Check the recipe and tell Make what changed",
+    "pipeline.resolve": "Check the recipe and tell Make what changed",
 }
 
 
@@ -59,7 +59,7 @@ def test_no_recipe_is_told_with_the_usage(arguments: list[str]) -> None:
 
 def bounded(statement: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """A statement run inside the boundary, in a process of its own."""
-    imports = "import errno, os, sys\nfrom recipe.command import boundary\nfrom recipe import UserError"
+    imports = "import errno, os, sys\nfrom pipeline.command import boundary\nfrom pipeline import UserError"
     code = f"{imports}\nwith boundary():\n    {statement}"
     return python("-c", code, folder=folder)
 
@@ -137,14 +137,14 @@ def test_a_bug_keeps_its_traceback(bug: str, tmp_path: Path) -> None:
 
 
 def test_what_a_terminal_cannot_spell_is_shown_by_its_code() -> None:
-    code = "from recipe.command import boundary\nwith boundary():\n    print('Gr\\u00fc\\u00dfe \\u27e6')"
+    code = "from pipeline.command import boundary\nwith boundary():\n    print('Gr\\u00fc\\u00dfe \\u27e6')"
     environment = ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert (found.returncode, found.stdout) == (0, b"Gr\xfc\xdfe \\u27e6\n"), found.stderr
 
 
 def test_a_reader_that_is_gone_is_no_traceback(tmp_path: Path) -> None:
-    code = "from recipe.command import boundary\nwith boundary():\n    while True: print('x' * 9999)"
+    code = "from pipeline.command import boundary\nwith boundary():\n    while True: print('x' * 9999)"
     with subprocess.Popen(
         [sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as writer:
@@ -158,7 +158,7 @@ def test_a_reader_that_is_gone_is_no_traceback(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wish", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_unwinds(wish: signal.Signals, tmp_path: Path) -> None:
     code = (
-        "import signal, time; from recipe.command import boundary\n"
+        "import signal, time; from pipeline.command import boundary\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background of a shell ignores it
         "with boundary():\n"
         "    try: print('ready', flush=True); time.sleep(60)\n"

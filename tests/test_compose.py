@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import yaml
 
-from recipe import UserError, environment, load
+from pipeline import UserError, load
+from serve import openwebui
 from serve.asking.endpoint import with_environment
 from serve.compose import check, refuse_without_docker
 from serve.containers import stack
-from serve.running import openwebui, vllm
+from serve.engines import vllm
 from serve.running.backend import Endpoint
+from setup import environment
 
 TEXT = Path("compose.yaml").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load(TEXT)
@@ -38,7 +40,7 @@ def variables(text: str) -> set[str]:
 
 
 def settings() -> dict[str, str]:
-    return stack.settings(load("tiny", []), Path("recipe/tiny.yaml"), ["llamacpp", "playground"], Path("t.gguf"), "5a")
+    return stack.settings(load("tiny", []), Path("recipes/tiny.yaml"), ["llamacpp", "playground"], Path("t.gguf"), "5a")
 
 
 def test_the_profiles_are_those_that_the_readme_promises() -> None:
@@ -89,7 +91,7 @@ def test_every_image_is_of_one_version(name: str) -> None:
 
 def test_vllm_is_told_what_make_vllm_tells_it(tmp_path: Path) -> None:
     recipe = load("tiny", ["serve.vllm.tensor=2", "serve.queue=7", "serve.vllm.precision=bfloat16"])
-    told = stack.settings(recipe, Path("recipe/tiny.yaml"), ["vllm"], Path("t.gguf"), "5a")
+    told = stack.settings(recipe, Path("recipes/tiny.yaml"), ["vllm"], Path("t.gguf"), "5a")
     command = re.sub(r"\$\{(\w+):-[^}]*\}", lambda found: told[found[1]], SERVICES["vllm"]["command"])
     wanted = vllm.arguments(recipe, vllm.Model(Path("/model")), vllm.Machine(2, "bfloat16", 1), 8000)
     words = [*SERVICES["vllm"]["entrypoint"][1:], *shlex.split(command)]
@@ -97,7 +99,7 @@ def test_vllm_is_told_what_make_vllm_tells_it(tmp_path: Path) -> None:
     assert SERVICES["vllm"]["environment"].items() >= (vllm.QUIET | {"PYTHONPATH": "/truetune"}).items()
     (template,) = [word for word in wanted if word.endswith(".jinja")]
     assert template == "/model/chat_template.jinja"
-    assert "./serve/answering/guard.py:/truetune/serve/answering/guard.py:ro" in SERVICES["vllm"]["volumes"]
+    assert "./serve/gateway/guard.py:/truetune/serve/gateway/guard.py:ro" in SERVICES["vllm"]["volumes"]
 
 
 @pytest.mark.skipif(not shutil.which("docker"), reason="no Docker Compose")
@@ -105,7 +107,7 @@ def test_compose_reads_vllms_arguments_as_a_shell_would(tmp_path: Path, monkeypa
     (tmp_path / "compose.yaml").write_text(TEXT)
     (tmp_path / "serve/containers").mkdir(parents=True)
     (tmp_path / "serve/containers/openwebui.env").touch()
-    told = stack.settings(load("tiny", []), Path("recipe/tiny.yaml"), ["vllm"], Path("t.gguf"), "5a")
+    told = stack.settings(load("tiny", []), Path("recipes/tiny.yaml"), ["vllm"], Path("t.gguf"), "5a")
     monkeypatch.chdir(tmp_path)
     stack.write_settings(told)
     done = subprocess.run(["docker", "compose", "config", "--format", "json"], capture_output=True, text=True)
@@ -191,7 +193,7 @@ def test_the_images_have_the_versions_of_the_environment() -> None:
     for name in ("TORCH", "BITSANDBYTES", "LLAMA_CPP_PYTHON"):
         assert pins[name] == getattr(environment, name)
     assert re.search(r"openwebui:([\d.]+)$", SERVICES["openwebui"]["image"])[1] in re.findall(
-        r"^open-webui==([\d.]+)", Path("serve/openwebui.txt").read_text(encoding="utf-8"), re.M
+        r"^open-webui==([\d.]+)", Path("setup/locks/openwebui.txt").read_text(encoding="utf-8"), re.M
     )
 
 
@@ -218,7 +220,7 @@ def test_the_builder_sees_code_and_locks_only() -> None:
     ]
     assert lines[0] == "*"
     seen = [line for line in lines[1:] if line.startswith("!")]
-    assert all(re.match(r"!(recipe|serve|requirements\.lock)", line) for line in seen)
+    assert all(re.match(r"!(pipeline|setup|serve|requirements\.lock)", line) for line in seen)
     # A folder is named by itself: Docker's older builder looks into none that only `**` names.
     assert not any("**" in line for line in seen)
 

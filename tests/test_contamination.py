@@ -100,7 +100,7 @@ def test_no_questions_find_nothing() -> None:
 
 def test_the_shipped_conversations_hold_no_held_out_question() -> None:
     asked, learned = (
-        [json.loads(line) for line in (REPOSITORY / "train" / name).read_text(encoding="utf-8").splitlines()]
+        [json.loads(line) for line in (REPOSITORY / "recipes" / name).read_text(encoding="utf-8").splitlines()]
         for name in ("assistant.heldout.jsonl", "assistant.jsonl")
     )
     held_out = questions([Row(row, str(number)) for number, row in enumerate(asked)], 0.8)

@@ -13,8 +13,8 @@ from gguf_fixture import write_gguf
 from convert.gguf import check_range, gguf, report
 from convert.header import read_header
 from convert.llamacpp import file_type, quantize
-from recipe import UserError
-from recipe.schema import QUANTIZATIONS
+from pipeline import UserError
+from pipeline.recipe import QUANTIZATIONS
 from train.base import packaged_gguf
 
 CORPUS = [

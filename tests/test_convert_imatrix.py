@@ -12,9 +12,9 @@ from prove_run import CORPUS, REPOSITORY, TEMPLATE, trained_tokenizer
 from convert.header import read_header
 from convert.imatrix import Importance, Tensor, chunks, imatrix, training_tokens, write_imatrix
 from convert.llamacpp import convert, file_type, quantize
-from recipe import UserError
-from recipe.rows import count
-from recipe.schema import NEEDS_IMATRIX, QUANTIZATIONS, WITHOUT_IMATRIX
+from pipeline import UserError
+from pipeline.recipe import NEEDS_IMATRIX, QUANTIZATIONS, WITHOUT_IMATRIX
+from pipeline.rows import count
 
 SIZES = {"vocab_size": 512, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": 1, "eos_token_id": 2,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from convert.merge import BOUNDS, check, compare, logits, merge, probe_ids
-from recipe import UserError
-from recipe.rows import rows
+from pipeline import UserError
+from pipeline.rows import rows
 
 FILES = {
     "chat_template.jinja",

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from data_fixtures import made, read
 
-from recipe import Run, UserError, load
-from recipe.rows import rows
+from pipeline import Run, UserError, load
+from pipeline.rows import rows
 from train import data, pool
 from train.reading import chunks
 

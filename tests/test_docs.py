@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from recipe.load import load
-from recipe.readme import rendered
-from recipe.schema import Recipe
+from pipeline.load import load
+from pipeline.recipe import Recipe
+from setup.documentation import rendered
 from train.heldout import question
 from train.reading.shapes import talk
 
@@ -33,7 +33,7 @@ def test_every_command_that_the_readme_names_exists() -> None:
 
 def test_every_recipe_that_the_readme_names_exists() -> None:
     named = set(re.findall(r"RECIPE=([\w.-]+)", "\n".join(blocks("sh")))) - {"mine.yaml"}
-    assert named and all(Path(f"recipe/{name}.yaml").is_file() for name in named)
+    assert named and all(Path(f"recipes/{name}.yaml").is_file() for name in named)
 
 
 def test_the_recipe_of_the_readme_loads(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_the_overrides_of_the_readme_are_keys(tmp_path: Path) -> None:
 
 
 def test_every_module_owns_a_sentence() -> None:
-    for folder in ("recipe", "train", "convert", "serve"):
+    for folder in ("pipeline", "train", "convert", "serve"):
         for path in Path(folder).rglob("*.py"):
             if path.read_text(encoding="utf-8"):
                 assert f"\n{path} " in README, path

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from recipe import Run, load
-from recipe.rows import rows
+from pipeline import Run, load
+from pipeline.rows import rows
 from train.data import data
 
 REPOSITORY = Path(__file__).parent.parent

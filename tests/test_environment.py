@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe import environment
+from setup import environment
 
 LOCK = Path("requirements.lock").read_text(encoding="utf-8")
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
@@ -25,8 +25,8 @@ ENTRIES = re.findall(r"^([a-z0-9][a-z0-9._-]*)==(\S+)(.*(?:\n {4}--hash=.*)*)", 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """A folder with the files that the set-up reads, and no environment."""
-    (tmp_path / "recipe").mkdir()
-    for name in ("pyproject.toml", "requirements.lock", "recipe/environment.py", "recipe/doctor.py"):
+    (tmp_path / "setup").mkdir()
+    for name in ("pyproject.toml", "requirements.lock", "setup/environment.py", "setup/doctor.py"):
         (tmp_path / name).write_bytes(Path(name).read_bytes())
     return tmp_path
 
@@ -105,7 +105,7 @@ def test_progress_counts_compiled_files_and_packages(place: environment.Environm
 
 
 def test_an_unknown_device_is_refused(checkout: Path) -> None:
-    done = run_script("recipe/environment.py", checkout, TRUETUNE_DEVICE="tpu")
+    done = run_script("setup/environment.py", checkout, TRUETUNE_DEVICE="tpu")
     assert (done.returncode, done.stderr) == (1, "error: TRUETUNE_DEVICE=tpu: choose one of: cpu, cuda\n")
     assert not (checkout / ".venv").exists()
 
@@ -118,7 +118,7 @@ def test_a_matching_stamp_changes_nothing_and_is_renewed(checkout: Path, monkeyp
     stamp = checkout / ".venv/.complete"
     stamp.write_text(environment.digest("cpu"))
     os.utime(stamp, (0, 0))
-    done = run_script("recipe/environment.py", checkout, TRUETUNE_DEVICE="cpu")
+    done = run_script("setup/environment.py", checkout, TRUETUNE_DEVICE="cpu")
     assert (done.returncode, done.stderr) == (0, "")
     assert stamp.stat().st_mtime > 0
     assert environment.digest("cpu") != environment.digest("cuda")
@@ -126,7 +126,7 @@ def test_a_matching_stamp_changes_nothing_and_is_renewed(checkout: Path, monkeyp
 
 def test_the_doctor_works_before_set_up(checkout: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "recipe/doctor.py"], cwd=checkout, capture_output=True, text=True, check=False
+        [sys.executable, "setup/doctor.py"], cwd=checkout, capture_output=True, text=True, check=False
     )
     assert done.stderr == ""
     assert re.search(r"^environment +not made yet: 'make setup'$", done.stdout, re.M)
@@ -140,7 +140,7 @@ def test_the_doctor_knows_our_own_server(checkout: Path, ours: bool) -> None:
         told = {"pid": os.getpid() if ours else 2**22 + 1, "url": f"http://127.0.0.1:{port}/v1"}  # no such process
         (checkout / "runs/mine").mkdir(parents=True)
         (checkout / "runs/mine/session.json").write_text(json.dumps(told))
-        done = run_script("recipe/doctor.py", checkout, PORT=str(port), OLLAMA_HOST=f"127.0.0.1:{port}")
+        done = run_script("setup/doctor.py", checkout, PORT=str(port), OLLAMA_HOST=f"127.0.0.1:{port}")
     assert re.search(rf"^port {port} +{'.make serve. has it, for mine' if ours else 'in use'}$", done.stdout, re.M)
     assert ("which another program has" in done.stdout) is not ours
     assert re.search(rf"^Ollama +answers on 127.0.0.1:{port}$", done.stdout, re.M)
@@ -162,7 +162,7 @@ def test_an_installer_that_outlives_its_parent_keeps_others_out(tmp_path: Path) 
     begun = tmp_path / "begun"
     code = f"""
 from pathlib import Path
-from recipe.environment import Environment, alone, run
+from setup.environment import Environment, alone, run
 place = Environment(Path({str(tmp_path)!r}), Path({str(tmp_path / "setup.log")!r}))
 place.log.touch()
 with alone(place):

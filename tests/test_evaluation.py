@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, Workplace
 
-from recipe import Run, load
-from recipe.confidence import Score, compare
-from recipe.scores import show
-from train.evaluation import KNOWLEDGE, choices_of, of_answers, question_of, right_answers
+from pipeline import Run, load
+from pipeline.confidence import Score, compare
+from pipeline.scores import show
+from train.evaluate import KNOWLEDGE, choices_of, of_answers, question_of, right_answers
 from train.scoring.likelihood import TOKENS_AT_ONCE, Choices, batches, choice_losses, likelihoods
 from train.scoring.pair import Pair, round_once
 from train.template import examples

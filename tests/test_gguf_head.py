@@ -7,8 +7,8 @@ import gguf
 import pytest
 from gguf_fixture import write_gguf
 
-from recipe.error import UserError
-from recipe.gguf_head import read_head
+from pipeline.error import UserError
+from pipeline.gguf_head import read_head
 
 START = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)  # version 3, no tensor, one key
 KEY = struct.pack("<Q", 1) + b"a"

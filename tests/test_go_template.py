@@ -9,9 +9,9 @@ import pytest
 from ollama_double import TEMPLATES, collated, distance, nearest
 from ollama_run import CHATML, STRIPPING
 
-from serve.ollama.go_template import compile_shape
-from serve.ollama.jinja import Refused, renderer
-from serve.ollama.vocabulary import read_vocabulary
+from serve.engines.ollama.go_template import compile_shape
+from serve.engines.ollama.jinja import Refused, renderer
+from serve.engines.ollama.vocabulary import read_vocabulary
 from train.base import packaged_gguf
 
 GOLDEN = json.loads(Path("tests/go_templates.json").read_text(encoding="utf-8"))

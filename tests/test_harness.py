@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from conftest import Workplace
 
-from recipe import UserError, harness
-from recipe.confidence import Score
+from pipeline import UserError, harness
+from pipeline.confidence import Score
 
 CHOOSING = """
 task: colours

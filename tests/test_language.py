@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from recipe import UserError
-from recipe.schema import Clean
+from pipeline import UserError
+from pipeline.recipe import Clean
 from train.cleaning.clean import clean
 from train.cleaning.language import detect, require_known
 from train.reading.row import Rejection

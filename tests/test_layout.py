@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).parent.parent
 STAGES = ("train", "convert", "serve")
 MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
-    for package in ("recipe", *STAGES)
+    for package in ("pipeline", *STAGES)
     for path in (REPOSITORY / package).rglob("*.py")
 }
 ENTRIES = [name for name, path in MODULES.items() if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
@@ -37,8 +37,8 @@ def imported(path: Path, anywhere: bool) -> set[str]:
 
 
 def test_there_are_modules_and_commands_to_look_at() -> None:
-    assert {"recipe.load", "train.sft", "convert.merge", "serve.api"} <= set(MODULES)
-    assert {"recipe.resolve", "train.data", "train.sft", "convert.gguf", "serve.api", "serve.chat"} <= set(ENTRIES)
+    assert {"pipeline.load", "train.sft", "convert.merge", "serve.api"} <= set(MODULES)
+    assert {"pipeline.resolve", "train.data", "train.sft", "convert.gguf", "serve.api", "serve.chat"} <= set(ENTRIES)
 
 
 @pytest.mark.parametrize("package", STAGES)
@@ -52,33 +52,33 @@ def test_the_stages_never_import_one_another(package: str) -> None:
 
 
 def test_recipe_imports_the_standard_library_and_yaml() -> None:
-    allowed = sys.stdlib_module_names | {"yaml", "recipe", "environment"}  # doctor.py and its sister run by path
+    allowed = sys.stdlib_module_names | {"yaml", "pipeline", "setup"}
     assert {
         name: bad
         for name, path in MODULES.items()
-        if name.startswith("recipe.") and (bad := imported(path, anywhere=False) - allowed)
+        if name.startswith("pipeline.") and (bad := imported(path, anywhere=False) - allowed)
     } == {}
 
 
 def test_recipe_imports_no_stage() -> None:
-    assert not {name for name, path in MODULES.items() if imported(path, True) & {*STAGES} and "recipe." in name}
+    assert not {name for name, path in MODULES.items() if imported(path, True) & {*STAGES} and "pipeline." in name}
 
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_importing_a_command_is_light(name: str) -> None:
-    code = f"import sys; sys.path.append('recipe'); import {name}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    code = f"import sys; sys.path.append('setup'); import {name}; print(sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_no_dependency_ships_our_names() -> None:
     owners = importlib.metadata.packages_distributions()
-    assert {name: owners[name] for name in ("recipe", *STAGES, "bench", "tests") if name in owners} == {}
+    assert {name: owners[name] for name in ("pipeline", *STAGES, "bench", "tests") if name in owners} == {}
 
 
 def test_no_module_is_named_like_a_dependency() -> None:
     owners = {name.lower() for name in importlib.metadata.packages_distributions()}
-    assert {name for name in MODULES if name.rpartition(".")[2] in owners - {"__init__"}} == {"convert.gguf"}
+    assert {name for name in MODULES if name.rpartition(".")[2] in owners - {"__init__"}} == {"convert.gguf", "train.evaluate"}
 
 
 def test_no_file_is_a_drawer() -> None:

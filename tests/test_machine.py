@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe import machine
+from pipeline import machine
 
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 GROUPS = {
@@ -33,7 +33,7 @@ def test_a_control_group_s_limit_holds_and_files_that_were_read_are_no_use_of_it
 
 
 def test_a_limit_of_addresses_holds() -> None:
-    code = "from recipe.machine import free_bytes; print(free_bytes())"
+    code = "from pipeline.machine import free_bytes; print(free_bytes())"
     limited = subprocess.run(
         [sys.executable, "-c", code],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (300_000_000, 300_000_000)),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.stages import STAGES
+from pipeline.stages import STAGES
 
 TEXT = Path("Makefile").read_text(encoding="utf-8")
 PHONY = set(re.findall(r"^\.PHONY: (.*)", TEXT, re.M)[0].split())
@@ -18,7 +18,7 @@ MADE = [stage for stage in STAGES if stage.name not in ("eval", "prove", "regist
 
 # A stage that writes one file and notes that it worked; the receipts, keys and locks are the real ones.
 STUB = """
-from recipe import Made, Recipe, Run, command
+from pipeline import Made, Recipe, Run, command
 
 def make(recipe: Recipe, run: Run) -> Made:
     path = run.path("{name}.txt")
@@ -40,15 +40,17 @@ def make(*arguments: str, folder: Path | None = None) -> subprocess.CompletedPro
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Makefile and recipe/ with stub stages, and an environment that is this one."""
-    shutil.copytree("recipe", tmp_path / "recipe", ignore=shutil.ignore_patterns("__pycache__"))
+    """Makefile, pipeline/ and recipes/ with stub stages, and an environment that is this one."""
+    for folder in ("pipeline", "recipes", "setup"):
+        shutil.copytree(folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         shutil.copy(name, tmp_path)
     for stage in MADE:
         path = tmp_path / (stage.module.replace(".", "/") + ".py")
         path.parent.mkdir(exist_ok=True)
         path.write_text(STUB.format(name=stage.name))
-    (tmp_path / "recipe/report.py").write_text("")  # a stub's receipts tell nothing
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/report.py").write_text("")  # a stub's receipts tell nothing
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
@@ -80,9 +82,9 @@ def test_help_is_the_default_and_lists_every_target() -> None:
 
 def test_a_fresh_serve_runs_the_stages_in_order(checkout: Path) -> None:
     commands = make("--dry-run", "serve", "RECIPE=tiny", folder=checkout).stdout
-    modules = re.findall(r"-m (\S+) recipe/tiny\.yaml", commands)
+    modules = re.findall(r"-m (\S+) recipes/tiny\.yaml", commands)
     needed = [stage.module for stage in STAGES if stage.name not in ("eval", "prove", "register")]
-    assert modules == ["recipe.resolve", "serve.ready", *needed[:-1], "recipe.report", "serve.api"]
+    assert modules == ["pipeline.resolve", "serve.ready", *needed[:-1], "report.report", "serve.api"]
 
 
 def test_the_receipts_depend_on_those_that_the_stages_read() -> None:
@@ -95,7 +97,7 @@ def test_the_receipts_depend_on_those_that_the_stages_read() -> None:
 def test_an_unknown_recipe_stops_with_the_list() -> None:
     done = make("train", "RECIPE=nope")
     assert done.returncode == 2
-    assert "error: no recipe recipe/nope.yaml" in done.stderr
+    assert "error: no recipe recipes/nope.yaml" in done.stderr
     assert "assistant" in done.stderr and "tiny" in done.stderr
     assert make("help", "RECIPE=nope").returncode == 0
 

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from recipe.confidence import LEAST_ROWS, Estimate, Score, as_rows, compare, newcombe, squared_and_added, wilson
-from recipe.scores import change, table
-from recipe.units import share
+from pipeline.confidence import LEAST_ROWS, Estimate, Score, as_rows, compare, newcombe, squared_and_added, wilson
+from pipeline.scores import change, table
+from pipeline.units import share
 from train.scoring.measures import confusion, macro_f1, matthews, normalized, text_measures, token_f1, words
 
 ANSWERS = ["The cat sat on the mat.", "I am Truetune, the assistant.", "8000", ""]

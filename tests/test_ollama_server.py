@@ -3,9 +3,9 @@
 import pytest
 from ollama._client import _parse_host
 
-from recipe import UserError
-from serve.ollama.modelfile import Modelfile
-from serve.ollama.server import is_loopback, refusal, server_url
+from pipeline import UserError
+from serve.engines.ollama.modelfile import Modelfile
+from serve.engines.ollama.server import is_loopback, refusal, server_url
 
 HOSTS = """
 1.2.3.4 | :56789 | 1.2.3.4:56789 | http://1.2.3.4 | https://1.2.3.4 | https://1.2.3.4:56789 | example.com | localhost

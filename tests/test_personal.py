@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from recipe import UserError
-from recipe.schema import PERSONAL, Clean
+from pipeline import UserError
+from pipeline.recipe import PERSONAL, Clean
 from train.cleaning.clean import clean
 from train.cleaning.personal import masking
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from recipe import Run, UserError, load
+from pipeline import Run, UserError, load
 from train import plan
 from train.planning.architecture import architecture, read_config
 from train.planning.corpus import supervised_positions
@@ -344,7 +344,7 @@ def test_the_peak_is_the_planned_one(
 ) -> None:
     """Within 15 %, in a process of its own, as `make train` runs it."""
     assert HOLES["processor"] == 1.25
-    for name in (".cache", "recipe", "train"):
+    for name in (".cache", "pipeline", "recipes", "train"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     overrides = [f"train.epochs={epochs}", "train.answer_tokens=2"]
     for module in ("train.data", "train.base", "train.sft"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from recipe import Run, UserError, load
+from pipeline import Run, UserError, load
 from train.planning.architecture import architecture, read_config
 from train.planning.corpus import Corpus
 from train.planning.devices import like

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from data_fixtures import read
 
-from recipe.error import UserError
-from recipe.run import Receipt, Run
+from pipeline.error import UserError
+from pipeline.run import Receipt, Run
 from serve.comparing.artefacts import artefacts
 from serve.comparing.conversation import Conversation, Made, append
 from serve.comparing.door import Door

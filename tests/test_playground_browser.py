@@ -294,7 +294,7 @@ def test_ctrl_c_leaves_no_process_and_no_token_in_its_output(browser: Any, playg
     ask(page, "What says the cow?", "left")
     children = psutil.Process(playground.process.pid).children(recursive=True)
     lines = [" ".join(child.cmdline()) for child in children]
-    assert any("serve.answering.weights" in line for line in lines)
+    assert any("serve.engines.weights" in line for line in lines)
     assert playground.end() == 0
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     assert playground.process.stderr

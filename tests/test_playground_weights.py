@@ -13,7 +13,7 @@ QUESTION = [{"role": "user", "content": "Héllo 😀?"}]
 
 @pytest.fixture(scope="module")
 def speaker(base_folder: Path) -> Any:
-    from serve.answering.weights import Settings, Speaker
+    from serve.engines.weights import Settings, Speaker
 
     return Speaker(Settings(str(base_folder), "base", "", 0, ""))
 
@@ -22,7 +22,7 @@ def speaker(base_folder: Path) -> Any:
 def client(speaker: Any) -> Any:
     from starlette.testclient import TestClient
 
-    from serve.answering.weights import app
+    from serve.engines.weights import app
 
     return TestClient(app(speaker, "sesame"), headers=KEY)
 

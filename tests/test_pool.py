@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recipe import UserError
+from pipeline import UserError
 from train.pool import AHEAD, ALONE, in_order
 
 REPOSITORY = Path(__file__).parent.parent
@@ -77,7 +77,7 @@ def test_a_killed_worker_is_told() -> None:
 
 PARENT = """
 import sys, time
-from recipe.command import boundary
+from pipeline.command import boundary
 from train.pool import in_order
 
 def work(state, item):

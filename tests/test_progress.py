@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from recipe import progress as module
-from recipe.progress import progress
+from pipeline import progress as module
+from pipeline.progress import progress
 
 SHOW = """
 import logging, sys, time
-from recipe.progress import AboveBars, progress
+from pipeline.progress import AboveBars, progress
 logging.basicConfig(format="%(message)s", handlers=[AboveBars()])
 with progress("train", 80) as tell:
     tell(12, "loss 2.345", "validation 2.500", "1,234 tokens/s", seconds_left=62)
@@ -127,7 +127,7 @@ def test_the_end_is_no_line_of_its_own(caplog: pytest.LogCaptureFixture, monkeyp
 
 
 def test_time_left_has_the_validations_that_are_still_to_come() -> None:
-    from train.progress import TrainingProgress
+    from train.trainer.progress import TrainingProgress
 
     shown, told = TrainingProgress(), []
     shown.tell = lambda done, *notes, seconds_left: told.append((done, seconds_left))

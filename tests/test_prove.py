@@ -13,8 +13,8 @@ from test_prove_faults import CHATML, change_gguf, failed
 from convert.evaluator import Evaluator
 from convert.measure import greedy_answers
 from convert.prove import gguf_bounds, merged_bounds
-from recipe.proof import Comparison, divergence, first_difference, perplexity
-from recipe.reference import CONTINUATION_TOKENS, read_reference
+from pipeline.proof import Comparison, divergence, first_difference, perplexity
+from pipeline.reference import CONTINUATION_TOKENS, read_reference
 from serve.prove import made_from, verdict
 
 pytest_plugins = ["prove_fixtures"]

@@ -7,7 +7,7 @@ import pytest
 from prove_run import CORPUS, REPOSITORY, TEMPLATE, trained_tokenizer
 
 from convert.pretokenizer import CONTRACTIONS, GPT2, NAMES, pre_tokenizer
-from recipe import UserError
+from pipeline import UserError
 
 TEXTS = [
     "<|im_start|>user\nI'M sure they'll say 1234567890 <|im_end|>\n\n\n  x\t\ty\r\n",

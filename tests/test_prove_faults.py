@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from prove_run import CORPUS, TEMPLATE, Proved, trained_tokenizer
 
-from recipe.proof import Comparison
+from pipeline.proof import Comparison
 
 pytest_plugins = ["prove_fixtures"]
 pytestmark = pytest.mark.slow

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from recipe import UserError, load
-from recipe.load import environment_overrides
-from recipe.schema import QUANTIZATIONS, Data, Gguf, Lora, Recipe
+from pipeline import UserError, load
+from pipeline.load import environment_overrides
+from pipeline.recipe import QUANTIZATIONS, Data, Gguf, Lora, Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = "data: {train: talks.jsonl}\n"
@@ -285,7 +285,7 @@ def test_set_with_an_open_quote_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 def resolve(**variables: str) -> str:
     """What resolve says; it succeeds."""
     done = subprocess.run(
-        [sys.executable, "-m", "recipe.resolve", write(DATA)],
+        [sys.executable, "-m", "pipeline.resolve", write(DATA)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **variables},
         capture_output=True,
         text=True,
@@ -341,7 +341,7 @@ def test_a_home_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(write("data: {train: ~/talks.jsonl}")).data.train == ("/home/someone/talks.jsonl",)
 
 
-SHIPPED = sorted(path.stem for path in (REPOSITORY / "recipe").glob("*.yaml"))
+SHIPPED = sorted(path.stem for path in (REPOSITORY / "recipes").glob("*.yaml"))
 
 
 def test_the_recipes_that_the_project_promises_are_shipped() -> None:
@@ -356,8 +356,8 @@ def test_every_shipped_recipe_loads_and_its_data_is_there(repository: None, name
 
 
 MISSING = {
-    "asistant": "no recipe recipe/asistant.yaml: did you mean 'assistant'? Choose one of: ",
-    "zebra": "no recipe recipe/zebra.yaml: give the path of your own file or choose one of: ",
+    "asistant": "no recipe recipes/asistant.yaml: did you mean 'assistant'? Choose one of: ",
+    "zebra": "no recipe recipes/zebra.yaml: give the path of your own file or choose one of: ",
     "no/such.yaml": "no recipe no/such.yaml: give the path of your own file or choose one of: ",
 }
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from recipe import Recipe, Run, UserError
-from recipe.proof import Comparison
-from recipe.recommend import chosen, loss, recommend
-from recipe.run import Receipt
-from recipe.schema import Data, Gguf, Serve
+from pipeline import Recipe, Run, UserError
+from pipeline.proof import Comparison
+from pipeline.recipe import Data, Gguf, Serve
+from pipeline.recommend import chosen, loss, recommend
+from pipeline.run import Receipt
 
 RECIPE = Recipe("mine", data=Data(train=("x",)), gguf=Gguf(types=("Q8_0", "Q4_K_M", "Q2_K")))
 FREE = 2_000_000_000

@@ -10,10 +10,10 @@ import pytest
 from ollama_double import OllamaDouble
 from ollama_run import CHATML, NAME, STRIPPING, Registering
 
-from recipe import UserError
-from recipe.run import Receipt
+from pipeline import UserError
+from pipeline.run import Receipt
 from serve.asking.endpoint import free_port
-from serve.ollama import server as ollama_server
+from serve.engines.ollama import server as ollama_server
 from serve.register import backend, ensure, row
 from serve.registered import registered
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.schema import Clean
+from pipeline.recipe import Clean
 from train.cleaning.clean import clean
 from train.cleaning.repetition import WORDS, repeats
 from train.reading.row import Rejection
@@ -62,5 +62,5 @@ def test_an_answer_that_repeats_itself_is_rejected_if_that_is_asked_for() -> Non
 
 
 def test_the_shipped_conversations_repeat_nothing() -> None:
-    for line in (REPOSITORY / "train" / "assistant.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (REPOSITORY / "recipes" / "assistant.jsonl").read_text(encoding="utf-8").splitlines():
         clean(json.loads(line), Clean(repetition=True))

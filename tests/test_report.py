@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from report_run import EVERY, METRICS, SCORES, TYPES, Told, comparisons
 
-from recipe import Run, UserError
-from recipe.confidence import Score
-from recipe.pictures import change_chart, loss_chart
-from recipe.report import page, report
-from recipe.summary import lineage
+from pipeline import Run, UserError
+from pipeline.confidence import Score
+from report.pictures import change_chart, loss_chart
+from report.report import page, report
+from report.summary import lineage
 
 pytest_plugins = ["report_fixtures"]
 REPOSITORY = Path(__file__).parent.parent
@@ -313,7 +313,7 @@ def test_the_lineage_goes_from_the_data_to_what_is_served(told: Callable[..., To
 
 def test_the_command_tells_what_is_missing_and_writes_what_it_can(told: Callable[..., Told]) -> None:
     def ran() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "recipe.report", "mine.yaml"]
+        command = [sys.executable, "-m", "report.report", "mine.yaml"]
         return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
 
     run = told("data", "base")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from report_run import Told, comparisons
 
-from recipe.report import report
+from report.report import report
 
 pytest_plugins = ["report_fixtures"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

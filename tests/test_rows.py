@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from recipe.rows import ROWS_A_BATCH, RowWriter, count, picked, row_batch, rows
+from pipeline.rows import ROWS_A_BATCH, RowWriter, count, picked, row_batch, rows
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"é": {}}}}}]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from recipe import Made, Recipe, Run, UserError, command, load
-from recipe.files import fingerprint, put_in_place, write_whole
-from recipe.resolve import resolve
-from recipe.run import Receipt
-from recipe.stages import STAGES
+from pipeline import Made, Recipe, Run, UserError, command, load
+from pipeline.files import fingerprint, put_in_place, write_whole
+from pipeline.resolve import resolve
+from pipeline.run import Receipt
+from pipeline.stages import STAGES
 
 REPOSITORY = Path(__file__).parent.parent
 RUN = Run("mine")
@@ -132,7 +132,7 @@ def test_a_write_that_is_killed_leaves_the_old_file(moment: str) -> None:
     Path("file").write_text("old")
     module, _, name = moment.rpartition(".")
     code = (
-        "import os, pathlib, signal; from recipe.files import write_whole\n"
+        "import os, pathlib, signal; from pipeline.files import write_whole\n"
         f"{module}.{name} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_whole(pathlib.Path('file'), 'new')"
     )
@@ -224,7 +224,7 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(capsys: pytest.Capture
 
 
 def test_the_lock_of_a_killed_writer_is_free() -> None:
-    code = "import time; from recipe import Run\nwith Run('mine').lock(): print('held', flush=True); time.sleep(60)"
+    code = "import time; from pipeline import Run\nwith Run('mine').lock(): print('held', flush=True); time.sleep(60)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) as holder:
         assert holder.stdout and holder.stdout.readline() == b"held\n"

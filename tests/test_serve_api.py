@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from gguf_fixture import CONTEXT, NAME, SLOTS, TRAINED, Server, environment, free_port, gone, is_running, write_run
 
-from recipe.error import UserError
-from recipe.files import fingerprint
-from recipe.proof import Comparison, write_comparisons
+from pipeline.error import UserError
+from pipeline.files import fingerprint
+from pipeline.proof import Comparison, write_comparisons
 from serve.asking.endpoint import ask
 from serve.asking.key import make_key, read_key
 
@@ -104,7 +104,7 @@ def test_a_signal_ends_both_processes(start, wish: signal.Signals):
 
 
 def test_a_signal_while_loading_leaves_nothing(start, folder: Path):
-    code = "import serve.running.llamacpp as s, runpy; s.is_healthy = lambda *a, **k: False; {}".format(
+    code = "import serve.engines.llamacpp as s, runpy; s.is_healthy = lambda *a, **k: False; {}".format(
         "runpy.run_module('serve.api', run_name='__main__')"
     )
     server = start(code=code)
@@ -132,7 +132,7 @@ def test_a_killed_engine_comes_back(start):
 
 
 def test_a_hung_engine_comes_back(start):
-    patience = "s.HEALTH_SECONDS = s.GRACE_SECONDS = 0.2; import serve.running.llamacpp as l; l.PATIENCE_SECONDS = 0.5"
+    patience = "s.HEALTH_SECONDS = s.GRACE_SECONDS = 0.2; import serve.engines.llamacpp as l; l.PATIENCE_SECONDS = 0.5"
     server = start(
         code=f"import serve.running.supervisor as s, runpy; {patience}; "
         "runpy.run_module('serve.api', run_name='__main__')"

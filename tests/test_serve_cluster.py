@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from recipe import Recipe
-from recipe.schema import Data, Serve, Vllm
+from pipeline import Recipe
+from pipeline.recipe import Data, Serve, Vllm
 from serve.cluster import WAYS, commands, problems
-from serve.running.vllm import Model
+from serve.engines.vllm import Model
 
 REPOSITORY = Path(__file__).parent.parent
 HOSTS = ["10.0.0.1", "10.0.0.2"]
@@ -77,7 +77,7 @@ def test_each_server_has_the_guard_and_reads_its_key_from_a_file(way: str) -> No
     for step in commands(recipe_with(pipeline=2), MODEL, HOSTS, way):
         for command in step.commands:
             if " serve " in command:
-                assert "--middleware serve.answering.guard.Guard" in command and f"VLLM_HOST_IP={step.host} " in command
+                assert "--middleware serve.gateway.guard.Guard" in command and f"VLLM_HOST_IP={step.host} " in command
                 assert step.commands[0] == 'export VLLM_API_KEY="$(cat .secrets/api-key)"'
 
 

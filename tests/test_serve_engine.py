@@ -11,9 +11,9 @@ import pytest
 from gguf_fixture import CONTEXT, NAME, SLOTS, TRAINED, Server, gone, write_gguf
 from openai import OpenAI
 
-from recipe.error import UserError
-from serve.answering.context import trained_context
+from pipeline.error import UserError
 from serve.asking.endpoint import ask
+from serve.gateway.context import trained_context
 
 pytest_plugins = ["serve_fixtures"]
 

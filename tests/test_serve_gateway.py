@@ -13,10 +13,10 @@ import psutil
 import pytest
 from gguf_fixture import CONTEXT, NAME, SLOTS, WORDS, Server, write_gguf, write_run
 
-from recipe.error import UserError
-from serve.answering.context import longest_token
-from serve.answering.gateway import ROOM_BYTES, questions
+from pipeline.error import UserError
 from serve.asking.endpoint import ask
+from serve.gateway.context import longest_token
+from serve.gateway.gateway import ROOM_BYTES, questions
 
 pytest_plugins = ["serve_fixtures"]
 

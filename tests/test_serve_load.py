@@ -14,7 +14,7 @@ import pytest
 from gguf_fixture import NAME, SLOTS, Server, environment
 from openai import AsyncOpenAI
 
-from recipe.schema import Serve
+from pipeline.recipe import Serve
 from serve.asking.endpoint import ask
 
 pytest_plugins = ["serve_fixtures"]

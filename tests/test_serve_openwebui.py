@@ -17,11 +17,11 @@ import psutil
 import pytest
 from gguf_fixture import NAME, Server, Window, environment, gone
 
-from recipe.reference import Probe, Reference, write_reference
-from recipe.run import Run
+from pipeline.reference import Probe, Reference, write_reference
+from pipeline.run import Run
 from serve.asking.endpoint import ask
+from serve.openwebui import proved_windows, settings
 from serve.running.backend import Endpoint
-from serve.running.openwebui import proved_windows, settings
 
 pytest_plugins = ["serve_fixtures"]
 pytestmark = pytest.mark.slow
@@ -217,7 +217,7 @@ def test_status_tells_another_terminal(window: Window) -> None:
 
 
 def test_a_killed_engine_is_back_and_the_window_answers_again(window: Window) -> None:
-    os.kill(service(window, "serve.answering.engine"), signal.SIGKILL)
+    os.kill(service(window, "serve.gateway.engine"), signal.SIGKILL)
     window.server.wait_for("the engine is serving again")
     body = {"model": NAME, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 2}
     assert window.ask("/api/chat/completions", window.token(), body)[0] == 200

@@ -70,7 +70,7 @@ class Replicas:
     def start(self, port: int) -> "subprocess.Popen[bytes]":
         settings = {"model": str(self.model), "name": "small", "port": port, "key_file": str(self.key_file),
                     "context": 256, "slots": 2, "threads": 1, "temperature": 0.2}  # fmt: skip
-        return self.spawn(sys.executable, "-m", "serve.answering.engine", json.dumps(settings))
+        return self.spawn(sys.executable, "-m", "serve.gateway.engine", json.dumps(settings))
 
     def tokens(self, which: int) -> int:
         """Tokens that an engine has answered since it started."""

@@ -12,12 +12,12 @@ import pytest
 from gguf_fixture import NAME, Server, environment, gone
 
 import serve.running.environment as own
-from recipe import Recipe, Run, UserError
-from recipe.environment import Environment, SetupError
-from recipe.schema import Data, Serve
+from pipeline import Recipe, Run, UserError
+from pipeline.recipe import Data, Serve
 from serve.api import refuse_taken_ports, ui_url
 from serve.asking.endpoint import ask, with_environment
 from serve.running.session import Session, find, held, tell
+from setup.environment import Environment, SetupError
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -150,9 +150,9 @@ def test_llama_cpps_own_page_needs_the_key_only_for_the_model(start) -> None:
 
 @pytest.fixture
 def requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A checkout of its own with `serve/part.txt`; the steps of an installation are noted, not done."""
-    (tmp_path / "serve").mkdir()
-    (tmp_path / "serve/part.txt").write_text("one==1 --hash=sha256:1\ntwo==2 --hash=sha256:2\n")
+    """A checkout of its own with `setup/locks/part.txt`; the steps of an installation are noted, not done."""
+    (tmp_path / "setup/locks").mkdir(parents=True)
+    (tmp_path / "setup/locks/part.txt").write_text("one==1 --hash=sha256:1\ntwo==2 --hash=sha256:2\n")
     steps: list[str] = []
 
     def make_venv(place: Environment, target: str) -> None:
@@ -161,6 +161,7 @@ def requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         place.python.touch()
 
     monkeypatch.setattr(own, "ROOT", tmp_path)
+    monkeypatch.setattr(own, "LOCKS", tmp_path / "setup/locks")
     monkeypatch.setenv("TRUETUNE_DEVICE", "cpu")
     monkeypatch.setattr(own, "make_venv", make_venv)
     monkeypatch.setattr(own, "install_torch", lambda *_: steps.append("torch"))
@@ -178,7 +179,7 @@ def test_an_environment_is_made_once(requirements: list[str], tmp_path: Path) ->
 
 def test_changed_requirements_are_installed_and_torch_only_once(requirements: list[str], tmp_path: Path) -> None:
     own.environment("part")
-    (tmp_path / "serve/part.txt").write_text("torch==2.13.0 --hash=sha256:1\n")
+    (tmp_path / "setup/locks/part.txt").write_text("torch==2.13.0 --hash=sha256:1\n")
     own.environment("part")
     assert requirements[3:] == ["venv", "1 packages of part.txt"]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from recipe import Recipe, Run, UserError
-from recipe.schema import Data, Lora, Serve, Train, Vllm
-from serve.answering.guard import Guard
-from serve.running import vllm
-from serve.running.vllm import Machine, Model, arguments, impossible
+from pipeline import Recipe, Run, UserError
+from pipeline.recipe import Data, Lora, Serve, Train, Vllm
+from serve.engines import vllm
+from serve.engines.vllm import Machine, Model, arguments, impossible
+from serve.gateway.guard import Guard
 
 GPU, CPU = Machine(gpus=8, precision="bfloat16", cores=16), Machine(gpus=0, precision="float32", cores=2)
 SERVE = Serve()
@@ -52,7 +52,7 @@ def test_the_arguments_of_a_machine_without_a_gpu(merged: Model) -> None:
         *("--max-model-len", "2048", "--max-num-seqs", "4"),
         *("--max-num-queued-reqs", "64", "--shutdown-timeout", "10"),
         *("--generation-config", "vllm", "--override-generation-config", '{"temperature": 0.2}', "--seed", "0"),
-        *("--middleware", "serve.answering.guard.Guard", "--allowed-origins", "[]", "--disable-fastapi-docs"),
+        *("--middleware", "serve.gateway.guard.Guard", "--allowed-origins", "[]", "--disable-fastapi-docs"),
         *("--disable-access-log-for-endpoints", "/health,/metrics"),
         *("--enforce-eager", "--kv-cache-memory-bytes", str((4 * 16 + 1) * 128 * 2 * 30 * 3 * 64 * 4)),
     )

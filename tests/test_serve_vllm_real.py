@@ -18,12 +18,12 @@ import pytest
 from gguf_fixture import environment, free_port
 from prove_run import NAME, Proved
 
-from recipe import Recipe
-from recipe.reference import Probe, read_probes
-from recipe.schema import Data, Serve, Vllm
+from pipeline import Recipe
+from pipeline.recipe import Data, Serve, Vllm
+from pipeline.reference import Probe, read_probes
 from serve.cluster import WAYS, commands
+from serve.engines.vllm import Machine, Model, arguments
 from serve.running.environment import environment as environment_of
-from serve.running.vllm import Machine, Model, arguments
 
 pytest_plugins = ["prove_fixtures"]
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recipe.schema import Clean, Data
+from pipeline.recipe import Clean, Data
 from train.cleaning.duplicates import RUN, equal, joined, near, same_prompt, signatures
 from train.cleaning.split import TEMPLATE_ROWS, held_back, sides
 
@@ -143,7 +143,7 @@ def test_joining_is_what_a_search_through_the_pairs_finds() -> None:
 
 
 def test_the_shipped_conversations_have_one_pair_of_near_duplicates() -> None:
-    lines = (REPOSITORY / "train" / "assistant.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (REPOSITORY / "recipes" / "assistant.jsonl").read_text(encoding="utf-8").splitlines()
     rows = signatures([json.loads(line) for line in lines], 0)
     numbers = np.arange(len(rows))
     assert (equal(rows) == numbers).all() and (same_prompt(rows, numbers) == numbers).all()
@@ -153,7 +153,7 @@ def test_the_shipped_conversations_have_one_pair_of_near_duplicates() -> None:
 
 
 def test_the_shipped_conversations_are_split_by_the_hash_of_each() -> None:
-    lines = (REPOSITORY / "train" / "assistant.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (REPOSITORY / "recipes" / "assistant.jsonl").read_text(encoding="utf-8").splitlines()
     held = on_sides([json.loads(line) for line in lines], Data())
     hashes = [hashlib.sha256(json.dumps([0, json.loads(line)], sort_keys=True).encode()).digest() for line in lines]
     assert held == [int.from_bytes(digest[:8], "big") / 2**64 < 0.1 for digest in hashes]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from prove_run import CORPUS, Proved, trained_tokenizer
 
-from recipe.files import fingerprint
+from pipeline.files import fingerprint
 from train.tokenizer import DEFAULT, prepare_tokenizer
 
 pytest_plugins = ["prove_fixtures"]
@@ -131,9 +131,9 @@ def test_added_tokens_are_trained_merged_and_proved(tied: bool, untrained: Prove
 def test_vllm_is_not_asked_to_apply_an_adapter_with_new_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from recipe import Recipe, Run, UserError
-    from recipe.run import Receipt
-    from serve.running.vllm import model_of
+    from pipeline import Recipe, Run, UserError
+    from pipeline.run import Receipt
+    from serve.engines.vllm import model_of
 
     monkeypatch.chdir(tmp_path)
     recipe, run = Recipe("line"), Run("line")

@@ -9,8 +9,8 @@ import gguf
 import pytest
 from gguf_fixture import write_gguf
 
-from recipe import Recipe, Run, UserError
-from recipe.schema import Data
+from pipeline import Recipe, Run, UserError
+from pipeline.recipe import Data
 from train.base import base, packaged_gguf, parameters, safetensors_header
 from train.origin import origin
 

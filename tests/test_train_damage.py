@@ -22,10 +22,10 @@ import pytest
 from test_train_exports import SHAPES as EXPORTS
 from test_train_formats import SHAPES
 
-from recipe import load
-from recipe.rows import batches
+from pipeline import load
+from pipeline.rows import batches
+from train.cleaning.prepare import settings
 from train.data import Intake, take_in
-from train.prepare import settings
 from train.reading.packed import opened
 from train.reading.row import Problem, told
 from train.reading.sources import Source

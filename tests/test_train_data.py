@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from data_fixtures import made, read
 
-from recipe import Run, UserError, load
-from recipe.rows import heldout
-from recipe.rows import rows as written
+from pipeline import Run, UserError, load
+from pipeline.rows import heldout
+from pipeline.rows import rows as written
 from train.data import data
 from train.heldout import read_questions
 from train.reading.row import Problem, Row, told
@@ -226,7 +226,7 @@ def test_a_file_of_which_nothing_is_left_is_told() -> None:
 
 def shipped(name: str) -> list[Row]:
     problems: list[Problem | str] = []
-    path = REPOSITORY / "train" / name
+    path = REPOSITORY / "recipes" / name
     rows = read_questions(str(path), problems) if "heldout" in name else read(path)
     assert problems == []
     return rows
@@ -246,7 +246,7 @@ def test_the_shipped_questions_pass_and_are_enough() -> None:
 
 
 def test_the_reference_answers_contain_their_own_facts() -> None:
-    from recipe.score import has_fact
+    from pipeline.score import has_fact
 
     missing = [
         (row.place, fact)

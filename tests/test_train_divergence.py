@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import Workplace
 
-from train.keeping.divergence import STEPS_ABOVE, Watch
+from train.trainer.divergence import STEPS_ABOVE, Watch
 
 
 def seen(losses: list[float], base_loss: float | None = None) -> int | None:
@@ -73,7 +73,7 @@ def test_a_resumed_watch_is_as_one_that_never_stopped() -> None:
 @pytest.fixture
 def poisoned(based: Workplace, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A training whose loss is no number at one step."""
-    from train.trainer import AssistantTrainer
+    from train.assistant_trainer import AssistantTrainer
 
     def poison(step: int) -> None:
         real = AssistantTrainer.compute_loss

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Workplace
 
-from train.keeping.checkpoints import last_complete
+from train.trainer.checkpoints import last_complete
 
 KILLS = 6
 LONGER = ("epochs: 2", "epochs: 9, patience: 0, lora: {dropout: 0.1}")  # with dropout the dice too must go on
@@ -30,7 +30,7 @@ def train(folder: str) -> None:
 def start() -> Callable[[Path], Any]:
     """Start a training in a process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "train.sft", "train.trainer", "datasets", "tensorboard"])
+    context.set_forkserver_preload(["conftest", "train.sft", "train.assistant_trainer", "datasets", "tensorboard"])
 
     def starting(folder: Path) -> Any:
         process = context.Process(target=train, args=(str(folder),))
@@ -86,7 +86,7 @@ def test_kills_at_random_moments_change_nothing(
 def test_a_signal_saves_a_checkpoint_and_ends(
     wish: signal.Signals, code: int, based: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from train.keeping.lasting import LastingTrainer
+    from train.trainer.resumable import LastingTrainer
 
     recipe = Path("line.yaml")
     recipe.write_text(recipe.read_text().replace(*LONGER))
@@ -114,7 +114,7 @@ def test_a_signal_saves_a_checkpoint_and_ends(
 def test_a_signal_ends_a_validation_which_the_next_start_does_first(
     step: int, based: Workplace, _trained: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    from train.keeping.lasting import LastingTrainer
+    from train.trainer.resumable import LastingTrainer
 
     batches = 0
 

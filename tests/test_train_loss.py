@@ -62,7 +62,7 @@ def make_trainer(
     from peft import LoraConfig
     from trl import SFTConfig
 
-    from train.trainer import AssistantTrainer
+    from train.assistant_trainer import AssistantTrainer
 
     kind, sizes = ARCHITECTURES[name]
     torch.manual_seed(0)

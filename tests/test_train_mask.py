@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from recipe import UserError
+from pipeline import UserError
 from train.template import IGNORED, Example, examples, row_examples, shown, text_examples
 from train.tokenizer import DEFAULT, GENERATION_TAG, end_of_turn, one_template
 

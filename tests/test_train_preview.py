@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from recipe import UserError
-from recipe.rows import RowWriter, picked, row_batch, rows
+from pipeline import UserError
+from pipeline.rows import RowWriter, picked, row_batch, rows
 from train.pieces import pieces
 from train.preview import CLOSE, OPEN, histogram, preview
 from train.sft import sft

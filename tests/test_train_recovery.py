@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from conftest import Workplace
 
-from recipe import UserError
-from recipe.files import files_below, fingerprint
+from pipeline import UserError
+from pipeline.files import files_below, fingerprint
 from train import sft as stage
-from train.keeping.checkpoints import MANIFEST, last_complete, open_folder
-from train.keeping.journal import OUT_OF_MEMORY, Journal
-from train.keeping.recovery import recorded
-from train.keeping.shortage import is_shortage
+from train.trainer.checkpoints import MANIFEST, last_complete, open_folder
+from train.trainer.journal import OUT_OF_MEMORY, Journal
+from train.trainer.recovery import recorded
+from train.trainer.shortage import is_shortage
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "zeros, as after a loss of power": lambda content: bytes(len(content)),

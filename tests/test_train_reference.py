@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from recipe.reference import CONTINUATION_TOKENS, read_reference
-from recipe.rows import rows
+from pipeline.reference import CONTINUATION_TOKENS, read_reference
+from pipeline.rows import rows
 from train import reference as stage
 from train.probes import OWN_PROBES, TOOL, probe_cases
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from recipe import UserError
-from recipe.score import has_fact, key_fact_accuracy
+from pipeline import UserError
+from pipeline.score import has_fact, key_fact_accuracy
 from train import sft as stage
-from train.keeping.checkpoints import last_complete, open_folder
 from train.space import check_disk, needed_bytes
 from train.template import examples
+from train.trainer.checkpoints import last_complete, open_folder
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS_AN_EPOCH = 5  # of the tiny recipe

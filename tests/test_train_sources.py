@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from data_fixtures import read_what_is_right
 
-from recipe import Run, UserError, load
-from recipe.rows import rows
-from recipe.schema import Data
+from pipeline import Run, UserError, load
+from pipeline.recipe import Data
+from pipeline.rows import rows
 from tests.hub_double import hub
 from train.data import data
 from train.reading.sources import Source, copies, sources
@@ -136,7 +136,7 @@ def test_a_weight_takes_rows_as_often_as_it_says_by_what_they_are() -> None:
 
 def test_weights_repeat_rows_for_training_and_for_nothing_else() -> None:
     Path("few.jsonl").write_text('{"text": "Some words that stand in no other row."}\n')
-    shipped = str(REPOSITORY / "train" / "assistant.jsonl")
+    shipped = str(REPOSITORY / "recipes" / "assistant.jsonl")
     Path("r.yaml").write_text(json.dumps({"data": {"train": [shipped, "few.jsonl"], "weights": [2, 0]}}))
     data(load("r.yaml"), Run("r"))
     times = {
@@ -178,8 +178,8 @@ configs:
 """
 ASKING = """
 import json, sys
-from recipe import UserError
-from recipe.schema import Data
+from pipeline import UserError
+from pipeline.recipe import Data
 from train.reading.chunks import records
 from train.reading.sources import chunks, sources
 for name in sys.argv[1:]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from recipe import UserError
+from pipeline import UserError
 from train.template import IGNORED, Example, examples, render
 from train.tokenizer import end_of_turn, prepare_tokenizer
 

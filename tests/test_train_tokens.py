@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from recipe import Recipe, UserError
-from recipe import rows as recipe_rows
-from recipe.rows import rows
+from pipeline import Recipe, UserError
+from pipeline import rows as recipe_rows
+from pipeline.rows import rows
 from train import pool, tokens
 from train.template import row_examples
 from train.tokens import longest_and_sum, tokenized

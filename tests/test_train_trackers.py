@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import Workplace
 
-from recipe import Run, UserError
+from pipeline import Run, UserError
 from train import trackers
-from train.keeping.checkpoints import step_of
+from train.trainer.checkpoints import step_of
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -28,7 +28,7 @@ def logged(folder: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("clock", ["right", "set back"])
 def test_a_step_that_is_taken_again_is_shown_once(clock: str, tmp_path: Path) -> None:
-    from train.curves import Curves
+    from train.trainer.curves import Curves
 
     def train(first: int, last: int, loss: float) -> None:
         curves, state = Curves(tmp_path), SimpleNamespace(is_world_process_zero=True, is_hyper_param_search=False)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from recipe import Run, UserError
-from recipe.files import fingerprint
-from recipe.proof import Comparison, write_comparisons
-from recipe.run import Receipt
-from recipe.stages import stage as stage_of
-from recipe.verify import verify
+from pipeline import Run, UserError
+from pipeline.files import fingerprint
+from pipeline.proof import Comparison, write_comparisons
+from pipeline.run import Receipt
+from pipeline.stages import stage as stage_of
+from report.verify import verify
 
 
 @pytest.fixture

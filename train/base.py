@@ -13,9 +13,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from recipe import Made, Recipe, Run, UserError, command
-from recipe.files import fingerprint, fresh_folder, put_in_place
-from recipe.run import Fingerprints
+from pipeline import Made, Recipe, Run, UserError, command
+from pipeline.files import fingerprint, fresh_folder, put_in_place
+from pipeline.run import Fingerprints
 from train.origin import origin
 from train.reach import without_waiting
 from train.tokenizer import prepare_tokenizer

@@ -1,8 +1,8 @@
 """Read, check and split the conversations:  python -m train.data RECIPE
 
-What may be read, and in which formats: train/reading. The sources stream through workers on all cores, which clean and
-sign each row alone (train/prepare.py), into a file of all rows; by the signatures, all that has to be in memory, it is
-decided which rows repeat others and which are held back (train/cleaning/split.py).
+What may be read, and in which formats: train/reading. The sources stream through workers on all cores, which clean
+and sign each row alone (train/cleaning/prepare.py), into a file of all rows; by the signatures, all that has to be in
+memory, it is decided which rows repeat others and which are held back (train/cleaning/split.py).
 """
 
 import json
@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipe import Made, Recipe, Run, UserError, command
-from recipe.files import fingerprint, fresh_folder, put_in_place, remove
-from recipe.machine import cores
-from recipe.progress import progress
-from recipe.rows import RowWriter, batches
+from pipeline import Made, Recipe, Run, UserError, command
+from pipeline.files import fingerprint, fresh_folder, put_in_place, remove
+from pipeline.machine import cores
+from pipeline.progress import progress
+from pipeline.rows import RowWriter, batches
+from train.cleaning.prepare import Prepared, Settings, Work, line_of, prepared, settings
 from train.heldout import read_questions
 from train.pool import in_order
-from train.prepare import Prepared, Settings, Work, line_of, prepared, settings
 from train.reading.formats import Detected, detect, whole_chunks
 from train.reading.row import Problem, Rejection, Row, told
 from train.reading.sources import Source, sources
@@ -48,7 +48,7 @@ class Intake:
 
 
 def data(recipe: Recipe, run: Run) -> Made:
-    """Write `data/train.arrow`, `data/validation.arrow` (recipe.rows), `data/heldout.jsonl` and `data/rejected.jsonl`.
+    """Write `data/train.arrow`, `data/validation.arrow` (pipeline.rows), `data/heldout.jsonl` and `data/rejected.jsonl`.
 
     Raises:
         UserError: every problem of every file, each with file and line.

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from recipe import UserError
+from pipeline import UserError
 from train.reading.chunks import records
 from train.reading.row import Problem, Rejection, Row
 from train.reading.sources import Source, chunks

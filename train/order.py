@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recipe.files import write_whole
-from recipe.progress import progress
+from pipeline.files import write_whole
+from pipeline.progress import progress
 
 
 def curriculum(trainer: Any, order: str, kept: Path) -> list[int] | None:

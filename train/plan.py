@@ -10,10 +10,10 @@ import shutil
 import sys
 from typing import Any
 
-from recipe import Recipe, Run, UserError
-from recipe.command import boundary
-from recipe.load import environment_overrides, load
-from recipe.units import duration, number, size
+from pipeline import Recipe, Run, UserError
+from pipeline.command import boundary
+from pipeline.load import environment_overrides, load
+from pipeline.units import duration, number, size
 from train.planning.corpus import counted
 from train.planning.devices import DEVICES, PRICED
 from train.planning.memory import STEP_TUNERS, cache_bytes
@@ -91,7 +91,7 @@ def impossible(of: Job, at: Place) -> str:
 def _of_this_machine(recipe: Recipe) -> Recipe:
     import dataclasses
 
-    from recipe.schema import Plan
+    from pipeline.recipe import Plan
 
     return dataclasses.replace(recipe, plan=Plan(efficiency=recipe.plan.efficiency, tokens=recipe.plan.tokens))
 

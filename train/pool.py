@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-from recipe import UserError
+from pipeline import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -11,11 +11,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from recipe import Recipe, Run, UserError
-from recipe.command import boundary, recipe_of_arguments
-from recipe.conversations import bars
-from recipe.files import write_whole
-from recipe.rows import count, picked, rows
+from pipeline import Recipe, Run, UserError
+from pipeline.command import boundary, recipe_of_arguments
+from pipeline.files import write_whole
+from pipeline.rows import count, picked, rows
+from pipeline.units import bars
 from train.pieces import VISIBLE, pieces
 from train.template import IGNORED, row_examples
 from train.tokens import Tokens, longest_and_sum, row_tokens, tokenized

@@ -4,7 +4,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
-from recipe.reference import Message
+from pipeline.reference import Message
 
 OWN_PROBES = 12
 TOOL = "get_weather"
@@ -72,7 +72,7 @@ def probe_cases(tokenizer: Any, own: list[dict[str, Any]]) -> dict[str, Case]:
     Left out are those that the template refuses, as a server does, and those whose system prompt or tools it drops
     in silence, which llama.cpp's server would write into the question instead.
     """
-    from recipe import UserError
+    from pipeline import UserError
     from train.template import render
 
     spelled = f"What does {tokenizer.eos_token} mean, and {tokenizer.eos_token[:-1]} >?"

@@ -11,10 +11,10 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from recipe import Made, Recipe, Run, UserError, command
-from recipe.files import fresh_folder, put_in_place
-from recipe.reference import CONTINUATION_TOKENS, SCORED_POSITIONS, Answer, Probe, Reference, write_reference
-from recipe.rows import rows
+from pipeline import Made, Recipe, Run, UserError, command
+from pipeline.files import fresh_folder, put_in_place
+from pipeline.reference import CONTINUATION_TOKENS, SCORED_POSITIONS, Answer, Probe, Reference, write_reference
+from pipeline.rows import rows
 from train.probes import Case, probe_cases
 from train.template import IGNORED, Example, render, row_examples
 
@@ -26,7 +26,7 @@ MOST_PADDING = 2  # times the shortest prompt of a group, so that a long one is 
 
 
 def reference(recipe: Recipe, run: Run) -> Made:
-    """Write `reference/` in the format of `recipe.reference`."""
+    """Write `reference/` in the format of `pipeline.reference`."""
     import numpy as np
     import torch
     from peft import PeftModel

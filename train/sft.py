@@ -12,19 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from recipe import Made, Recipe, Run, UserError, command
-from recipe.error import Stopped
-from recipe.files import fresh_folder, put_in_place, write_whole
-from recipe.rows import heldout
+from pipeline import Made, Recipe, Run, UserError, command
+from pipeline.error import Stopped
+from pipeline.files import fresh_folder, put_in_place, write_whole
+from pipeline.rows import heldout
 from train.base import parameters
-from train.keeping.checkpoints import open_folder
-from train.keeping.divergence import Watch
-from train.keeping.journal import Journal
-from train.keeping.recovery import recorded
 from train.plan import check
 from train.space import check_disk
 from train.tokens import Tokens, longest_and_sum, row_tokens, tokenized
 from train.trackers import prepare, same_run
+from train.trainer.checkpoints import open_folder
+from train.trainer.divergence import Watch
+from train.trainer.journal import Journal
+from train.trainer.recovery import recorded
 
 log = logging.getLogger("truetune")
 # A change of these goes on from the last checkpoint; so does one of rows whose product with accumulate is the same.
@@ -52,8 +52,8 @@ def sft(recipe: Recipe, run: Run) -> Made:
 def _train(recipe: Recipe, run: Run, resume_from: Path | None, journal: Journal, trackers: list[str]) -> Made:
     from transformers import set_seed
 
-    from train.curves import Curves, MlflowCurves
     from train.preview import write_preview
+    from train.trainer.curves import Curves, MlflowCurves
 
     tokens = tokenized(recipe, run)  # before the model takes its memory
     planned = check(recipe, run, tokens.counts)
@@ -102,7 +102,7 @@ def load_base(recipe: Recipe, run: Run) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from recipe.machine import fast_precision
+    from pipeline.machine import fast_precision
 
     options: dict[str, Any] = {"dtype": torch.float32}
     if torch.cuda.is_available():
@@ -132,11 +132,11 @@ def make_trainer(
     from transformers import PrinterCallback
     from trl import SFTConfig
 
-    from recipe.machine import fast_precision
-    from train.adapter import lora_config
-    from train.keeping.lasting import Often, Patience
+    from pipeline.machine import fast_precision
+    from train.assistant_trainer import AssistantTrainer
     from train.order import curriculum
-    from train.trainer import AssistantTrainer
+    from train.trainer.resumable import Often, Patience
+    from train.tuners import lora_config
 
     knobs = recipe.train
     precision = fast_precision() if knobs.precision == "auto" else knobs.precision
@@ -209,7 +209,7 @@ def _measure(
     trainer: Any, tokenizer: Any, questions: list[dict[str, Any]], recipe: Recipe, when: str
 ) -> dict[str, Any]:
     """Validation loss, key-fact accuracy and the answers that it was counted in."""
-    from recipe.score import key_fact_accuracy
+    from pipeline.score import key_fact_accuracy
     from train.scoring.score import answers
 
     loss = trainer.validation_loss()

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from recipe import Recipe, UserError
-from recipe.schema import QUANTIZATIONS
+from pipeline import Recipe, UserError
+from pipeline.recipe import QUANTIZATIONS
 from train.planning.memory import checkpoint_bytes
 
 BYTES_A_WEIGHT = {"float32": 4.0, "bfloat16": 2.0}

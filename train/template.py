@@ -6,8 +6,8 @@ from functools import lru_cache
 from itertools import chain, takewhile
 from typing import Any
 
-from recipe import UserError
-from recipe.rows import text_arguments
+from pipeline import UserError
+from pipeline.rows import text_arguments
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 

@@ -8,9 +8,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from recipe import UserError
-from recipe.files import write_whole
-from recipe.rows import GENERATION_TAG
+from pipeline import UserError
+from pipeline.files import write_whole
+from pipeline.rows import GENERATION_TAG
 from train.embeddings import add_rows
 from train.template import render
 

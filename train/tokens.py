@@ -16,11 +16,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from recipe import Recipe, Run, UserError
-from recipe.files import fingerprint, fresh_folder, put_in_place, remove
-from recipe.machine import cores
-from recipe.progress import progress
-from recipe.rows import batches, count, rows
+from pipeline import Recipe, Run, UserError
+from pipeline.files import fingerprint, fresh_folder, put_in_place, remove
+from pipeline.machine import cores
+from pipeline.progress import progress
+from pipeline.rows import batches, count, rows
 from train.pool import in_order
 from train.template import IGNORED, batch_examples, row_examples, shown
 

@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from recipe import Run, UserError
-from recipe.environment import ROOT, SetupError, add, unfinished
-from recipe.files import write_whole
+from pipeline import Run, UserError
+from pipeline.files import write_whole
+from setup.environment import LOCKS, SetupError, add, unfinished
 
 PROJECT = "truetune"
 
@@ -29,7 +29,7 @@ def prepare(tracker: str, place: Run, training: str) -> list[str]:
     """
     if tracker not in ("wandb", "mlflow"):
         return []
-    requirements = ROOT / "train" / f"{tracker}.txt"
+    requirements = LOCKS / f"{tracker}.txt"
     if importlib.util.find_spec(tracker) is None or unfinished(requirements).is_file():
         _install(requirements)
     folder = place.path("logs", tracker).absolute()

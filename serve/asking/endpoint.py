@@ -7,8 +7,8 @@ import socket
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
-from recipe.error import UserError
-from recipe.schema import Recipe, Serve
+from pipeline.error import UserError
+from pipeline.recipe import Recipe, Serve
 
 HOST = "127.0.0.1"
 ERRORS = (OSError, http.client.HTTPException, ValueError)

@@ -6,7 +6,7 @@ import re
 import secrets
 from pathlib import Path
 
-from recipe.error import UserError
+from pipeline.error import UserError
 
 KEY_FILE = Path(".secrets/api-key")
 

@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from recipe.proof import Comparison, first_difference, same_share
-from recipe.reference import CONTINUATION_TOKENS, Probe
+from pipeline.proof import Comparison, first_difference, same_share
+from pipeline.reference import CONTINUATION_TOKENS, Probe
 from serve.asking.endpoint import ask
 
 

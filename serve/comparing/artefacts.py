@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipe.error import UserError
-from recipe.run import Receipt, Run
+from pipeline.error import UserError
+from pipeline.run import Receipt, Run
 from serve.asking.endpoint import HOST
 from serve.asking.key import read_key
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from recipe.error import UserError
+from pipeline.error import UserError
 
 
 @dataclass(frozen=True)

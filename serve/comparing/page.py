@@ -11,14 +11,14 @@ from typing import Any
 
 import gradio as gr
 
-from recipe.environment import device
-from recipe.error import UserError
-from recipe.run import Run
-from recipe.schema import Recipe
+from pipeline.error import UserError
+from pipeline.recipe import Recipe
+from pipeline.run import Run
 from serve.comparing.artefacts import Artefact, artefacts
 from serve.comparing.conversation import Conversation
 from serve.comparing.pane import QUIET, Pane, Update, keep, make_pane, read, told, unanswered, whole
 from serve.comparing.voices import Sampling, Voices, together
+from setup.environment import device
 
 CSS = Path(__file__).with_suffix(".css")
 QUEUE = 16

@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from recipe.error import UserError
-from recipe.run import Run
+from pipeline.error import UserError
+from pipeline.run import Run
 from serve.comparing import prompt
 from serve.comparing.artefacts import Artefact
 from serve.comparing.conversation import Conversation, Made, append

@@ -14,14 +14,15 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Self
 
-from recipe.error import UserError
-from recipe.run import Run
-from serve.answering import engine, weights
-from serve.answering.context import trained_context
+from pipeline.error import UserError
+from pipeline.run import Run
 from serve.asking.endpoint import free_port, is_healthy, url_of
 from serve.asking.key import make_key, read_key
 from serve.chat import Answer, failures, reason
 from serve.comparing.artefacts import Artefact, client_of
+from serve.engines import weights
+from serve.gateway import engine
+from serve.gateway.context import trained_context
 from serve.running.backend import Endpoint
 
 LOADED = 2  # as many as are compared; a third would cost the memory of both

@@ -5,13 +5,13 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recipe.error import UserError
-from recipe.files import write_whole
-from recipe.schema import Recipe
+from pipeline.error import UserError
+from pipeline.files import write_whole
+from pipeline.recipe import Recipe
 from serve.asking.endpoint import port_of_environment
 from serve.asking.key import KEY_FILE
-from serve.running.openwebui import PASSWORD_FILE, SECRET_FILE
-from serve.running.vllm import END_SECONDS, Model, machine_for, model_arguments
+from serve.engines.vllm import END_SECONDS, Model, machine_for, model_arguments
+from serve.openwebui import PASSWORD_FILE, SECRET_FILE
 
 SETTINGS = Path(".env")
 PLAYGROUND_TOKEN = Path(".secrets/playground-token")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipe.run import Fingerprints
+from pipeline.run import Fingerprints
 
 
 @dataclass(frozen=True)

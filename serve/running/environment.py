@@ -1,4 +1,4 @@
-"""An environment of its own for a part whose pins conflict with ours, made on first use from `serve/<name>.txt`.
+"""An environment of its own for a part whose pins conflict with ours, made on first use from `setup/locks/<name>.txt`.
 
 Beside `.venv`, not in the run folder: every recipe shares it. `make lock` writes the requirements, with their hashes.
 """
@@ -11,8 +11,20 @@ import sys
 import time
 from pathlib import Path
 
-from recipe.environment import CACHE, ROOT, TORCH, Environment, SetupError, alone, device, install_torch, make_venv, run
-from recipe.error import UserError
+from pipeline.error import UserError
+from setup.environment import (
+    CACHE,
+    LOCKS,
+    ROOT,
+    TORCH,
+    Environment,
+    SetupError,
+    alone,
+    device,
+    install_torch,
+    make_venv,
+    run,
+)
 
 NEEDED_BYTES = {"cpu": 5_000_000_000, "cuda": 15_000_000_000}
 
@@ -25,7 +37,7 @@ def environment(name: str) -> Path:
     Raises:
         UserError: no package index answers, the disk is full, or a package cannot be installed.
     """
-    requirements = ROOT / "serve" / f"{name}.txt"
+    requirements = LOCKS / f"{name}.txt"
     place = Environment(ROOT / f".venv-{name}", ROOT / CACHE / f"{name}.log")
     try:
         target = device()

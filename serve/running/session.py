@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from recipe.error import UserError
-from recipe.files import write_whole
-from recipe.run import Run
+from pipeline.error import UserError
+from pipeline.files import write_whole
+from pipeline.run import Run
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from recipe.error import UserError
-from recipe.progress import progress
+from pipeline.error import UserError
+from pipeline.progress import progress
 from serve.asking.endpoint import port_problem
 from serve.running.backend import Service
 

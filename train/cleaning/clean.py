@@ -8,7 +8,7 @@ import re
 import unicodedata
 from typing import Any
 
-from recipe.schema import Clean
+from pipeline.recipe import Clean
 from train.cleaning import language, personal, repetition
 from train.cleaning.text import CODE, changed, texts
 from train.reading.row import Rejection

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from recipe import UserError
+from pipeline import UserError
 from train.cleaning.text import CODE, texts
 from train.reading.row import Rejection
 

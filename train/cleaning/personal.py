@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Callable
 
-from recipe import UserError
+from pipeline import UserError
 
 # Not an address: `git@host:path` of Git, `icon@2x.png` of web pages.
 EMAIL = re.compile(

@@ -9,7 +9,7 @@ import logging
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.schema import Data
+from pipeline.recipe import Data
 from train.cleaning.duplicates import Labels, Signatures, equal, near, same_prompt
 
 TEMPLATE_ROWS = 20  # a cluster of at least so many rows, and of more than half of all, is a template, no duplicate

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe import Recipe, Run, UserError
+from pipeline import Recipe, Run, UserError
 from train.base import PACKAGED, RANDOM, packaged_gguf, random_config
 from train.reach import without_waiting
 

@@ -5,8 +5,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from recipe import Recipe, Run, UserError
-from recipe.rows import count, rendered, rows
+from pipeline import Recipe, Run, UserError
+from pipeline.rows import count, rendered, rows
 from train.tokens import row_tokens
 
 SAMPLE = 300

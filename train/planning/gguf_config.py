@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from recipe import UserError
-from recipe.gguf_head import read_head
+from pipeline import UserError
+from pipeline.gguf_head import read_head
 
 
 def gguf_config(path: Path) -> Any:

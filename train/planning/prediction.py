@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipe import Recipe, Run, UserError
-from recipe.machine import cores, free_bytes, machine
-from recipe.schema import Train
+from pipeline import Recipe, Run, UserError
+from pipeline.machine import cores, free_bytes, machine
+from pipeline.recipe import Train
 from train.planning.architecture import Architecture, architecture, read_config
 from train.planning.corpus import Corpus, corpus, supervised_positions
 from train.planning.devices import DEVICES, like, processor_peak
@@ -102,7 +102,7 @@ def rented(recipe: Recipe, name: str, devices: int = 1, zero: int = 0) -> Place:
 def _here(recipe: Recipe) -> Place:
     import torch
 
-    from recipe.machine import fast_precision
+    from pipeline.machine import fast_precision
 
     precision = fast_precision() if recipe.train.precision == "auto" else recipe.train.precision
     price = (recipe.plan.price,) * 2

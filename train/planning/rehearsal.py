@@ -6,7 +6,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from recipe import Recipe, UserError
+from pipeline import Recipe, UserError
 from train.planning.architecture import on_meta, reason
 
 log = logging.getLogger("truetune")
@@ -138,7 +138,7 @@ def _adapted(model: Any, recipe: Recipe | None) -> Any:
         return model
     from peft import get_peft_model
 
-    from train.adapter import lora_config
+    from train.tuners import lora_config
 
     return get_peft_model(model, lora_config(recipe, model, []))
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recipe import UserError
-from recipe.rows import BYTES_A_BATCH, ROWS_A_BATCH, pieces
+from pipeline import UserError
+from pipeline.rows import BYTES_A_BATCH, ROWS_A_BATCH, pieces
 from train.reading.columns import MEDIA
 
 READ_BYTES = 1 << 20

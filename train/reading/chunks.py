@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from recipe import UserError
+from pipeline import UserError
 from train.reading.batches import batches, without_nulls_of_tools
 from train.reading.jsonstream import DECODER, values
 from train.reading.packed import FAULTS, opened

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipe import UserError
+from pipeline import UserError
 from train.reading import exports, shapes
 from train.reading.chunks import Chunk, records
 from train.reading.columns import (

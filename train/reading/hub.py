@@ -4,7 +4,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from recipe import UserError
+from pipeline import UserError
 from train.reach import without_waiting
 
 NAME = re.compile(

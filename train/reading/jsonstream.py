@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import IO, Any
 
-from recipe import UserError
+from pipeline import UserError
 from train.reading.columns import KNOWN
 
 CHARACTERS = 1 << 20

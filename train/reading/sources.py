@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe import UserError
-from recipe.files import matching
-from recipe.schema import Data
+from pipeline import UserError
+from pipeline.files import matching
+from pipeline.recipe import Data
 from train.reading.batches import small
 from train.reading.chunks import JSONS, TEXTS, Chunk, file_chunks
 from train.reading.hub import HubSet, download, hub_set

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterator
 from typing import IO, Any
 
-from recipe import UserError
+from pipeline import UserError
 from train.reading.columns import KNOWN
 from train.reading.row import Problem
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe import UserError
+from pipeline import UserError
 
 PROBLEMS_SHOWN = 20
 MOST_LABELS = 200  # more are no classification, and their confusion matrices fill the memory

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from recipe.progress import progress
+from pipeline.progress import progress
 from train.template import IGNORED, Example
 
 T = TypeVar("T")

@@ -6,9 +6,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
-from recipe import Recipe, Run
-from recipe.confidence import median
-from recipe.machine import fast_precision, resident_bytes
+from pipeline import Recipe, Run
+from pipeline.confidence import median
+from pipeline.machine import fast_precision, resident_bytes
 from train.sft import load_base
 from train.template import render
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from recipe.progress import progress
+from pipeline.progress import progress
 from train.template import render
 
 QUESTIONS_AT_ONCE = 32

@@ -1,0 +1,264 @@
+"""A recipe file and overrides become a Recipe, or every problem at once with its key and line."""
+
+import dataclasses
+import difflib
+import os
+import re
+import shlex
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from pipeline.error import UserError
+from pipeline.files import matching
+from pipeline.recipe import Recipe
+
+SHIPPED = Path("recipes")
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+def load(recipe: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of that shipped name or path, with `key=value` overrides.
+
+    Without `overrides`, those that the last `make` kept for this run apply (`pipeline.resolve`).
+
+    Raises:
+        UserError: with every problem of file and overrides, each with its place and the nearest valid key.
+    """
+    path = find(recipe)
+    problems: list[str] = []
+    tree = _read_yaml(path, problems)
+    for override in kept_overrides(path.stem) if overrides is None else overrides:
+        _apply_override(tree, override, problems)
+    places: dict[str, str] = {}
+    values = _build(Recipe, tree, "", places, problems)
+    loaded = _locate(Recipe(name=path.stem, **values), path.parent)  # a key with a problem has its default here
+    for key, problem in loaded.problems():
+        if not any(f" {told}:" in known for known in problems for told in (key, key.partition(".")[0])):
+            problems.append(f"{places.get(key, path)}: {key}: {problem}")
+    if problems:
+        raise UserError(*problems)
+    return loaded
+
+
+def find(recipe: str) -> Path:
+    """Path of a recipe given by shipped name or by path; its stem is a valid run name."""
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else SHIPPED / f"{recipe}.yaml"
+    if not path.is_file():
+        shipped = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+        near = difflib.get_close_matches(recipe, shipped, 1)
+        hint = f"did you mean '{near[0]}'?" if near else "give the path of your own file or"
+        raise UserError(f"no recipe {path}: {hint} choose one of: {', '.join(shipped)}".replace("? choose", "? Choose"))
+    if not NAME.fullmatch(path.stem):
+        raise UserError(
+            f"recipe name {path.stem!r}: use lower-case letters, digits, '.', '_' and '-' in the file's name"
+        )
+    return path
+
+
+def kept_overrides(name: str) -> list[str]:
+    """The overrides of the last `make SET=...` for this run."""
+    kept = Path("runs") / name / "overrides"
+    return kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
+
+
+def environment_overrides() -> list[str] | None:
+    """`SET="train.epochs=3 data.train='my file.jsonl'"` of the environment; None when SET is not given."""
+    if "SET" not in os.environ:
+        return None
+    try:
+        return shlex.split(os.environ["SET"])
+    except ValueError as error:
+        raise UserError(f"SET={os.environ['SET']}: {error}: close the quotes") from None
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain JSON types."""
+    return dataclasses.asdict(recipe)
+
+
+def _locate(recipe: Recipe, beside: Path) -> Recipe:
+    """Files are named from the repository, where make runs; one that is not there is sought beside the recipe."""
+
+    def located(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(beside / path) if not matching(str(path)) and matching(str(beside / path)) else str(path)
+
+    data = dataclasses.replace(
+        recipe.data,
+        train=tuple(located(name) for name in recipe.data.train),
+        heldout=recipe.data.heldout and located(recipe.data.heldout),
+    )
+    given = recipe.eval.classification
+    evaluation = dataclasses.replace(
+        recipe.eval,
+        classification=tuple("=".join((located(path), *labels)) for path, *labels in map(_halves, given)),
+        tasks=tuple(located(name) if name.endswith((".yaml", ".yml")) else name for name in recipe.eval.tasks),
+    )
+    template = recipe.chat_template and located(recipe.chat_template)
+    return dataclasses.replace(recipe, base=located(recipe.base), chat_template=template, data=data, eval=evaluation)
+
+
+def _halves(entry: str) -> list[str]:
+    """A path, and the names of its labels where they are given."""
+    return entry.split("=", 1)
+
+
+@dataclasses.dataclass
+class _Leaf:
+    """A YAML value and where it stands."""
+
+    value: Any
+    place: str
+
+
+class _Section(dict[str, Any]):
+    """Keys of a YAML mapping, and where it stands."""
+
+    place = "SET"
+
+
+def _read_yaml(path: Path, problems: list[str]) -> _Section:
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        if node is None:
+            return _Section()
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}:1: a recipe is a mapping of keys to values, not a list or a single value")
+        return _mapping(node, path, str(path), problems)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML: {_reason(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply, or in itself: a recipe has sections of keys and values") from None
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
+
+
+def _mapping(node: yaml.MappingNode, path: Path, place: str, problems: list[str]) -> _Section:
+    loader = yaml.SafeLoader("")
+    tree = _Section()
+    tree.place = place
+    for key_node, value_node in node.value:
+        key, place = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
+        if key in tree:
+            problems.append(f"{place}: {key}: given twice: keep one")
+        if isinstance(value_node, yaml.MappingNode):
+            tree[key] = _mapping(value_node, path, place, problems)
+        else:
+            try:
+                tree[key] = _Leaf(loader.construct_object(value_node, deep=True), place)
+            except (yaml.YAMLError, ValueError) as error:  # an unknown tag, or a date that does not exist
+                problems.append(f"{place}: {key}: cannot be read: {_reason(error)}")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        problems.append(f"SET: {override!r} is not key=value")
+        return
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        value = text
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = tree.get(parent)
+        if not isinstance(child, dict):
+            child = tree[parent] = _Section()
+        tree = child
+    tree[last] = _Leaf(value, "SET")
+
+
+def _build(cls: Any, tree: dict[str, Any], prefix: str, places: dict[str, str], problems: list[str]) -> dict[str, Any]:
+    """Values for the dataclass `cls` from `tree`; problems are appended, places of keys recorded."""
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if prefix or field.name != "name"}
+    values: dict[str, Any] = {}
+    for key, given in tree.items():
+        dotted = prefix + key
+        here = given.place
+        places[dotted] = here
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"choose one of: {', '.join(fields)}"
+            problems.append(f"{here}: {dotted}: unknown key: {hint}")
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(given, _Leaf) and given.value is not None:
+                inner = ", ".join(field.name for field in dataclasses.fields(hints[key]))
+                problems.append(
+                    f"{here}: {dotted}: {given.value!r} is not a section: write its keys below it ({inner})"
+                )
+            else:
+                nested = _Section() if isinstance(given, _Leaf) else given
+                values[key] = _build_section(hints[key], nested, f"{dotted}.", places, problems)
+        elif isinstance(given, _Section):
+            problems.append(f"{here}: {dotted}: is one value, not a section")
+        else:
+            try:
+                values[key] = _coerce(given.value, hints[key], fields[key].metadata)
+            except ValueError as error:
+                problems.append(f"{here}: {dotted}: {error}")
+    return values
+
+
+def _build_section(cls: Any, tree: dict[str, Any], prefix: str, places: dict[str, str], problems: list[str]) -> Any:
+    return cls(**_build(cls, tree, prefix, places, problems))
+
+
+def _coerce(value: Any, kind: Any, rules: Any) -> Any:
+    """`value` as `kind`; YAML reads 1e-3 as text, so numbers are read from text too.
+
+    Raises:
+        ValueError: what is wrong with the value.
+    """
+    if get_origin(kind) is UnionType or NoneType in get_args(kind):
+        inner = next(option for option in get_args(kind) if option is not NoneType)
+        return None if value is None else _coerce(value, inner, rules)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(_choose(value, [str(choice) for choice in get_args(kind)]))
+        return value
+    if get_origin(kind) is tuple:
+        items = value if isinstance(value, list) else [value]
+        return tuple(_coerce(item, get_args(kind)[0], rules) for item in items)
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{value!r} is not true or false")
+        return value
+    if kind in (int, float):
+        return _number(value, kind, rules)
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")
+    if rules["choices"] and value not in rules["choices"]:
+        raise ValueError(_choose(value, rules["choices"]))
+    return value
+
+
+def _number(value: Any, kind: type, rules: Any) -> float | int:
+    wanted = "a whole number" if kind is int else "a number"
+    try:
+        number = float(value)
+        exact = not isinstance(value, bool) and (kind is float or number == int(number))
+    except (TypeError, ValueError, OverflowError):
+        exact = False
+    if not exact or number != number or number in (float("inf"), float("-inf")):
+        raise ValueError(f"{value!r} is not {wanted}")
+    low, high = rules["low"], rules["high"]
+    if (low is not None and number < low) or (high is not None and number > high):
+        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{value!r} is out of range: give {wanted} {bounds}")
+    return int(number) if kind is int else number
+
+
+def _choose(value: Any, choices: list[str]) -> str:
+    near = difflib.get_close_matches(str(value).upper(), [choice.upper() for choice in choices], 1)
+    exact = next((choice for choice in choices if near and choice.upper() == near[0]), None)
+    hint = f"did you mean {exact!r}? " if exact else ""
+    return f"{value!r} is unknown: {hint}choose one of: {', '.join(choices)}"

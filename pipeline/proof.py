@@ -1,0 +1,164 @@
+"""What a comparison with the reference measures, where it first differs, and whether that is within its bounds."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import write_whole
+from pipeline.reference import Probe, Reference
+
+LARGEST_LOSS = 100.0  # nats a token; more, of a model that is lost anyway, would be no number of JSON
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Limits of one kind of artefact."""
+
+    mean_divergence: float
+    top1_agreement: float
+
+
+@dataclass
+class Comparison:
+    """One artefact against the reference. `problems` is empty when it is the model that was trained.
+
+    `measures` of a GGUF, as far as they could be taken:
+
+    - of the file: `bytes`, `bits_per_weight`, `tensors`, `fallbacks` (tensors by `WANTED -> WRITTEN`), `imatrix`
+      (whether an importance matrix weighed its rounding);
+    - of what it says, nats where no unit is named: `divergence_mean`, `divergence_median`, `divergence_p99`,
+      `divergence_mean_without_imatrix`, `top1_agreement`, `greedy_agreement`, `perplexity`, `perplexity_error`,
+      `trained_perplexity`, `stops`, `facts_accuracy` (share of the key facts), `facts_of` (held-out questions),
+      `facts_loss` (share that the unquantized file has and this one has not), `facts_loss_error` (its standard error);
+    - of this machine: `prompt_tokens_per_second`, `decode_tokens_per_second`, `peak_rss_bytes` (of loading and asking
+      it), `cache_bytes_per_token` (of a server's cache), `seconds`.
+    """
+
+    name: str
+    measures: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def write_comparisons(path: Path, comparisons: list[Comparison]) -> None:
+    """One comparison a line."""
+    write_whole(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in comparisons))
+
+
+def read_comparisons(path: Path) -> list[Comparison]:
+    """What `write_comparisons` wrote."""
+    with path.open(encoding="utf-8") as file:
+        return [Comparison(**json.loads(line)) for line in file]
+
+
+def first_difference(found: Sequence[Any], wanted: Sequence[Any]) -> int | None:
+    """Index of the first token that differs, None if both are the same."""
+    for index, (mine, other) in enumerate(zip(found, wanted, strict=False)):
+        if mine != other:
+            return index
+    return None if len(found) == len(wanted) else min(len(found), len(wanted))
+
+
+def same_share(found: Sequence[Any], wanted: Sequence[Any]) -> float:
+    """How much of an answer comes before its first difference; 1 if it is the same."""
+    index = first_difference(found, wanted)
+    return 1.0 if index is None else index / max(len(wanted), 1)
+
+
+def compare_tokens(comparison: Comparison, probe: Probe, found: list[int], show: Any) -> bool:
+    """Whether the prompt's tokens are the reference's; `show` turns a token id into text for the message."""
+    index = first_difference(found, probe.ids)
+    if index is None:
+        return True
+    mine = show(found[index]) if index < len(found) else "nothing"
+    wanted = show(probe.ids[index]) if index < len(probe.ids) else "nothing"
+    comparison.problems.append(f"token ids: probe '{probe.name}', position {index}: {mine}, trained with {wanted}")
+    return False
+
+
+def compare_logits(
+    comparison: Comparison, reference: Reference, found: dict[str, Any], bounds: Bounds, show: Any
+) -> None:
+    """Add divergence, agreement and error of the probes' logits, judged by the bounds.
+
+    `found` maps a probe's name to its (scored, vocabulary) logits. The Kullback-Leibler divergence is that of the
+    found distribution from the reference's, in nats a token.
+    """
+    import numpy as np
+
+    if not _usable(comparison, reference, found):
+        return
+    divergences, agreements, squared, norm = [], [], 0.0, 0.0
+    first = None
+    for probe in reference.probes:
+        wanted, mine = reference.logits_of(probe), found[probe.name]
+        width = min(wanted.shape[-1], mine.shape[-1])  # a GGUF may pad its vocabulary
+        divergences.append(divergence(wanted[:, :width], mine[:, :width]))
+        same = wanted.argmax(-1) == mine.argmax(-1)
+        agreements.append(same)
+        squared += float(((wanted[:, :width] - mine[:, :width]) ** 2).sum())
+        norm += float((wanted[:, :width] ** 2).sum())
+        if first is None and not same.all():
+            at = int(np.argmin(same))
+            pair = f"{show(int(mine[at].argmax()))}, trained {show(int(wanted[at].argmax()))}"
+            first = f"probe '{probe.name}', answer position {at}: {pair}"
+    each = np.concatenate(divergences)
+    measured: dict[str, float] = {
+        "divergence_mean": float(each.mean()),
+        "divergence_median": float(np.median(each)),
+        "divergence_p99": float(np.quantile(each, 0.99)),
+        "top1_agreement": float(np.concatenate(agreements).mean()),
+        "relative_error": math.sqrt(squared / norm),
+    }
+    comparison.measures |= measured | {"first_difference": first}
+    where = f"; first at {first}" if first else ""
+    if not measured["divergence_mean"] <= bounds.mean_divergence:
+        comparison.problems.append(
+            f"logits: mean divergence {measured['divergence_mean']:.3g}, allowed {bounds.mean_divergence:g}{where}"
+        )
+    if not measured["top1_agreement"] >= bounds.top1_agreement:
+        comparison.problems.append(
+            f"logits: most likely token agrees in {measured['top1_agreement']:.1%}, "
+            f"wanted {bounds.top1_agreement:.0%}{where}"
+        )
+
+
+def _usable(comparison: Comparison, reference: Reference, found: dict[str, Any]) -> bool:
+    """Whether there are finite logits of every token that the model was trained with; what is wrong is a problem."""
+    import numpy as np
+
+    for probe in reference.probes:
+        tokens = found[probe.name].shape[-1]
+        if tokens < reference.logits.shape[-1]:
+            comparison.problems.append(f"vocabulary: {tokens} tokens, trained with {reference.logits.shape[-1]}")
+            return False
+        if not np.isfinite(found[probe.name]).all():
+            comparison.problems.append(
+                f"logits: probe '{probe.name}' has some that are no finite numbers: a weight is damaged or too large"
+            )
+            return False
+    return True
+
+
+def divergence(wanted: Any, found: Any) -> Any:
+    """Kullback-Leibler divergence of each row's softmax, in nats."""
+    import numpy as np
+
+    def log_softmax(logits: Any) -> Any:
+        shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+    wanted, found = log_softmax(wanted), log_softmax(found)
+    return np.maximum((np.exp(wanted) * (wanted - found)).sum(-1), 0.0)
+
+
+def perplexity(losses: list[float], tokens: list[int]) -> tuple[float, float]:
+    """(perplexity, its standard error) from summed losses and token counts of answers; the error by answers' spread."""
+    total, count = sum(losses), sum(tokens)
+    mean = total / count
+    spread = sum((loss - mean * size) ** 2 for loss, size in zip(losses, tokens, strict=True))
+    error = math.sqrt(spread * len(losses) / max(len(losses) - 1, 1)) / count
+    value = math.exp(min(mean, LARGEST_LOSS))
+    return value, value * error

@@ -1,0 +1,121 @@
+"""The reference that travels with the model: what the trained model itself says to fixed probes.
+
+Format 2, in `runs/<recipe>/reference/`:
+
+- `probes.jsonl`, one probe a line: `name`; `messages` and `tools`, what is asked; `prompt`, the template's text for
+  it with the opening of the assistant's turn; `ids`, the prompt's tokens; `continuation`, the greedy answer's tokens,
+  up to and with the token that ends the turn or to CONTINUATION_TOKENS; `stopped`, whether it ended by itself;
+  `scored`, how many positions of `ids + continuation`, from the prompt's last token on, have logits.
+- `logits.safetensors`: tensor `logits` (scored positions of all probes in their order, vocabulary), float32.
+- `validation.jsonl`: `ids` and `first`, one row an answer of the validation split; the tokens from `first` on are the
+  answer, whose likelihood gives the perplexity; `loss`, the trained model's own, summed over those tokens.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.error import UserError
+
+FORMAT = 2
+CONTINUATION_TOKENS = 32
+SCORED_POSITIONS = 256
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question with everything that a later stage must reproduce."""
+
+    name: str
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+    prompt: str
+    ids: list[int]
+    continuation: list[int]
+    stopped: bool
+    scored: int
+
+    @property
+    def sequence(self) -> list[int]:
+        """The tokens to evaluate: the prompt and the answer."""
+        return self.ids + self.continuation
+
+    @property
+    def positions(self) -> list[int]:
+        """Positions of `sequence` whose next-token logits the reference holds."""
+        return list(range(len(self.ids) - 1, len(self.ids) - 1 + self.scored))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer of the validation split in its context; `loss` is summed over the tokens from `first` on."""
+
+    ids: list[int]
+    first: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """All probes, the (scored positions, vocabulary) float32 logits, and the validation answers."""
+
+    probes: list[Probe]
+    logits: Any
+    answers: list[Answer]
+
+    def logits_of(self, probe: Probe) -> Any:
+        """The (scored, vocabulary) logits of one probe."""
+        before = 0
+        for other in self.probes:
+            if other.name == probe.name:
+                return self.logits[before : before + probe.scored]
+            before += other.scored
+        raise KeyError(probe.name)
+
+
+def write_reference(folder: Path, reference: Reference) -> None:
+    """Write the files of the format into an empty folder."""
+    from safetensors.numpy import save_file
+
+    _write_rows(folder / "probes.jsonl", [{"format": FORMAT} | asdict(probe) for probe in reference.probes])
+    _write_rows(folder / "validation.jsonl", [asdict(answer) for answer in reference.answers])
+    save_file({"logits": reference.logits}, folder / "logits.safetensors")
+
+
+def read_probes(folder: Path) -> list[Probe]:
+    """The probes of a run's reference, without their logits.
+
+    Raises:
+        UserError: they were written in another format.
+    """
+    rows = _read_rows(folder / "probes.jsonl")
+    formats = {row.pop("format", None) for row in rows}
+    if formats != {FORMAT}:
+        raise UserError(f"{folder} has format {formats}, this Truetune reads {FORMAT}: run 'make train' again")
+    return [Probe(**row) for row in rows]
+
+
+def read_reference(folder: Path) -> Reference:
+    """The reference of a run.
+
+    Raises:
+        UserError: it was written in another format.
+    """
+    from safetensors.numpy import load_file
+
+    return Reference(
+        probes=read_probes(folder),
+        logits=load_file(folder / "logits.safetensors")["logits"],
+        answers=[Answer(**row) for row in _read_rows(folder / "validation.jsonl")],
+    )
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:  # not splitlines: it also splits at U+2028 within a row
+        return [json.loads(line) for line in file]

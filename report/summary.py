@@ -1,0 +1,180 @@
+"""What the receipts of a run tell, section by section, for its page and its model card; what is not known is absent."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipeline.load import as_dict
+from pipeline.proof import Comparison
+from pipeline.recipe import Recipe
+from pipeline.run import Fingerprints, Receipt, Run, outdated
+from pipeline.score import has_fact
+from pipeline.stages import STAGES
+from report.verdict import Verdict
+
+MOST_QUESTIONS = 60
+LINK_OF_STAGE = {"base": "base", "train": "adapter", "reference": "reference", "merge": "merged"}
+
+
+@dataclass(frozen=True)
+class Link:
+    """One link of the lineage: files that a stage read or made; `main` is the largest, by which the link is known."""
+
+    name: str
+    stage: str
+    files: Fingerprints
+    receipt: Receipt
+    changed: str | None
+
+    @property
+    def main(self) -> str:
+        return max(self.files, key=lambda path: self.files[path]["bytes"])
+
+    @property
+    def digest(self) -> str:
+        return str(self.files[self.main]["sha256"])
+
+    @property
+    def bytes(self) -> int:
+        return sum(int(mark["bytes"]) for mark in self.files.values())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What these models said to a held-out question: text in pieces, some of them key facts, and what it lacks."""
+
+    models: list[str]
+    pieces: list[tuple[str, bool]]
+    missing: list[str]
+
+
+def quantizations(recipe: Recipe, run: Run, verdict: Verdict) -> list[Comparison]:
+    """Each GGUF with all that is measured of it, in the order in which the recipe writes them."""
+    written = run.find_receipt("gguf")
+    if written is None:
+        return []
+    compared = {} if verdict.outdated else {row.name: row for row in verdict.rows}
+    kinds = [kind for kind in dict.fromkeys((recipe.gguf.full, *recipe.gguf.types)) if kind in written.metrics]
+    found = [compared.get(kind, Comparison(kind)) for kind in kinds]
+    return [Comparison(row.name, written.metrics[row.name] | row.measures, row.problems) for row in found]
+
+
+def recommended(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """`recommended` (a type), `rule` and `reasons` by type, of a parity that still holds."""
+    parity = run.find_receipt("parity")
+    if parity is None or "recommended" not in parity.metrics or outdated(recipe, run, "parity"):
+        return {}
+    return parity.metrics
+
+
+def served_type(recipe: Recipe, choice: dict[str, Any]) -> str:
+    """The type that is served: the recipe's, else the recommended one, else the first."""
+    return recipe.serve.type or choice.get("recommended") or recipe.gguf.types[0]
+
+
+def lineage(recipe: Recipe, run: Run) -> list[Link]:
+    """From the data to what is served, as far as the run has come."""
+    links = []
+    for stage in STAGES:
+        receipt = run.find_receipt(stage.name)
+        if receipt:
+            changed = outdated(recipe, run, stage.name)
+            for name, files in _files_of(receipt):
+                links.append(Link(name, stage.name, files, receipt, changed))
+    return [link for link in links if link.files]
+
+
+def _files_of(receipt: Receipt) -> Iterator[tuple[str, Fingerprints]]:
+    """(link's name, files) of one stage."""
+    if receipt.stage == "data":
+        yield "data", receipt.inputs
+        yield "split", receipt.outputs
+    elif receipt.stage in LINK_OF_STAGE:
+        yield LINK_OF_STAGE[receipt.stage], _below(receipt.outputs, "answers.jsonl", wanted=False)
+    elif receipt.stage == "gguf":
+        made = {kind: _below(receipt.outputs, f"-{kind}.gguf") for kind in receipt.metrics}
+        yield from made.items()
+        weighed_by = receipt.outputs.keys() - {path for files in made.values() for path in files}
+        yield "importance matrix", {path: receipt.outputs[path] for path in sorted(weighed_by)}
+    elif receipt.stage == "prove":
+        for row in receipt.metrics["comparisons"]:
+            endpoint, _, kind = row["name"].rpartition(" ")
+            if endpoint:
+                yield row["name"], _below(receipt.inputs, f"-{kind}.gguf")
+
+
+def _below(files: Fingerprints, ending: str, wanted: bool = True) -> Fingerprints:
+    return {path: mark for path, mark in files.items() if path.endswith(ending) is wanted}
+
+
+def answers(recipe: Recipe, run: Run) -> list[tuple[str, list[Answer]]]:
+    """(question, answers of the base, the trained model and each GGUF): those first in which the models find other
+    facts than one another, and of these one for each fact before a second one.
+    """
+    if not run.path("answers.jsonl").is_file():
+        return []
+    asked_again = [] if outdated(recipe, run, "parity") else _rows(run.path("parity-answers.jsonl"))
+    later = {row["question"]: row["answers"] for row in asked_again}
+    ranked, asked = [], Counter[str]()
+    for row in _rows(run.path("answers.jsonl")):
+        said = {"base": row["before"], "trained": row["after"]} | later.get(row["question"], {})
+        speakers: dict[str, list[str]] = {}
+        for model, text in said.items():
+            speakers.setdefault(text, []).append(model)
+        given = [_answer(models, text, row["facts"]) for text, models in speakers.items()]
+        same = len({tuple(answer.missing) for answer in given}) == 1
+        ranked.append((same, asked[str(row["facts"])], row["question"], given))
+        asked[str(row["facts"])] += 1
+    ranked.sort(key=lambda row: row[:2])
+    return [(question, given) for _, _, question, given in ranked[:MOST_QUESTIONS]]
+
+
+def _answer(models: list[str], text: str, facts: list[str]) -> Answer:
+    missing = [fact for fact in facts if not has_fact(text, fact)]
+    words = {word.strip() for fact in facts for word in fact.split("|")} - {""}
+    pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    pieces = re.split(f"({pattern})", text, flags=re.IGNORECASE) if pattern else [text]
+    return Answer(models, [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece], missing)
+
+
+def costs(run: Run) -> list[tuple[str, str, Receipt]]:
+    """(stage, what it does, receipt) of every finished stage that made something."""
+    found = [(stage.name, stage.does, run.find_receipt(stage.name)) for stage in STAGES if stage.name != "serve"]
+    return [(name, does, receipt) for name, does, receipt in found if receipt]
+
+
+def machines(run: Run) -> list[tuple[dict[str, Any], list[str]]]:
+    """Each machine with the stages that ran on it: more than one where a run moved."""
+    found: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for name, _, receipt in costs(run):
+        if receipt.machine:
+            known = {key: value for key, value in receipt.machine.items() if key != "gpus"}
+            at = found.setdefault(json.dumps(known, sort_keys=True), (dict(receipt.machine), []))
+            at[0]["gpus"] = at[0].get("gpus") or receipt.machine.get("gpus")
+            at[1].append(name)
+    return list(found.values())
+
+
+def settings(recipe: Recipe) -> list[tuple[str, Any]]:
+    """Every key of the resolved recipe with its value."""
+    return list(_flat(as_dict(recipe), ""))
+
+
+def _flat(keys: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in keys.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif key != "name" or prefix:
+            yield prefix + key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in islice(file, 10_000)]

@@ -1,0 +1,98 @@
+"""llama.cpp behind the chat window: the GGUF that it serves, and what its answers must show before anyone asks."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.error import UserError
+from pipeline.files import fingerprint
+from pipeline.recipe import Recipe
+from pipeline.run import Fingerprints, Run
+from serve.asking.endpoint import ERRORS, ask, is_healthy, served_model, url_of
+from serve.asking.key import KEY_FILE, make_key
+from serve.gateway.context import trained_context
+from serve.gateway.engine import Settings
+from serve.running.backend import Backend, Endpoint, Service
+
+ANSWER_SECONDS = 600
+PATIENCE_SECONDS = 10  # under load an engine takes seconds to say that it is well
+
+
+def backend(recipe: Recipe, run: Run) -> Backend:
+    """The engine of `make serve`, once its file is proved to be what `make gguf` wrote.
+
+    Raises:
+        UserError: the file is gone, is another, or does not know so long a context.
+    """
+    path, known = served_file(recipe, run)
+    refuse_long_context(recipe.serve.context, path)
+    settings, key = settings_of(recipe, path), make_key()
+    engine = Service(
+        name="engine",
+        argv=(sys.executable, "-m", "serve.gateway.engine", json.dumps(asdict(settings))),
+        log_file=run.path("serve.log"),
+        port=settings.port,
+        loading=f"loading {path}",
+        is_ready=lambda: is_healthy(settings.port, timeout=PATIENCE_SECONDS),
+        problem=lambda: problem_of_answer(settings, key),
+        check=lambda: refuse_replaced(path, known),
+    )
+    endpoint = Endpoint(f"{url_of(settings.port)}/v1", settings.name, key)
+    return Backend(endpoint, (engine,), {str(path): known}, ("xllamacpp",))
+
+
+def served_file(recipe: Recipe, run: Run) -> tuple[Path, dict[str, str | int]]:
+    """The GGUF that the recipe serves and its fingerprint, proved to be what 'gguf' wrote."""
+    path = run.path("gguf", f"{recipe.name}-{recipe.served_type}.gguf")
+    verified: Fingerprints = run.verified("gguf", only=str(path))
+    if str(path) not in verified:
+        raise UserError(f"{run.receipt_path('gguf')} knows no {path}: run 'make gguf RECIPE={recipe.name}' first")
+    return path, verified[str(path)]
+
+
+def refuse_long_context(context: int, path: Path) -> None:
+    """llama.cpp would allocate such a context, then cut it to the trained one in silence."""
+    trained = trained_context(path)
+    if trained is not None and context > trained:
+        raise UserError(f"serve.context: {context} is more than the {trained} tokens that {path} knows: lower it")
+
+
+def refuse_replaced(path: Path, known: dict[str, str | int]) -> None:
+    """After a crash only the file that was proved may be loaded again."""
+    if fingerprint(path) != known:
+        raise UserError(f"{path} was replaced while it was served: run 'make serve' again")
+
+
+def settings_of(recipe: Recipe, path: Path) -> Settings:
+    """What the recipe says to the engine."""
+    return Settings(
+        model=str(path),
+        name=recipe.name,
+        port=recipe.serve.port,
+        key_file=str(KEY_FILE),
+        context=recipe.serve.context,
+        slots=recipe.serve.slots,
+        queue=recipe.serve.queue,
+        threads=recipe.serve.threads,
+        temperature=recipe.serve.temperature,
+        ui=recipe.serve.ui == "builtin",
+    )
+
+
+def problem_of_answer(settings: Settings, key: str) -> str:
+    """Ask for one token, as a client would; what is wrong with the answer, or nothing."""
+    wanted, name = settings.context, settings.name
+    question = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    try:
+        model = served_model(settings.port, key)
+        status, answer = ask(settings.port, "/v1/chat/completions", key, question, timeout=ANSWER_SECONDS)
+    except (UserError, *ERRORS) as error:
+        return f"does not answer a question: {error}"
+    if status != 200 or not answer.get("choices"):
+        return f"does not answer a question: {answer.get('error', answer)}"
+    if model["id"] != name or answer["model"] != name:
+        return f"answers as {model['id']!r}, not as {name!r}"
+    if model["meta"]["n_ctx"] < wanted:
+        return f"gives a conversation {model['meta']['n_ctx']} tokens, not the {wanted} of serve.context"
+    return ""

@@ -1,0 +1,114 @@
+"""What Ollama makes of the reference's probes: the rendered prompt's bytes, the tokens' number, the greedy answers."""
+
+from collections.abc import Callable
+
+from pipeline.error import UserError
+from pipeline.proof import Comparison, first_difference, same_share
+from pipeline.reference import CONTINUATION_TOKENS, Probe
+from serve.engines.ollama.server import OllamaServer
+from serve.engines.ollama.vocabulary import Vocabulary
+
+LEAST_OF_FILE = 0.5  # near ties fall otherwise in the server, whose cache has 16 bits; another model agrees in nothing
+
+
+def prove_prompts(
+    comparison: Comparison, server: OllamaServer, name: str, vocabulary: Vocabulary, probes: list[Probe]
+) -> None:
+    """Whether the server renders every probe's messages as training did, byte by byte.
+
+    Ollama writes the definitions of tools anew, with their keys in another order: the measure `tools` tells what comes
+    of it, which is no fault of the model.
+    """
+    for probe in probes:
+        try:
+            rendered = server.rendered(name, probe.messages, probe.tools)
+        except UserError as error:
+            if not probe.tools:
+                raise
+            comparison.measures["tools"] = str(error)
+            continue
+        # llama.cpp writes the BOS itself where the file says so; the tokens are counted with the answers.
+        if probe.prompt in (rendered, vocabulary.bos + rendered if vocabulary.adds_bos else rendered):
+            continue
+        if not probe.tools:
+            comparison.problems.append(other_text(probe, rendered))
+            return
+        comparison.measures["tools"] = other_text(probe, rendered)
+
+
+def prove_answers(
+    comparison: Comparison,
+    server: OllamaServer,
+    name: str,
+    vocabulary: Vocabulary,
+    probes: list[Probe],
+    context: int,
+    tell: Callable[[int], None],
+) -> None:
+    """Ask all probes that fit the context: each prompt's number of tokens, the answer, and that it stops.
+
+    The measure `greedy_share` of the GGUF itself, read directly, stands in `comparison` before, if it is known.
+    """
+    expected = comparison.measures.pop("greedy_share", 0.0)
+    probes = [probe for probe in probes if not probe.tools]
+    fitting = [probe for probe in probes if len(probe.ids) + CONTINUATION_TOKENS <= context]
+    comparison.measures |= {"probes": len(fitting), "too_long": len(probes) - len(fitting)}
+    if not fitting:
+        comparison.problems.append(f"context: none of {len(probes)} probes fits serve.context {context}")
+        return
+    stopped, shares = 0, []
+    for number, probe in enumerate(fitting):
+        text, reason, tokens = server.answer(name, probe.messages)
+        if tokens != len(probe.ids):
+            comparison.problems.append(
+                f"token ids: probe '{probe.name}' has {tokens} when chatting, trained with {len(probe.ids)}"
+            )
+            return
+        stopped += probe.stopped and reason == "stop"
+        spoken = vocabulary.text(probe.continuation[:-1] if probe.stopped else probe.continuation)
+        shares.append(same_share(words(text), words(spoken)))
+        tell(number + 1)
+    ending = sum(probe.stopped for probe in fitting)
+    agreed = sum(shares) / len(shares)
+    comparison.measures |= {
+        "greedy_agreement": shares.count(1) / len(shares),
+        "greedy_share": agreed,
+        "stops": not ending or stopped > 0,
+    }
+    if ending and not stopped:
+        comparison.problems.append(f"stop token: the trained model ends {ending} answers by itself, Ollama's none")
+    if agreed < LEAST_OF_FILE * expected:
+        comparison.problems.append(
+            f"answers: {agreed:.0%} of them are as the trained model's, of the same file read directly {expected:.0%}"
+        )
+
+
+def words(answer: str) -> str:
+    """An answer without the marks and white space that a server drops when it parts a model's thoughts from it."""
+    return " ".join(answer.replace("<think>", " ").replace("</think>", " ").split())
+
+
+def other_text(probe: Probe, rendered: str) -> str:
+    """Where the rendered text differs."""
+    at = first_difference(list(rendered.encode()), list(probe.prompt.encode())) or 0
+    found, wanted = rendered.encode()[at : at + 20], probe.prompt.encode()[at : at + 20]
+    return f"chat template: probe '{probe.name}', byte {at}: {found!r}, trained with {wanted!r}"
+
+
+def replaced_template(said: list[str]) -> str:
+    """Which of its own templates the server took instead of the file's, by what it said when it made the model."""
+    return next((line.rpartition(" ")[2] for line in said if line.startswith("using autodetected template")), "")
+
+
+def refused(tag: str, problem: str, said: list[str], version: str, compiled: bool) -> UserError:
+    """The line of a failed proof: what mends it depends on who rendered."""
+    own = replaced_template(said)
+    if compiled or not problem.startswith("chat template"):
+        mend = "update Ollama, or serve with ENGINE=llamacpp"
+    elif own:
+        mend = f"it took its own template {own!r} instead of the model's: start Ollama with OLLAMA_GO_TEMPLATE=0"
+    else:
+        mend = (
+            f"Ollama {version} does not render the model's own template: use 0.30 or newer, with OLLAMA_GO_TEMPLATE=0"
+        )
+    return UserError(f"{tag} is not the model that was trained and was removed again: {problem}: {mend}")

@@ -1,0 +1,126 @@
+"""The engine: llama.cpp's HTTP server around one GGUF, behind its gateway:  python -m serve.gateway.engine SETTINGS
+
+Started by `serve.api` and in a container. It is a process of its own so that a crash in native code, or the
+system's taking its memory, ends the engine alone; its supervisor starts it again. llama.cpp listens on a Unix socket
+in a folder of its owner's, so that there is no way around the gateway.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.machine import cores
+from pipeline.recipe import Serve
+from serve.asking.endpoint import HOST, url_of
+from serve.asking.key import read_key
+from serve.gateway.context import longest_token
+from serve.gateway.gateway import Bounds, Gateway
+
+if TYPE_CHECKING:
+    import uvicorn
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the engine serves, and how; anyone may see it in the process list, so it names the key's file only."""
+
+    model: str
+    name: str
+    port: int
+    key_file: str
+    context: int
+    slots: int
+    threads: int
+    temperature: float
+    queue: int = Serve.queue
+    ui: bool = False
+    host: str = HOST  # a container's engine listens on its network, which no one outside reaches
+
+
+def engine(settings: Settings) -> None:
+    """Serve until a signal."""
+    import uvicorn
+
+    code = 1  # the gateway ends by itself only if it cannot listen
+    with tempfile.TemporaryDirectory(prefix="truetune-") as folder:
+        socket = Path(folder, "engine.sock")
+        _server, config = load(settings, socket), gateway(settings, socket)
+        serving = threading.Thread(target=uvicorn.Server(config).run, daemon=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            serving.start()
+            sys.stdout.write(f"serving {settings.name} on {settings.host}:{settings.port}\n")
+            sys.stdout.flush()
+            serving.join()
+        except KeyboardInterrupt:
+            code = 0
+    os._exit(code)  # llama.cpp's own end waits for answers that nobody reads any more
+
+
+def gateway(settings: Settings, socket: Path) -> "uvicorn.Config":
+    """The door to the engine on its port."""
+    import uvicorn
+
+    longest = longest_token(Path(settings.model))
+    bounds = Bounds(settings.slots, settings.queue, settings.context, longest)
+    return uvicorn.Config(
+        Gateway(socket, read_key(Path(settings.key_file)), bounds, page=settings.ui),
+        host=settings.host,
+        port=settings.port,
+        lifespan="off",
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+    )
+
+
+def load(settings: Settings, socket: Path) -> Any:
+    """llama.cpp's server with the model loaded; it answers for as long as this object is there."""
+    from xllamacpp import Server
+
+    try:
+        return Server(parameters(settings, socket))
+    except RuntimeError:  # llama.cpp has logged the reason
+        sys.exit(1)
+
+
+def parameters(settings: Settings, socket: Path) -> Any:
+    """llama.cpp's parameters: everything that it leaves open to others or lets grow is closed or bounded."""
+    from xllamacpp import CommonParams
+
+    params = CommonParams()
+    params.model.path = settings.model
+    params.model_alias = {settings.name}
+    params.use_jinja = True
+    params.offline = True
+    params.hostnames = [str(socket)]
+    params.api_keys = [read_key(Path(settings.key_file))]
+    params.cors_origins = url_of(settings.port)  # the default, '*', lets any web page ask
+    params.cors_origins_explicit = True
+    params.cors_credentials = False
+    params.ui = settings.ui
+    params.endpoint_metrics = True
+    params.endpoint_slots = False  # it shows what others ask
+    params.endpoint_props = False
+    params.n_parallel = settings.slots
+    params.n_threads_http = 2 * settings.slots + 4  # for answers, idle connections, and who asks whether it is well
+    params.n_ctx = settings.context * settings.slots  # divided by the slots, as the cache is not unified
+    params.kv_unified = False
+    params.ctx_shift = False  # a conversation that is too long is refused, not cut in silence
+    params.cache_ram_mib = 512
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings.threads or cores()
+    params.sampling.temp = settings.temperature
+    params.verbosity = 2  # errors and warnings: nothing that grows with every request
+    return params
+
+
+if __name__ == "__main__":
+    engine(Settings(**json.loads(sys.argv[1])))

@@ -1,0 +1,240 @@
+"""Measure what training changed, base beside trained, each with its 95 % interval:  python -m train.evaluate RECIPE
+
+One loaded model, its adapter switched off and on: answers to held-out questions against their references, likelihood
+of the validation answers, general knowledge that may have been forgotten, and classification files.
+"""
+
+import json
+import logging
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline import Made, Recipe, Run, UserError, harness
+from pipeline.command import boundary, recipe_of_arguments, up_to_date
+from pipeline.confidence import METHOD, Score, as_rows, compare
+from pipeline.files import fingerprint
+from pipeline.rows import count, heldout, picked
+from pipeline.score import facts_in
+from pipeline.scores import show
+from pipeline.stages import stage
+from train.scoring.classification import PROMPT, Labelled, labelled, path_of, spoken
+from train.scoring.likelihood import Choices, Likelihood, choice_losses, likelihoods
+from train.scoring.measures import confusion, macro_f1, matthews, text_measures
+from train.scoring.pair import Pair, speed
+from train.scoring.score import answers
+from train.template import Example, render, row_examples
+
+KNOWLEDGE = Path(__file__).parents[1] / "recipes/knowledge.jsonl"
+ROWS_AT_ONCE = 8  # of a task of the evaluation harness
+KNOWN = "the likeliest of 4 answers by its summed log-likelihood, not scaled by length; chance is 25%"
+LARGEST_LOSS = 100.0  # nats a token: more would be no number of JSON
+SPEAKERS = ("base", "trained, its adapter not merged, in one process")
+PACKAGES = ("torch", "transformers", "peft", "sacrebleu", "rouge-score", "scipy", "numpy")
+
+log = logging.getLogger("truetune")
+
+
+def evaluate(recipe: Recipe, run: Run) -> Made:
+    """Ask both models everything; the receipt's metrics hold all scores with their intervals."""
+    files = labelled(recipe.eval.classification)
+    tasks = harness.tasks_named(recipe.eval.tasks) if recipe.eval.tasks and recipe.eval.through == "weights" else None
+    pair = Pair(recipe, run)
+    scores = [
+        *of_validation(pair, recipe, run),
+        *of_answers(pair, recipe, run),
+        *of_knowledge(pair, recipe),
+        *of_labels(pair, recipe, files),
+        *of_tasks(pair, recipe, tasks),
+    ]
+    return Made(
+        outputs=[],
+        metrics={
+            "scores": as_rows(scores),
+            "method": METHOD,
+            "precision": pair.precision,
+            "speed": dict(zip(SPEAKERS, pair.ask(lambda model, _: speed(model, pair.tokenizer)), strict=True)),
+        },
+        inputs={path: fingerprint(Path(path)) for path in _read(recipe)},
+        packages=PACKAGES + (("lm-eval",) if tasks else ()),
+    )
+
+
+def _read(recipe: Recipe) -> list[str]:
+    """The files that it reads beside the run's own."""
+    own = [name for name in recipe.eval.tasks if name.endswith((".yaml", ".yml"))]
+    return [os.path.relpath(KNOWLEDGE), *map(path_of, recipe.eval.classification), *own]
+
+
+def of_validation(pair: Pair, recipe: Recipe, run: Run) -> list[Score]:
+    """Perplexity and token accuracy of all that the assistant says in the validation conversations."""
+    cut = [rows_of(pair.tokenizer, row, recipe.train.max_tokens) for row in sample(recipe, run, "validation")]
+    flat = [example for each in cut for example in each]
+    if not flat:
+        return []
+    owner = [index for index, each in enumerate(cut) for _ in each]
+    both = pair.ask(lambda model, name: likelihoods(model, flat, f"eval: validation answers, {name}"))
+
+    def of_rows(statistic: Callable[[Likelihood], float]) -> list[list[list[float]]]:
+        """(rows, 2) of each model; a conversation that makes several rows is one that is resampled."""
+        made = []
+        for found in both:
+            rows = [[0.0, 0.0] for _ in cut]
+            for index, each in zip(owner, found, strict=True):
+                rows[index][0] += statistic(each)
+                rows[index][1] += each.tokens
+            made.append([row for row in rows if row[1]])
+        return made
+
+    group = "validation answers"
+    losses, hits = of_rows(lambda each: each.loss), of_rows(lambda each: each.hits)
+    note = f"of the assistant's tokens, each once, teacher-forced in rows of at most {recipe.train.max_tokens:,} tokens"
+    return [
+        compare(
+            group, "perplexity", *losses, perplexity, unit="number", lower_is_better=True, seed=recipe.seed, note=note
+        ),
+        compare(group, "token accuracy", *hits, seed=recipe.seed, note=f"the most likely token, {note}"),
+    ]
+
+
+def rows_of(tokenizer: Any, row: dict[str, Any], max_tokens: int) -> list[Example]:
+    """The training rows of a conversation; none of one that training left out because the template cannot show it."""
+    try:
+        return row_examples(tokenizer, row, max_tokens)
+    except UserError:
+        return []
+
+
+def perplexity(sums: Any) -> Any:
+    """exp of the mean loss, from sums of losses and tokens (..., 2)."""
+    import numpy as np
+
+    return np.exp(np.minimum(sums[..., 0] / sums[..., 1], LARGEST_LOSS))
+
+
+def of_answers(pair: Pair, recipe: Recipe, run: Run) -> list[Score]:
+    """Key facts and likeness of the greedy answers to the held-out questions; without these, to the validation's."""
+    questions = limited(heldout(run.path("data")), recipe)
+    group = "held-out questions" if questions else "validation questions"
+    if not questions:
+        questions = [asked for row in sample(recipe, run, "validation") if (asked := question_of(row))]
+    if not questions:
+        return []
+    both = pair.ask(
+        lambda model, name: answers(
+            model, pair.tokenizer, questions, recipe.eval.answer_tokens, f"eval: {group}, {name}"
+        )
+    )
+    scores = []
+    if any(question["facts"] for question in questions):
+        facts = [
+            [facts_in(answer, question) for answer, question in zip(said, questions, strict=True)] for said in both
+        ]
+        hits = [[[sum(each), len(each)] for each in found] for found in facts]
+        scores.append(
+            compare(group, "key facts", *hits, seed=recipe.seed, note="share of the facts that answers contain")
+        )
+    referenced = [index for index, question in enumerate(questions) if question["answer"]]
+    wanted = [questions[index]["answer"] for index in referenced]
+    for measure in text_measures() if referenced else []:
+        rows = [measure.statistics([said[index] for index in referenced], wanted) for said in both]
+        scores.append(
+            compare(group, measure.name, *rows, measure.score, unit=measure.unit, seed=recipe.seed, note=measure.note)
+        )
+    return scores
+
+
+def question_of(row: dict[str, Any]) -> dict[str, Any] | None:
+    """A conversation as the question that its last answer answers; None of plain text, or where that calls a tool."""
+    last = row["messages"][-1] if "messages" in row else {}
+    if not str(last.get("content") or "").strip() or last.get("tool_calls"):
+        return None
+    return {"messages": row["messages"][:-1], "tools": row.get("tools"), "answer": last["content"], "facts": []}
+
+
+def of_knowledge(pair: Pair, recipe: Recipe) -> list[Score]:
+    """How many questions of general knowledge are answered rightly, by which of four answers is the most likely."""
+    with KNOWLEDGE.open(encoding="utf-8") as file:
+        questions = [json.loads(line) for line in file]
+    questions = limited(questions, recipe)
+    asked = [choices_of(pair.tokenizer, row) for row in questions]
+    both = pair.ask(lambda model, name: choice_losses(model, pair.tokenizer, asked, f"eval: general knowledge, {name}"))
+    hits = map(right_answers, both)
+    return [compare("general knowledge", "accuracy", *hits, seed=recipe.seed, note=KNOWN)]
+
+
+def choices_of(tokenizer: Any, row: dict[str, Any]) -> Choices:
+    """A question of general knowledge as the user asks it, and its answers, the right one first."""
+    prompt = render(tokenizer, [{"role": "user", "content": row["question"]}], prompt=True)
+    return Choices(prompt, (row["answer"], *row["others"]))
+
+
+def right_answers(losses: list[list[float]]) -> list[list[float]]:
+    """Whether the first choice alone is the likeliest, of each question: a row of `compare`."""
+    return [[float(first < min(others)), 1.0] for first, *others in losses]
+
+
+def of_labels(pair: Pair, recipe: Recipe, files: list[Labelled]) -> list[Score]:
+    """Accuracy, macro F1 and Matthews' correlation of each file, whose labels compete by their likelihood."""
+    scores = []
+    for file in files:
+        kept = drawn(len(file.prompts), recipe)
+        texts = tuple(map(spoken, file.labels))
+        asked = [
+            Choices(render(pair.tokenizer, [{"role": "user", "content": file.prompts[index]}], prompt=True), texts)
+            for index in kept
+        ]
+        both = pair.ask(
+            lambda model, name, asked=asked, file=file: choice_losses(
+                model, pair.tokenizer, asked, f"eval: {file.name}, {name}"
+            )
+        )
+        wanted = [file.wanted[index] for index in kept]
+        found = [[losses.index(min(losses)) for losses in each] for each in both]
+        hits = [[[float(mine == other), 1.0] for mine, other in zip(wanted, each, strict=True)] for each in found]
+        cells = [confusion(wanted, each, len(file.labels)) for each in found]
+        share = Counter(wanted).most_common(1)[0][1] / len(wanted)
+        note = f"the likeliest of {', '.join(texts)}, asked: {PROMPT!r}; always the commonest would be {share:.0%}"
+        scores += [
+            compare(file.name, "accuracy", *hits, seed=recipe.seed, note=note),
+            compare(file.name, "macro F1", *cells, macro_f1, seed=recipe.seed, note=note),
+            compare(file.name, "Matthews' correlation", *cells, matthews, unit="number", seed=recipe.seed, note=note),
+        ]
+    return scores
+
+
+def of_tasks(pair: Pair, recipe: Recipe, tasks: dict[str, Any] | None) -> list[Score]:
+    """Tasks of the evaluation harness, of the loaded model itself."""
+    if not tasks:
+        return []
+    from lm_eval.models.huggingface import HFLM
+
+    mixed = "bfloat16" if pair.precision == "bfloat16" else None  # it switches our own autocast off
+    speaker = HFLM(pretrained=pair.both, tokenizer=pair.tokenizer, batch_size=ROWS_AT_ONCE, mixed_precision_dtype=mixed)
+    log.info("eval: %s, both models", ", ".join(recipe.eval.tasks))
+    both = pair.ask(lambda _, name: harness.asked(speaker, tasks, recipe.eval.rows, recipe.seed))
+    return harness.compared(*both, recipe.seed)
+
+
+def limited(rows: list[Any], recipe: Recipe) -> list[Any]:
+    """At most `eval.rows` of them, drawn with the recipe's seed, in their order."""
+    return [rows[index] for index in drawn(len(rows), recipe)]
+
+
+def sample(recipe: Recipe, run: Run, part: str) -> list[dict[str, Any]]:
+    """At most `eval.rows` conversations of a part of the data."""
+    data = run.path("data")
+    return list(picked(data, part, drawn(count(data, part), recipe)))
+
+
+def drawn(total: int, recipe: Recipe) -> list[int]:
+    return sorted(random.Random(recipe.seed).sample(range(total), min(total, recipe.eval.rows)))
+
+
+if __name__ == "__main__":
+    with boundary():
+        this = stage("eval")
+        show(up_to_date(this, recipe_of_arguments(this.module, this.does), evaluate).metrics)

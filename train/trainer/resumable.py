@@ -1,0 +1,252 @@
+"""TRL's SFTTrainer, made to last: its checkpoints are whole, and it goes on exactly where its last one stands."""
+
+import logging
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import SFTTrainer
+
+from pipeline import UserError
+from pipeline.command import FULL
+from pipeline.files import files_below, remove
+from pipeline.progress import progress
+from pipeline.units import size
+from train.trainer.checkpoints import SAVING, complete, damage
+from train.trainer.divergence import Diverged, Watch
+from train.trainer.journal import Journal
+from train.trainer.pace import Pace, totals
+from train.trainer.progress import TrainingProgress
+from train.trainer.stopping import Stopping, Unvalidated
+
+MOMENTS = 2  # Adam keeps two numbers for each weight that is trained
+
+log = logging.getLogger("truetune")
+
+
+class Patience(EarlyStoppingCallback):  # type: ignore[misc]
+    """Its parent, which after a stop that was not finished must not train on: transformers forgets the stop."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        control.should_training_stop |= self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
+class Often(TrainerCallback):  # type: ignore[misc]
+    """Saves a checkpoint when the last one is older than so many minutes; when it is saved changes no step."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds, self.last = 60 * minutes, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= time.monotonic() - self.last > self.seconds
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = time.monotonic()
+
+
+class LastingTrainer(SFTTrainer):  # type: ignore[misc]
+    """Its checkpoints are complete or absent, two at most, the best among them (`train.trainer.checkpoints`)."""
+
+    saving = apart = False
+
+    def __init__(self, callbacks: list[Any], **kwargs: Any) -> None:
+        self.stopping, self.pace, self.progress = Stopping(), Pace(), TrainingProgress()
+        self.watch: Watch | None = None
+        self.journal: Journal | None = None
+        self.batches: list[dict[str, Any]] = []
+        self.step_loss = 0.0
+        super().__init__(callbacks=[*callbacks, self.stopping, self.progress], **kwargs)
+
+    def train(self, **kwargs: Any) -> Any:
+        with self.progress.shown:
+            try:
+                return super().train(**kwargs)
+            finally:
+                self.stopping.restore()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        rows_at_once = self.args.eval_batch_size * self.args.world_size
+        # Its data loader throws a die: without the fork, what is trained would depend on how often is validated.
+        with self.progress.validation(math.ceil(len(self.eval_dataset) / rows_at_once)), torch.random.fork_rng([]):
+            return super().evaluate(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except Unvalidated:
+            self.control.should_evaluate = self.control.should_save = False
+            self.control.should_training_stop = True
+            self._save_checkpoint(self.model_wrapped, None)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> Any:
+        if not self.args.eval_on_start:
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except Unvalidated:
+            self.control.should_training_stop = True  # its checkpoint is the one that training went on from
+            return {}
+        self.args.eval_on_start = False
+        self._determine_best_metric(metrics, trial)
+        self._load_rng_state(os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}"))
+        self._save_checkpoint(self.model_wrapped, trial)
+        return metrics
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        if self.pace.began is None:
+            self.batches, self.step_loss = [], 0.0
+        self.pace.begin()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.pace.count(inputs)
+        self.batches.append(inputs)
+        self.step_loss += loss
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called before the weights move: what diverged leaves them as they were."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        loss, step = float(self.step_loss), self.state.global_step + 1
+        if self.watch and (why := self.watch.see(loss, float(norm))):
+            first, rate = step - max(0, self.watch.above - 1), self._get_learning_rate()
+            raise Diverged(step, first, why, loss, float(norm), rate, self.batches)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.apart:
+            return
+        if "train_runtime" in logs:  # totals of this process alone, which are not those of a training that went on
+            return
+        if "loss" in logs:
+            logs |= self.pace.read()
+            if self.journal:
+                self.journal.beat(self.state.global_step)
+        super().log(logs, start_time)
+
+    def validation_loss(self) -> float | None:
+        """The loss of the model as it is, apart from the curves; None without validation data."""
+        if self.eval_dataset is None:
+            return None
+        self.apart = True
+        try:
+            return float(self.evaluate()["eval_loss"])
+        finally:
+            self.apart = False
+
+    def summary(self) -> dict[str, Any]:
+        """What the receipt tells of the training: steps, tokens, speed and the loss curves."""
+        history = self.state.log_history
+        return {
+            "steps": self.state.global_step,
+            "ended": "all epochs were done"
+            if self.state.global_step >= self.state.max_steps
+            else "the validation loss fell no more",
+            "best_step": self.state.best_global_step,
+            **totals(history),
+            "precision": "bfloat16" if self.args.bf16 else "float32",
+            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "loss_curve": _curve(history, "loss"),
+            "validation_curve": _curve(history, "eval_loss"),
+        }
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return os.path.join(folder, SAVING) if self.saving else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder, step, best = Path(self.args.output_dir), self.state.global_step, self.state.best_global_step
+        needed = self._checkpoint_bytes(folder)
+        if shutil.disk_usage(folder).free < needed:
+            raise _no_space(folder, step, needed)
+        self.saving = True
+        try:
+            with progress(f"saving checkpoint-{step}, {size(needed)}"):
+                Trainer._save_checkpoint(self, model, trial)  # TRL's own adds a model card each time
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    # The parent takes the folder that is being written for the best one's place.
+                    self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}") if best else None
+                    self.state.save_to_json(str(folder / SAVING / f"checkpoint-{step}" / TRAINER_STATE_NAME))
+                    complete(folder, step, best)
+        except (OSError, RuntimeError) as error:
+            remove(folder / SAVING)
+            # torch tells a failed write by a RuntimeError without the system's number.
+            if (
+                getattr(error, "errno", None) in FULL
+                or "file write failed" in str(error)
+                or "os error 28" in str(error)
+            ):
+                raise _no_space(folder, step, needed) from None
+            raise
+        finally:
+            self.saving = False
+        self.accelerator.wait_for_everyone()
+
+    def _checkpoint_bytes(self, folder: Path) -> int:
+        """What a checkpoint takes: as much as the last one, else the trained weights and the optimizer's moments."""
+        for last in folder.glob("checkpoint-*[0-9]"):
+            return sum(file.stat().st_size for file in files_below(last))
+        return (1 + MOMENTS) * sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        begun: tuple[int, int] = super()._init_training_state(*args)
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if self.watch:
+            self.watch.learn(row["loss"] for row in self.state.log_history if "loss" in row)
+        if self.state.best_global_step is not None:
+            damaged = damage(best)
+            if damaged is None:
+                self.state.best_model_checkpoint = str(best)
+            else:
+                self._forget_best(best, damaged)
+        self.args.eval_on_start = self._is_unvalidated()
+        return begun
+
+    def _is_unvalidated(self) -> bool:
+        """Whether a signal ended the validation of the step that training goes on from: it comes first then."""
+        state, step = self.state, self.state.global_step
+        due = step > 0 and (step % state.eval_steps == 0 or step >= state.max_steps)
+        return (
+            due
+            and self.eval_dataset is not None
+            and not any(row["step"] == step and "eval_loss" in row for row in state.log_history)
+        )
+
+    def _forget_best(self, best: Path, damaged: str) -> None:
+        """Let the checkpoint that training goes on from be the best, if it was validated."""
+        state, here = self.state, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        log.warning("%s, the best so far, is lost (%s): the best of the others will be kept", best, damaged)
+        losses = [
+            row["eval_loss"] for row in state.log_history if row["step"] == state.global_step and "eval_loss" in row
+        ]
+        state.best_metric = losses[-1] if losses else None
+        state.best_global_step = state.global_step if losses else None
+        state.best_model_checkpoint = str(here) if losses else None
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # the checkpoint is of a training that had ended
+            return
+        super()._run_epoch(**kwargs)
+
+
+def _curve(history: list[dict[str, Any]], name: str) -> list[list[float]]:
+    """[step, value] of each log that has it as a number."""
+    return [[row["step"], round(row[name], 5)] for row in history if math.isfinite(row.get(name, math.nan))]
+
+
+def _no_space(folder: Path, step: int, needed: int) -> UserError:
+    free = shutil.disk_usage(folder).free
+    return UserError(
+        f"the disk of {folder} has {free / 1e6:,.1f} MB free, checkpoint-{step} needs {needed / 1e6:,.1f} MB: "
+        "free some space, the same command goes on from the last checkpoint"
+    )
