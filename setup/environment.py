@@ -25,7 +25,6 @@ ROOT, CACHE, VERSION = Path(__file__).resolve().parent.parent, Path(".cache"), s
 LOCKS = ROOT / "setup/locks"
 TORCH = "2.13.0"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-BITSANDBYTES = "0.50.2"
 # Converter, quantizer and comparison come from this one source, so they are the same llama.cpp commit.
 LLAMA_CPP_PYTHON = "0.3.36"
 LLAMA_CPP_PYTHON_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -92,8 +91,6 @@ def main() -> None:
             make_venv(OURS, target)
             run(OURS, "packages of requirements.lock", [*OURS.install_locked, "requirements.lock"])
             install_torch(OURS, target)
-            if target == "cuda":
-                run(OURS, "bitsandbytes", [*OURS.install, "--no-deps", f"bitsandbytes=={BITSANDBYTES}"])
             source = Path(scratch, "source.txt")
             source.write_text(f"llama-cpp-python=={LLAMA_CPP_PYTHON} --hash=sha256:{LLAMA_CPP_PYTHON_SHA256}\n")
             if not CONVERTER.is_dir():
@@ -117,7 +114,7 @@ def device() -> str:
 
 def digest(target: str, python: tuple[int, ...] = sys.version_info[:2]) -> str:
     """What the environment is made from."""
-    pins = [target, TORCH, BITSANDBYTES, LLAMA_CPP_PYTHON_SHA256, *python]
+    pins = [target, TORCH, LLAMA_CPP_PYTHON_SHA256, *python]
     files = Path("requirements.lock").read_bytes() + Path("pyproject.toml").read_bytes()
     return hashlib.sha256(files + repr(pins).encode()).hexdigest() + "\n"
 

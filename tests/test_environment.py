@@ -39,7 +39,6 @@ def pinned(name: str) -> str:
 def test_the_pins_of_the_set_up_are_those_of_the_project() -> None:
     assert environment.TORCH == pinned("torch")
     assert environment.LLAMA_CPP_PYTHON == pinned("llama-cpp-python")
-    assert environment.BITSANDBYTES == pinned("bitsandbytes")
 
 
 def test_every_locked_package_has_a_hash() -> None:
@@ -56,7 +55,7 @@ def test_the_lock_has_what_the_project_names_at_its_version() -> None:
 
 
 def test_the_lock_has_no_torch_no_cuda_and_names_no_index() -> None:
-    unwanted = re.compile(r"torch|triton|nvidia|cuda|cupti|llm$|llama|bitsandbytes")
+    unwanted = re.compile(r"torch|triton|nvidia|cuda|cupti|llm$|llama")
     assert [name for name, _, _ in ENTRIES if unwanted.match(name)] == []
     assert not re.search(r"://|win32|emscripten|never", LOCK)
 
