@@ -7,7 +7,11 @@ MAKEFLAGS   += --no-builtin-rules --no-print-directory
 # An exported path would make llama.cpp's tools import our packages instead of theirs.
 unexport PYTHONPATH
 
-# SET, PORT, UI, UI_PORT, ENGINE, ROW and Q given on the command line or in the environment reach Python through the environment, unquoted.
+# What is given on the command line or in the environment reaches Python through the environment, as it was written:
+# Make would expand its dollars, and so run what $(shell ...) names.
+LITERAL := RECIPE SET PORT UI UI_PORT PLAYGROUND_PORT ENGINE PROFILE ROW Q FORCE HOSTS WAY OLLAMA_HOST OLLAMA_API_KEY
+$(foreach name,$(LITERAL),$(if $(filter-out undefined,$(origin $(name))),$(eval \
+$(if $(filter command,$(origin $(name))),override )export $(name) := $$(value $(name)))))
 RECIPE ?= assistant
 UV     ?= uv
 FILE   := $(if $(filter %.yaml %.yml,$(RECIPE)),$(RECIPE),recipes/$(RECIPE).yaml)

@@ -34,6 +34,7 @@ USAGE = """usage: python -m {module} RECIPE [key=value ...]
 RECIPE is a shipped recipe's name or the path of a YAML file; key=value overrides one of its keys.
 """
 
+PROBLEMS_SHOWN, PROBLEM_CHARACTERS = 20, 2000
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EROFS, errno.EACCES)
 
@@ -127,8 +128,10 @@ def boundary() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+        for problem in error.problems[:PROBLEMS_SHOWN]:
+            print(f"error: {_one_line(problem)}", file=sys.stderr)
+        if left := len(error.problems[PROBLEMS_SHOWN:]):
+            print(f"error: and {left:,} more of the kind", file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
@@ -152,6 +155,13 @@ def boundary() -> Iterator[None]:
         place = getattr(error, "filename", None) or os.getcwd()
         print(f"error: the disk is full ({place}): free some space and run again", file=sys.stderr)
         sys.exit(1)
+
+
+def _one_line(problem: str) -> str:
+    """What may come from outside, such as a key or a library's words, cut in its middle."""
+    text = " ".join(problem.split("\n"))
+    half = PROBLEM_CHARACTERS // 2
+    return text if len(text) <= PROBLEM_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:

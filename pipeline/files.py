@@ -53,6 +53,21 @@ def files_below(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
+def unusable(name: str) -> str:
+    """Why no file or folder can have this name, whether there is one or not; empty if it can."""
+    try:
+        Path(name).expanduser().stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return ""
+    except RuntimeError:
+        return "there is no such user, whose home folder it names"
+    except OSError as error:
+        return f"the system takes no such name ({error.strerror})"
+    except ValueError as error:
+        return f"the system takes no such name ({error})"
+    return ""
+
+
 def matching(name: str) -> list[Path]:
     """The files that a path, a folder (with all below it) or a glob names, sorted; hidden ones are left out."""
     path = Path(name)

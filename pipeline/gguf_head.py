@@ -14,6 +14,9 @@ from pipeline.error import UserError
 
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 U32, STRING, ARRAY, U64 = 4, 8, 9, 10
+LEAST_BYTES = {"key-value pairs": 13, "tensors": 24}  # of one: an empty name and the smallest value, or no length
+MOST = 1_000_000  # of either; the largest models have hundreds of pairs and tens of thousands of tensors
+MOST_HEAD_BYTES = 1 << 28  # the largest vocabularies take a twentieth
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class _Cursor:
     def take(self, size: int) -> bytes:
         if size > len(self.content) - self.at:
             raise ValueError(f"it ends within the {size} bytes from byte {self.at} on")
+        if self.at + size > MOST_HEAD_BYTES:
+            raise ValueError(f"its head goes on after {MOST_HEAD_BYTES:,} bytes")
         self.at += size
         return self.content[self.at - size : self.at]
 
@@ -73,6 +78,9 @@ def _head(cursor: _Cursor, until: str | None) -> Head:
     (version,), (tensors, keys) = cursor.numbers(U32), cursor.numbers(U64, 2)
     if version < 2:
         raise ValueError(f"version {version} is outdated")
+    for count, (what, least) in zip((keys, tensors), LEAST_BYTES.items(), strict=True):
+        if count > min(MOST, len(cursor.content) // least):
+            raise ValueError(f"it announces {count:,} {what}, which its size cannot hold")
     head = Head({}, set())
     for _ in range(keys):
         key = cursor.text().decode()

@@ -12,11 +12,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from pipeline.error import UserError
-from pipeline.files import matching
+from pipeline.files import matching, unusable
 from pipeline.recipe import Recipe
 
 SHIPPED = Path("recipes")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+MOST_DIGITS = 1000
+MOST_CHARACTERS = 500_000  # of a recipe's file, and of its values with every alias written out
 
 
 def load(recipe: str, overrides: list[str] | None = None) -> Recipe:
@@ -34,8 +37,9 @@ def load(recipe: str, overrides: list[str] | None = None) -> Recipe:
         _apply_override(tree, override, problems)
     places: dict[str, str] = {}
     values = _build(Recipe, tree, "", places, problems)
-    loaded = _locate(Recipe(name=path.stem, **values), path.parent)  # a key with a problem has its default here
-    for key, problem in loaded.problems():
+    # A key with a problem has its default here.
+    loaded, unlocated = _locate(Recipe(name=path.stem, **values), path.parent)
+    for key, problem in [*unlocated, *loaded.problems()]:
         if not any(f" {told}:" in known for known in problems for told in (key, key.partition(".")[0])):
             problems.append(f"{places.get(key, path)}: {key}: {problem}")
     if problems:
@@ -46,6 +50,8 @@ def load(recipe: str, overrides: list[str] | None = None) -> Recipe:
 def find(recipe: str) -> Path:
     """Path of a recipe given by shipped name or by path; its stem is a valid run name."""
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else SHIPPED / f"{recipe}.yaml"
+    if problem := unusable(str(path)):
+        raise UserError(f"no recipe {path}: {problem}")
     if not path.is_file():
         shipped = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
         near = difflib.get_close_matches(recipe, shipped, 1)
@@ -79,26 +85,37 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
 
 
-def _locate(recipe: Recipe, beside: Path) -> Recipe:
-    """Files are named from the repository, where make runs; one that is not there is sought beside the recipe."""
+def _locate(recipe: Recipe, beside: Path) -> tuple[Recipe, list[tuple[str, str]]]:
+    """The recipe and its problems, as (key, problem). Files are named from the repository, where make runs; one that is
+    not there is sought beside the recipe."""
+    problems = []
 
-    def located(name: str) -> str:
+    def located(key: str, name: str) -> str:
+        if problem := unusable(name):
+            problems.append((key, f"{name!r}: {problem}"))
+            return name
         path = Path(name).expanduser()
-        return str(beside / path) if not matching(str(path)) and matching(str(beside / path)) else str(path)
+        found = not unusable(str(beside / path)) and not matching(str(path)) and matching(str(beside / path))
+        return str(beside / path) if found else str(path)
 
     data = dataclasses.replace(
         recipe.data,
-        train=tuple(located(name) for name in recipe.data.train),
-        heldout=recipe.data.heldout and located(recipe.data.heldout),
+        train=tuple(located("data.train", name) for name in recipe.data.train),
+        heldout=recipe.data.heldout and located("data.heldout", recipe.data.heldout),
     )
     given = recipe.eval.classification
     evaluation = dataclasses.replace(
         recipe.eval,
-        classification=tuple("=".join((located(path), *labels)) for path, *labels in map(_halves, given)),
-        tasks=tuple(located(name) if name.endswith((".yaml", ".yml")) else name for name in recipe.eval.tasks),
+        classification=tuple(
+            "=".join((located("eval.classification", path), *labels)) for path, *labels in map(_halves, given)
+        ),
+        tasks=tuple(
+            located("eval.tasks", name) if name.endswith((".yaml", ".yml")) else name for name in recipe.eval.tasks
+        ),
     )
-    template = recipe.chat_template and located(recipe.chat_template)
-    return dataclasses.replace(recipe, base=located(recipe.base), chat_template=template, data=data, eval=evaluation)
+    template = recipe.chat_template and located("chat_template", recipe.chat_template)
+    base = located("base", recipe.base)
+    return dataclasses.replace(recipe, base=base, chat_template=template, data=data, eval=evaluation), problems
 
 
 def _halves(entry: str) -> list[str]:
@@ -121,19 +138,43 @@ class _Section(dict[str, Any]):
 
 
 def _read_yaml(path: Path, problems: list[str]) -> _Section:
+    if path.stat().st_size > MOST_CHARACTERS:
+        raise UserError(f"{path}: has {path.stat().st_size:,} bytes: a recipe has at most {MOST_CHARACTERS:,}")
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
         if node is None:
             return _Section()
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}:1: a recipe is a mapping of keys to values, not a list or a single value")
+        if _written_out(node, {}) > MOST_CHARACTERS:
+            raise UserError(
+                f"{path}: its aliases multiply to more than {MOST_CHARACTERS:,} characters: write it plainly"
+            )
         return _mapping(node, path, str(path), problems)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: not YAML: {_reason(error)}") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply, or in itself: a recipe has sections of keys and values") from None
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """Characters and values of a node with every alias in it written out; `known` are those of nodes met before.
+
+    Raises:
+        ValueError: a number of so many digits that it takes minutes to read.
+    """
+    if id(node) not in known:
+        known[id(node)] = 0  # one that is in itself is told when it is constructed
+        if isinstance(node, yaml.CollectionNode):
+            inner = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+            known[id(node)] = 1 + sum(_written_out(part, known) for part in inner)
+        elif node.tag in NUMBERS and len(node.value) > MOST_DIGITS:
+            raise ValueError(f"a number of {len(node.value):,} characters")
+        else:
+            known[id(node)] = 1 + len(node.value)
+    return known[id(node)]
 
 
 def _reason(error: Exception) -> str:
@@ -164,8 +205,12 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
         problems.append(f"SET: {override!r} is not key=value")
         return
     try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node and _written_out(node, {}) > MOST_CHARACTERS:
+            problems.append(f"SET: {key}: its aliases multiply to more than {MOST_CHARACTERS:,} characters")
+            return
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     *parents, last = key.split(".")
     for parent in parents:

@@ -73,6 +73,18 @@ ENDS = {
         "",
         "error: a: mend it\nerror: b: mend it too\n",
     ),
+    "more than anyone reads": (
+        "raise UserError(*(f'a {number}' for number in range(20_000)))",
+        1,
+        "",
+        "".join(f"error: a {number}\n" for number in range(20)) + "error: and 19,980 more of the kind\n",
+    ),
+    "a text from outside": (
+        "raise UserError('x' * 9999 + chr(10) + 'y' * 9999)",
+        1,
+        "",
+        f"error: {'x' * 1000} ... {'y' * 1000}\n",
+    ),
     "Ctrl-C": ("raise KeyboardInterrupt", 130, "", "stopped: the same command goes on from here\n"),
     "full disk": (
         "open('/dev/full', 'wb', buffering=0).write(b'x')",

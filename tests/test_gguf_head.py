@@ -48,6 +48,8 @@ def test_a_head_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
     [
         (b"<html>not a model</html>", "it does not begin with 'GGUF'"),
         (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1 is outdated"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**32) + bytes(9999), "it announces 4,294,967,296 key-value pairs, which"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**63, 0) + bytes(9999), "it announces 9,223,372,036,854,775,808 tensors"),
         (START + struct.pack("<Q", 2**64 - 1), f"it ends within the {2**64 - 1} bytes from byte 32 on"),
         (START + KEY + struct.pack("<I", 13), "13 is not the type of a value"),
         (START + KEY + struct.pack("<IQ", 8, 2**63), f"it ends within the {2**63} bytes from byte 45 on"),

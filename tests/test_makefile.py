@@ -102,6 +102,22 @@ def test_an_unknown_recipe_stops_with_the_list() -> None:
     assert make("help", "RECIPE=nope").returncode == 0
 
 
+@pytest.mark.parametrize("where", ["command line", "environment"])
+@pytest.mark.parametrize("name", ["SET", "RECIPE", "Q", "ENGINE", "PORT", "PROFILE"])
+def test_a_value_reaches_python_as_it_was_written(checkout: Path, name: str, where: str) -> None:
+    """Make would run what stands in `$(shell)`, and take the `$5` of a question for a variable of its own."""
+    given = f"$(shell touch {checkout}/ran) $5 `touch {checkout}/ran` #"
+    (checkout / "pipeline/resolve.py").write_text(f"import os; print(os.environ[{name!r}])")
+    words = ["resolve"] if name == "RECIPE" else ["resolve", "RECIPE=tiny"]
+    if where == "environment":
+        environment = {**os.environ, name: given}
+        done = subprocess.run(["make", *words], cwd=checkout, env=environment, capture_output=True, text=True)
+    else:
+        done = make(*words, f"{name}={given}", folder=checkout)
+    assert given in (done.stderr if name == "RECIPE" else done.stdout)
+    assert not (checkout / "ran").exists()
+
+
 @pytest.mark.parametrize("name", ["", "..", "a b", "recipe/../.."])
 def test_clean_refuses_what_is_no_recipe(checkout: Path, name: str) -> None:
     (checkout / "runs/tiny").mkdir(parents=True)

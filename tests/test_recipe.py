@@ -36,6 +36,10 @@ def repository(_apart: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
 
 
+# Each name stands for three of the one before.
+BOMB = "a: &a [x,x,x]\n" + "".join(
+    "{1}: &{1} [*{0},*{0},*{0}]\n".format(*pair) for pair in zip("abcdefghijklmnop", "bcdefghijklmnop", strict=False)
+)
 BAD = {
     "unknown key with a near one": (
         "train: {epohcs: 2}\n" + DATA,
@@ -173,6 +177,35 @@ BAD = {
         "data: &a\n  train: *a\n",
         ["mine.yaml: nested too deeply, or in itself: a recipe has sections of keys and values"],
     ),
+    "aliases that multiply": (
+        DATA + BOMB + "base: *j\n",
+        ["mine.yaml: its aliases multiply to more than 500,000 characters: write it plainly"],
+    ),
+    "mappings that multiply": (
+        DATA + BOMB.replace("[", "{<<: [").replace("]", "]}").replace("<<: [x,x,x]", "x: 1"),
+        ["mine.yaml: its aliases multiply to more than 500,000 characters: write it plainly"],
+    ),
+    "a file that no person wrote": (
+        DATA + "base: " + "x" * 500_000,
+        ["mine.yaml: has 500,033 bytes: a recipe has at most 500,000"],
+    ),
+    "a number to base 60 without end": (
+        DATA + "seed: 1" + ":59" * 150_000,
+        ["mine.yaml: not YAML: a number of 450,001 characters"],
+    ),
+    "nested without end": (
+        "data: {train: " + "[" * 9999 + "]" * 9999 + "}",
+        ["mine.yaml: nested too deeply, or in itself: a recipe has sections of keys and values"],
+    ),
+    "names that no file can have": (
+        f'data: {{train: [{"x" * 300}], heldout: ~nobody-here/x}}\nbase: ~nobody-here/x\nchat_template: "a\\0b"\n',
+        [
+            f"mine.yaml:1: data.train: '{'x' * 300}': the system takes no such name (File name too long)",
+            "mine.yaml:1: data.heldout: '~nobody-here/x': there is no such user, whose home folder it names",
+            "mine.yaml:3: chat_template: 'a\\x00b': the system takes no such name (embedded null byte)",
+            "mine.yaml:2: base: '~nobody-here/x': there is no such user, whose home folder it names",
+        ],
+    ),
     "not a mapping": (
         "- base: random\n",
         ["mine.yaml:1: a recipe is a mapping of keys to values, not a list or a single value"],
@@ -227,6 +260,11 @@ BAD_OVERRIDES = {
     "seed=many": "SET: seed: 'many' is not a whole number",
     "seed=2020-13-45": "SET: seed: '2020-13-45' is not a whole number",
     "seed": "SET: 'seed' is not key=value",
+    "seed=["
+    + ",".join(BOMB.replace("a: ", "", 1).splitlines()[:1])
+    + "".join(f",{line.partition(': ')[2]}" for line in BOMB.splitlines()[1:])
+    + "]": "SET: seed: its aliases multiply to more than 500,000 characters",
+    "seed=" + "[" * 9999: "SET: seed: '[[[[",
     "=1": "SET: '=1' is not key=value",
     "gguf.types=[Q8": f"SET: gguf.types: '[Q8' is unknown: choose one of: {', '.join(QUANTIZATIONS)}",
     "serve.type=Q2_K": "SET: serve.type: 'Q2_K' is not made: add it to gguf.types (Q8_0)",
