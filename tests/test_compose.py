@@ -190,7 +190,7 @@ def test_make_up_sets_what_the_file_asks_for() -> None:
 
 def test_the_images_have_the_versions_of_the_environment() -> None:
     pins = dict(re.findall(r"^ARG (\w+)=(\S+)", DOCKERFILE, re.M))
-    for name in ("TORCH", "BITSANDBYTES", "LLAMA_CPP_PYTHON"):
+    for name in ("TORCH", "LLAMA_CPP_PYTHON"):
         assert pins[name] == getattr(environment, name)
     assert re.search(r"openwebui:([\d.]+)$", SERVICES["openwebui"]["image"])[1] in re.findall(
         r"^open-webui==([\d.]+)", Path("setup/locks/openwebui.txt").read_text(encoding="utf-8"), re.M
