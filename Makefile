@@ -13,7 +13,6 @@ LITERAL := RECIPE SET PORT UI UI_PORT PLAYGROUND_PORT ENGINE PROFILE ROW Q FORCE
 $(foreach name,$(LITERAL),$(if $(filter-out undefined,$(origin $(name))),$(eval \
 $(if $(filter command,$(origin $(name))),override )export $(name) := $$(value $(name)))))
 RECIPE ?= assistant
-UV     ?= uv
 FILE   := $(if $(filter %.yaml %.yml,$(RECIPE)),$(RECIPE),recipes/$(RECIPE).yaml)
 NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
@@ -53,10 +52,10 @@ help: ## Show this list
 setup: .venv/.complete ## Make the environment: .venv and .cache
 
 doctor: ## Show what this machine has, and what is missing for which target
-	@$(or $(SYSTEM_PYTHON),$(shell command -v python3),$(error $(NO_PYTHON))) setup/doctor.py
+	@$(or $(SYSTEM_PYTHON),$(shell command -v python3),$(error $(NO_PYTHON))) -m setup.doctor
 
 .venv/.complete: pyproject.toml requirements.lock setup/environment.py
-	@$(or $(SYSTEM_PYTHON),$(error $(NO_PYTHON))) setup/environment.py
+	@$(or $(SYSTEM_PYTHON),$(error $(NO_PYTHON))) -m setup.environment
 
 # SET is for this once: a plan changes nothing.
 plan: | .venv/.complete ## Tell what training takes, what fits here and which GPU would do, before any download
@@ -188,10 +187,11 @@ format: | .venv/.complete ## Put the code in its one format, and the README's ge
 # On PyPI these are built for CUDA: torch's CPU build comes from elsewhere, text needs none of the others.
 CPU_WITHOUT := torch torchvision torchaudio torchcodec triton cuda-toolkit cuda-bindings nvidia-cudnn-cu13 \
 	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13
-LOCK = $(UV) pip compile --universal --python-version 3.11 --generate-hashes --quiet \
+LOCK = .venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes --quiet \
 	--no-emit-package torch --no-emit-package llama-cpp-python --custom-compile-command 'make lock'
 ONLY_OURS := s/ ; python_full_version < '3.13' and \(sys_platform == 'darwin' or sys_platform == 'linux'\)//
-lock: ## Write requirements.lock, setup/locks/*.txt from pyproject.toml, with uv
+lock: ## Write requirements.lock and setup/locks/*.txt from pyproject.toml
+	@test -x .venv/bin/uv || $(MAKE) setup
 	@$(LOCK) pyproject.toml --group dev --output-file requirements.lock
 	@for name in wandb mlflow deepspeed; do \
 		$(LOCK) --group pyproject.toml:$$name --constraint requirements.lock --output-file setup/locks/$$name.txt; done

@@ -15,25 +15,24 @@ def cores() -> int:
 
 
 def resident_bytes() -> tuple[int, int]:
-    """Memory that this process holds now, and the most that it held; where the system does not say, twice the most."""
+    """Memory that this process holds now, and the most that it held."""
     try:
-        # Not getrusage: Linux counts there what the parent held when it started this process.
+        # Not getrusage: Linux counts there what the parent held when it started this process; psutil has no peak.
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
+        import psutil
+
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return most, most
+        return psutil.Process().memory_info().rss, most
     kilobytes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS:", "VmHWM:"))}
     return 1024 * int(kilobytes["VmRSS"]), 1024 * int(kilobytes["VmHWM"])
 
 
 def free_bytes() -> int:
-    """Memory that a new process can have without swapping; where the system does not say, all that there is."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(0, min(free, _group_bytes(), _address_bytes()))
+    """Memory that a new process can have without swapping."""
+    import psutil
+
+    return max(0, min(psutil.virtual_memory().available, _group_bytes(), _address_bytes()))
 
 
 def _group_bytes(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> int:
@@ -67,8 +66,9 @@ def _address_bytes() -> int:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize
-    mapped = [int(line.split()[1]) for line in _lines(Path("/proc/self/status")) if line.startswith("VmSize:")]
-    return limit - 1024 * sum(mapped)
+    import psutil
+
+    return limit - psutil.Process().memory_info().vms
 
 
 def _lines(path: Path) -> list[str]:

@@ -73,7 +73,7 @@ def check_proof(run: Run, receipt: Receipt) -> None:
 
 def check_process(receipt: Receipt) -> None:
     """Raise UserError if a server that is up holds in memory an older file than the one that stands there (Linux)."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     try:
         server = psutil.Process(receipt.metrics["pid"])

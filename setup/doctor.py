@@ -1,4 +1,4 @@
-"""Show what this machine has, and what is missing for which target:  python setup/doctor.py
+"""Show what this machine has, and what is missing for which target:  python -m setup.doctor
 
 Runs with any Python 3, before set-up too; exits 1 if something that `make train && make serve` needs is missing.
 """
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import environment as env  # type: ignore[import-not-found]
+from setup import environment as env
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "llama_cpp_python", "xllamacpp", "bitsandbytes")
 FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
@@ -67,8 +67,7 @@ def main() -> int:
         "up down": [(bool(docker), "Docker Engine with Compose: docs.docker.com/engine/install")],
         "chat ask": [(in_use(port), f"a model served on port {port}: 'make serve' in another terminal")],
         "tensorboard": [(any(Path("runs").glob("*/logs")), "the logs of a training: 'make train'")],
-        "test lint format": for_setup,
-        "lock": [(shutil.which("uv") is not None, "uv: 'pip install uv'")],
+        "test lint format lock": for_setup,
     }
     print()
     for targets, needed in needs.items():

@@ -1,6 +1,6 @@
-"""Make `.venv` and `.cache`, in which every command runs:  python3.11 setup/environment.py
+"""Make `.venv` and `.cache`, in which every command runs:  python3.11 -m setup.environment
 
-Runs by path before any package exists: standard library only. Goes on where an interrupted run stopped.
+Runs before any package exists: standard library only. Goes on where an interrupted run stopped.
 """
 
 from __future__ import annotations

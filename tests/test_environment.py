@@ -104,7 +104,7 @@ def test_progress_counts_compiled_files_and_packages(place: environment.Environm
 
 
 def test_an_unknown_device_is_refused(checkout: Path) -> None:
-    done = run_script("setup/environment.py", checkout, TRUETUNE_DEVICE="tpu")
+    done = run_script("setup.environment", checkout, TRUETUNE_DEVICE="tpu")
     assert (done.returncode, done.stderr) == (1, "error: TRUETUNE_DEVICE=tpu: choose one of: cpu, cuda\n")
     assert not (checkout / ".venv").exists()
 
@@ -117,16 +117,14 @@ def test_a_matching_stamp_changes_nothing_and_is_renewed(checkout: Path, monkeyp
     stamp = checkout / ".venv/.complete"
     stamp.write_text(environment.digest("cpu"))
     os.utime(stamp, (0, 0))
-    done = run_script("setup/environment.py", checkout, TRUETUNE_DEVICE="cpu")
+    done = run_script("setup.environment", checkout, TRUETUNE_DEVICE="cpu")
     assert (done.returncode, done.stderr) == (0, "")
     assert stamp.stat().st_mtime > 0
     assert environment.digest("cpu") != environment.digest("cuda")
 
 
 def test_the_doctor_works_before_set_up(checkout: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "setup/doctor.py"], cwd=checkout, capture_output=True, text=True, check=False
-    )
+    done = run_script("setup.doctor", checkout)
     assert done.stderr == ""
     assert re.search(r"^environment +not made yet: 'make setup'$", done.stdout, re.M)
     assert re.search(r"^make serve ", done.stdout, re.M)
@@ -139,16 +137,16 @@ def test_the_doctor_knows_our_own_server(checkout: Path, ours: bool) -> None:
         told = {"pid": os.getpid() if ours else 2**22 + 1, "url": f"http://127.0.0.1:{port}/v1"}  # no such process
         (checkout / "runs/mine").mkdir(parents=True)
         (checkout / "runs/mine/session.json").write_text(json.dumps(told))
-        done = run_script("setup/doctor.py", checkout, PORT=str(port), OLLAMA_HOST=f"127.0.0.1:{port}")
+        done = run_script("setup.doctor", checkout, PORT=str(port), OLLAMA_HOST=f"127.0.0.1:{port}")
     assert re.search(rf"^port {port} +{'.make serve. has it, for mine' if ours else 'in use'}$", done.stdout, re.M)
     assert ("which another program has" in done.stdout) is not ours
     assert re.search(rf"^Ollama +answers on 127.0.0.1:{port}$", done.stdout, re.M)
     assert re.search(r"^vLLM +installed on first use$", done.stdout, re.M)
 
 
-def run_script(path: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_script(module: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, path],
+        [sys.executable, "-m", module],
         cwd=folder,
         env={**os.environ, **variables},
         capture_output=True,
