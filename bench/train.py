@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline import Recipe, Run, load
 from pipeline.command import boundary
+from pipeline.model import load_base
 
 ROUNDS, STEPS = 2, 4
 
@@ -60,10 +61,10 @@ def steps(trainer: Any) -> tuple[list[float], list[float]]:
 
 def truetune(recipe: Recipe, run: Run) -> Any:
     """The trainer of `make train`, on the run's rows."""
-    from train.sft import load_base, make_trainer
+    from train.methods.sft import trainer
 
     tokenizer, model = load_base(recipe, run)
-    return prepared(make_trainer(recipe, run, tokenizer, model, rows(recipe, run)))
+    return prepared(trainer(recipe, run, tokenizer, model, rows(recipe, run)))
 
 
 def trl(recipe: Recipe, run: Run, tuned: bool) -> Any:
@@ -73,7 +74,6 @@ def trl(recipe: Recipe, run: Run, tuned: bool) -> Any:
     from trl import SFTConfig, SFTTrainer
 
     from pipeline.machine import fast_precision
-    from train.sft import load_base
 
     tokenizer, model = load_base(recipe, run)
     knobs = recipe.train

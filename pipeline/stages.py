@@ -20,7 +20,7 @@ STAGES = (
     Stage("data", "train.data", "Read, check and split the conversations", (), ("data", "seed")),
     Stage("base", "train.base", "Bring the base model into one plain folder", (), ("base", "chat_template", "seed")),
     Stage(
-        "train", "train.sft", "Fine-tune a LoRA adapter on the assistant's words", ("data", "base"), ("train", "seed")
+        "train", "train.run", "Fine-tune a LoRA adapter on the assistant's words", ("data", "base"), ("train", "seed")
     ),
     Stage("reference", "train.reference", "Let the trained model answer the probes", ("data", "base", "train"), ()),
     Stage(

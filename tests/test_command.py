@@ -24,7 +24,7 @@ RECIPE is a shipped recipe's name or the path of a YAML file; key=value override
 DOES = {
     "train.data": "Read, check and split the conversations",
     "train.base": "Bring the base model into one plain folder",
-    "train.sft": "Fine-tune a LoRA adapter on the assistant's words",
+    "train.run": "Fine-tune a LoRA adapter on the assistant's words",
     "convert.merge": "Add the adapter to the full-precision base",
     "convert.gguf": "Convert to GGUF and quantize",
     "serve.api": "Serve in a chat window and over an OpenAI-compatible API",

@@ -117,7 +117,7 @@ def test_a_killed_make_leaves_the_receipts_of_what_was_done(line: Path) -> None:
 
 def test_make_after_a_kill_goes_on_from_the_last_checkpoint(line: Path) -> None:
     said = (line / "said").read_text()
-    assert "going on from runs/mine/checkpoints/checkpoint-" in said
+    assert "resuming from runs/mine/checkpoints/checkpoint-" in said
     assert "base: up to date" in said or "base: " not in said, "what was done is not done again"
 
 

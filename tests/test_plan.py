@@ -14,6 +14,7 @@ import pytest
 
 from pipeline import Run, UserError, load
 from train import plan
+from train.planning import fit
 from train.planning.architecture import architecture, read_config
 from train.planning.corpus import supervised_positions
 from train.planning.devices import DEVICES
@@ -218,14 +219,14 @@ def test_a_layer_keeps_as_much_as_was_measured(planned: Callable) -> None:
 
 def test_a_job_that_is_too_large_is_refused_with_what_fits(planned: Callable) -> None:
     of = planned("llama-3.1-8b", "plan.gpu=rtx-4090", "train.max_tokens=4096", "train.rows=4")
-    said = plan.impossible(of, place(of.recipe))
+    said = fit.impossible(of, place(of.recipe))
     assert re.fullmatch(
         r"training needs [\d.]+\WGB a device, rtx-4090 has 25\WGB: "
         r"SET='train\.rows=1 train\.accumulate=4 train\.checkpoint.*' fits.*",
         said,
     )
     changes = said.partition("SET='")[2].partition("'")[0].split()
-    assert not plan.impossible(planned("llama-3.1-8b", "plan.gpu=rtx-4090", *changes), place(of.recipe))
+    assert not fit.impossible(planned("llama-3.1-8b", "plan.gpu=rtx-4090", *changes), place(of.recipe))
 
 
 def test_the_smallest_device_count_holds_it(planned: Callable) -> None:
@@ -331,10 +332,10 @@ def test_training_that_cannot_fit_stops_before_weights_are_loaded(
     with pytest.raises(
         UserError, match=r"training needs \d+\WMB a device, this machine's processor has 600\WMB: .*FORCE=1"
     ):
-        plan.check(trained.recipe, trained.run, counts)
+        fit.check(trained.recipe, trained.run, counts)
     monkeypatch.setenv("FORCE", "1")
-    assert plan.check(trained.recipe, trained.run, counts)["memory_bytes"] > 600e6
-    assert plan.advice(trained.recipe, trained.run).startswith("use a base of at most")
+    assert fit.check(trained.recipe, trained.run, counts)["memory_bytes"] > 600e6
+    assert fit.advice(trained.recipe, trained.run).startswith("use a base of at most")
 
 
 @pytest.mark.slow
@@ -347,7 +348,7 @@ def test_the_peak_is_the_planned_one(
     for name in (".cache", "pipeline", "recipes", "train"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     overrides = [f"train.epochs={epochs}", "train.answer_tokens=2"]
-    for module in ("train.data", "train.base", "train.sft"):
+    for module in ("train.data", "train.base", "train.run"):
         subprocess.run([sys.executable, "-m", module, recipe, *overrides], cwd=tmp_path, check=True, timeout=600)
     receipt = Run(recipe, tmp_path / "runs").receipt("train")
     assert receipt.peak_rss_bytes == pytest.approx(receipt.metrics["planned"]["memory_bytes"], rel=0.15)

@@ -127,7 +127,7 @@ def test_the_end_is_no_line_of_its_own(caplog: pytest.LogCaptureFixture, monkeyp
 
 
 def test_time_left_has_the_validations_that_are_still_to_come() -> None:
-    from train.trainer.progress import TrainingProgress
+    from train.trainer.metrics import TrainingProgress
 
     shown, told = TrainingProgress(), []
     shown.tell = lambda done, *notes, seconds_left: told.append((done, seconds_left))

@@ -415,7 +415,7 @@ def test_a_name_that_is_no_run_folder_is_refused(name: str) -> None:
     assert str(raised.value) == f"recipe name {name[:-5]!r}: {allowed}"
 
 
-@pytest.mark.parametrize("module", ["train.data", "train.base", "train.sft", "convert.merge", "convert.gguf"])
+@pytest.mark.parametrize("module", ["train.data", "train.base", "train.run", "convert.merge", "convert.gguf"])
 def test_a_bad_recipe_fails_at_once_without_torch(module: str) -> None:
     probe = (
         "import runpy, sys\n"

@@ -73,16 +73,16 @@ def test_a_resumed_watch_is_as_one_that_never_stopped() -> None:
 @pytest.fixture
 def poisoned(based: Workplace, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A training whose loss is no number at one step."""
-    from train.assistant_trainer import AssistantTrainer
+    from train.methods.sft import Sft
 
     def poison(step: int) -> None:
-        real = AssistantTrainer.compute_loss
+        real = Sft.compute_loss
 
         def poisoned_loss(self: Any, model: Any, *arguments: Any, **more: Any) -> Any:
             loss = real(self, model, *arguments, **more)
             return loss * math.nan if model.training and self.state.global_step + 1 == step else loss
 
-        monkeypatch.setattr(AssistantTrainer, "compute_loss", poisoned_loss)
+        monkeypatch.setattr(Sft, "compute_loss", poisoned_loss)
 
     return poison
 

@@ -30,7 +30,7 @@ def train(folder: str) -> None:
 def start() -> Callable[[Path], Any]:
     """Start a training in a process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "train.sft", "train.assistant_trainer", "datasets", "tensorboard"])
+    context.set_forkserver_preload(["conftest", "train.run", "train.methods.sft", "datasets", "tensorboard"])
 
     def starting(folder: Path) -> Any:
         process = context.Process(target=train, args=(str(folder),))
@@ -86,7 +86,7 @@ def test_kills_at_random_moments_change_nothing(
 def test_a_signal_saves_a_checkpoint_and_ends(
     wish: signal.Signals, code: int, based: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from train.trainer.resumable import LastingTrainer
+    from train.trainer.resumable import Resumable
 
     recipe = Path("line.yaml")
     recipe.write_text(recipe.read_text().replace(*LONGER))
@@ -100,12 +100,12 @@ def test_a_signal_saves_a_checkpoint_and_ends(
         return real(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patched:
-        real = LastingTrainer.training_step
-        patched.setattr(LastingTrainer, "training_step", signalled)
+        real = Resumable.training_step
+        patched.setattr(Resumable, "training_step", signalled)
         with pytest.raises(SystemExit) as ended:
             based.make("train")
     assert ended.value.code == code
-    said = "stopped at step 3 of 45, its checkpoint is saved: 'make train RECIPE=line' goes on from there\n"
+    said = "stopped at step 3 of 45, its checkpoint is saved: 'make train RECIPE=line' resumes from there\n"
     assert capsys.readouterr().err.endswith(said)
     assert last_complete(based.run.path("checkpoints")) == based.run.path("checkpoints/checkpoint-3")
 
@@ -114,7 +114,7 @@ def test_a_signal_saves_a_checkpoint_and_ends(
 def test_a_signal_ends_a_validation_which_the_next_start_does_first(
     step: int, based: Workplace, _trained: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    from train.trainer.resumable import LastingTrainer
+    from train.trainer.resumable import Resumable
 
     batches = 0
 
@@ -126,8 +126,8 @@ def test_a_signal_ends_a_validation_which_the_next_start_does_first(
         return real(self, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patched:
-        real = LastingTrainer.prediction_step
-        patched.setattr(LastingTrainer, "prediction_step", signalled)
+        real = Resumable.prediction_step
+        patched.setattr(Resumable, "prediction_step", signalled)
         with pytest.raises(SystemExit) as ended:
             based.make("train")
         assert (ended.value.code, batches) == (143, 1)

@@ -62,7 +62,8 @@ def make_trainer(
     from peft import LoraConfig
     from trl import SFTConfig
 
-    from train.assistant_trainer import AssistantTrainer
+    from pipeline.recipe import Train
+    from train.methods.sft import Sft
 
     kind, sizes = ARCHITECTURES[name]
     torch.manual_seed(0)
@@ -72,15 +73,15 @@ def make_trainer(
         torch.nn.init.normal_(weights, std=0.2)  # as sharp as a trained one: what is wrong shows
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=dropout)
     settings = {"packing": True, "max_length": 48, "per_device_train_batch_size": 1} | settings
-    return AssistantTrainer(
+    return Sft(
+        knobs=Train(**knobs or {}),
         model=model,
         args=SFTConfig("out", use_cpu=True, report_to="none", disable_tqdm=True, bf16=settings.pop("bf16", False),
                        save_strategy="no", logging_steps=1, **settings),
         processing_class=tokenizer(),
         train_dataset=Dataset.from_list(rows or random_rows()),
-        callbacks=[],
         peft_config=adapter if lora else None,
-        **knobs or {},
+        order=Path("order.json"),
     )  # fmt: skip
 
 
@@ -189,7 +190,7 @@ def test_label_smoothing_is_torch_s_and_only_in_training(trainer: Callable) -> N
     import torch
     from torch.nn.functional import cross_entropy
 
-    made = trainer(knobs={"smoothing": 0.1})
+    made = trainer(knobs={"label_smoothing": 0.1})
     row = {key: torch.tensor([ids]) for key, ids in random_rows()[3].items()}
     logits = made.model(row["input_ids"]).logits[0, :-1]
     wanted = [cross_entropy(logits, row["labels"][0, 1:], label_smoothing=smoothing).item() for smoothing in (0.1, 0)]
@@ -203,7 +204,7 @@ def test_label_smoothing_is_torch_s_and_only_in_training(trainer: Callable) -> N
 def test_noise_is_uniform_and_of_each_conversation_s_own_length(trainer: Callable) -> None:
     import torch
 
-    made = trainer(knobs={"noise": 5.0}, lora=True)
+    made = trainer(knobs={"neftune": 5.0}, lora=True)
     [packed] = [made.data_collator([made.train_dataset[0]])]
     embedding = made.model.get_input_embeddings()
     made.noise.lengths(packed)
@@ -220,19 +221,16 @@ def test_noise_is_uniform_and_of_each_conversation_s_own_length(trainer: Callabl
 
 
 def test_noise_changes_what_is_learned_and_not_what_is_measured(trainer: Callable) -> None:
-    quiet, loud = trainer(lora=True), trainer(lora=True, knobs={"noise": 5.0})
+    quiet, loud = trainer(lora=True), trainer(lora=True, knobs={"neftune": 5.0})
     row = quiet.train_dataset[0]
     assert quiet.row_loss(row) == loud.row_loss(row)
-    assert distance(first_step(trainer(lora=True, knobs={"noise": 5.0}, **step_settings())),
+    assert distance(first_step(trainer(lora=True, knobs={"neftune": 5.0}, **step_settings())),
                     first_step(trainer(lora=True, **step_settings()))) > 1e-2  # fmt: skip
 
 
 @pytest.mark.parametrize("order", ["short_first", "easy_first"])
-def test_a_curriculum_begins_with_the_easy_rows(order: str, trainer: Callable, tmp_path: Path) -> None:
-    from train.order import curriculum
-
-    made = trainer(lora=True, max_length=32, num_train_epochs=2)
-    made.order = curriculum(made, order, tmp_path / "order.json")
+def test_a_curriculum_begins_with_the_easy_rows(order: str, trainer: Callable) -> None:
+    made = trainer(lora=True, max_length=32, num_train_epochs=2, knobs={"order": order})
     hardness = {
         "short_first": lambda row: sum(row["seq_lengths"]) / len(row["seq_lengths"]),
         "easy_first": made.row_loss,
@@ -249,20 +247,17 @@ def test_a_curriculum_begins_with_the_easy_rows(order: str, trainer: Callable, t
 
 
 def test_random_order_is_another_each_epoch(trainer: Callable) -> None:
-    from train.order import curriculum
-
-    assert curriculum(trainer(), "random", Path("order.json")) is None
+    assert trainer().order is None
 
 
 def test_who_goes_on_keeps_the_order_where_losses_come_out_otherwise(
-    trainer: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train.order import curriculum
+    from train.methods.sft import Sft
 
-    made = trainer(lora=True)
-    first = curriculum(made, "easy_first", tmp_path / "order.json")
-    monkeypatch.setattr(made, "row_loss", lambda row: pytest.fail("measured again"))
-    assert curriculum(made, "easy_first", tmp_path / "order.json") == first
+    first = trainer(lora=True, knobs={"order": "easy_first"}).order
+    monkeypatch.setattr(Sft, "row_loss", lambda self, row: pytest.fail("measured again"))
+    assert first and trainer(lora=True, knobs={"order": "easy_first"}).order == first
 
 
 def test_in_bfloat16_the_loss_and_the_adapter_are_float32(trainer: Callable) -> None:
@@ -309,7 +304,8 @@ def test_a_quantized_base_trains_its_adapter_in_float32(monkeypatch: pytest.Monk
 
 TRAINING = """
 from test_train_loss import make_trainer
-made = make_trainer(lora=True, dropout=0.2, knobs={{"noise": 5.0}}, max_steps=8, seed={seed}, full_determinism={exact})
+noisy = {{"neftune": 5.0}}
+made = make_trainer(lora=True, dropout=0.2, knobs=noisy, max_steps=8, seed={seed}, full_determinism={exact})
 made.train()
 made.save_model("{name}")
 """

@@ -13,7 +13,7 @@ from pipeline import UserError
 from pipeline.rows import RowWriter, picked, row_batch, rows
 from train.pieces import pieces
 from train.preview import CLOSE, OPEN, histogram, preview
-from train.sft import sft
+from train.run import run
 from train.template import IGNORED, row_examples
 
 
@@ -112,7 +112,7 @@ def test_cut_rows_are_counted(shown: Callable, based: Any, tokenizer: Any) -> No
 def test_rows_without_anything_to_learn_are_an_error_before_training(based: Any) -> None:
     recipe = replace(based.recipe, train=replace(based.recipe.train, max_tokens=16))
     told = r"^talks\.jsonl:1: its first answer begins at token \d+, and no conversation has one within .*=16: raise it$"
-    for command in (preview, sft):
+    for command in (preview, run):
         with pytest.raises(UserError, match=told):
             command(recipe, based.run)
 

@@ -13,11 +13,9 @@ from conftest import Workplace
 
 from pipeline import UserError
 from pipeline.files import files_below, fingerprint
-from train import sft as stage
+from train import run as stage
 from train.trainer.checkpoints import MANIFEST, last_complete, open_folder
-from train.trainer.journal import OUT_OF_MEMORY, Journal
-from train.trainer.recovery import recorded
-from train.trainer.shortage import is_shortage
+from train.trainer.journal import OUT_OF_MEMORY, Journal, is_shortage, recorded
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "zeros, as after a loss of power": lambda content: bytes(len(content)),
@@ -71,14 +69,14 @@ def test_a_lost_best_checkpoint_is_told_and_the_best_of_the_others_kept(
 def small_disk(based: Workplace) -> Iterator[Callable[[int], None]]:
     """Give the checkpoints a disk of their own, of so many bytes; again for more."""
     folder = based.run.path("checkpoints")
-    open_folder(folder, stage._training_key(based.recipe, based.run))
+    open_folder(folder, stage.training_key(based.recipe, based.run))
 
     def mount(size: int) -> None:
         again = ["-o", f"remount,size={size}"] if folder.is_mount() else ["-o", f"size={size}"]
         done = subprocess.run(["mount", "-t", "tmpfs", *again, "tmpfs", str(folder)], capture_output=True, check=False)
         if done.returncode:
             pytest.skip("this user may not mount a small disk")
-        open_folder(folder, stage._training_key(based.recipe, based.run))
+        open_folder(folder, stage.training_key(based.recipe, based.run))
 
     yield mount
     subprocess.run(["umount", str(folder)], capture_output=True, check=False)
@@ -99,7 +97,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_next_start_goes_on(
     small_disk(4 * one)
     with caplog.at_level(logging.INFO, "truetune"):
         based.make("train")
-    assert "going on from runs/line/checkpoints/checkpoint-5" in caplog.text
+    assert "resuming from runs/line/checkpoints/checkpoint-5" in caplog.text
     assert [step for step, _ in based.receipt("train")["metrics"]["loss_curve"]] == list(range(1, 11))
 
 
@@ -137,7 +135,7 @@ def test_torch_without_memory_says_what_is_recognized() -> None:
 
 def test_knobs_of_memory_go_on_from_the_same_checkpoint(based: Workplace) -> None:
     def key(**knobs: Any) -> str:
-        return stage._training_key(replace(based.recipe, train=replace(based.recipe.train, **knobs)), based.run)
+        return stage.training_key(replace(based.recipe, train=replace(based.recipe.train, **knobs)), based.run)
 
     assert key(rows=4) == key(rows=2, accumulate=2) == key(rows=4, checkpointing=True, divergence=False)
     assert key(rows=4) != key(rows=2)

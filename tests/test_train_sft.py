@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 
 from pipeline import UserError
+from pipeline.model import load_base
 from pipeline.score import has_fact, key_fact_accuracy
-from train import sft as stage
-from train.space import check_disk, needed_bytes
+from train import run as stage
+from train.planning.disk import check_disk, needed_bytes
 from train.template import examples
+from train.tokens import row_tokens
 from train.trainer.checkpoints import last_complete, open_folder
 
 REPOSITORY = Path(__file__).parent.parent
@@ -76,11 +78,13 @@ def trainer(based: Any) -> Callable[..., Any]:
     import torch
     from datasets import Dataset
 
+    from train.methods import sft
+
     def make(**knobs: Any) -> Any:
         recipe = replace(based.recipe, train=replace(based.recipe.train, precision="float32", **knobs))
-        tokenizer, model = stage.load_base(recipe, based.run)
+        tokenizer, model = load_base(recipe, based.run)
         found = [asdict(row) for talk in TALKS for row in examples(tokenizer, talk, 1024)]
-        made = stage.make_trainer(
+        made = sft.trainer(
             recipe, based.run, tokenizer, model.float(), {"train": Dataset.from_list(found), "validation": []}
         )
         torch.manual_seed(0)
@@ -209,20 +213,20 @@ def test_another_training_discards_the_old_checkpoints(trained: Any) -> None:
 
 def test_knobs_seed_data_and_base_each_make_another_training(trained: Any) -> None:
     recipe, run = trained.recipe, trained.run
-    keys = {stage._training_key(recipe, run), stage._training_key(replace(recipe, seed=1), run)}
-    keys.add(stage._training_key(replace(recipe, train=replace(recipe.train, epochs=9)), run))
+    keys = {stage.training_key(recipe, run), stage.training_key(replace(recipe, seed=1), run)}
+    keys.add(stage.training_key(replace(recipe, train=replace(recipe.train, epochs=9)), run))
     for name in ("data", "base"):
         receipt = run.receipt(name)
         some = next(iter(receipt.outputs))
         run.write_receipt(replace(receipt, outputs=receipt.outputs | {some: {"sha256": "0", "bytes": 0}}))
-        keys.add(stage._training_key(recipe, run))
+        keys.add(stage.training_key(recipe, run))
     assert len(keys) == 5
 
 
 def test_what_training_does_not_read_makes_the_same_training(trained: Any) -> None:
     recipe, run = trained.recipe, trained.run
     other = replace(recipe, serve=replace(recipe.serve, port=1234))
-    assert stage._training_key(recipe, run) == stage._training_key(other, run)
+    assert stage.training_key(recipe, run) == stage.training_key(other, run)
 
 
 @pytest.mark.slow
@@ -231,7 +235,7 @@ def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(based: Any, ca
     Path("line.yaml").write_text(text.replace("epochs: 2", "epochs: 4, patience: 0"))
     checkpoints = based.run.path("checkpoints")
     process = subprocess.Popen(
-        [sys.executable, "-m", "train.sft", "line.yaml"],
+        [sys.executable, "-m", "train.run", "line.yaml"],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stderr=subprocess.DEVNULL,
     )
@@ -252,7 +256,7 @@ def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(based: Any, ca
     with caplog.at_level(logging.INFO, "truetune"):
         based.make("train")
     metrics = based.receipt("train")["metrics"]
-    assert f"going on from {whole}" in caplog.text
+    assert f"resuming from {whole}" in caplog.text
     assert (checkpoints / "before.json").read_bytes() == before
     assert int(whole.name[11:]) < metrics["steps"] == 4 * STEPS_AN_EPOCH
     assert [step for step, _ in metrics["loss_curve"]] == list(range(1, metrics["steps"] + 1))
@@ -272,7 +276,7 @@ def test_it_trains_without_validation_and_without_questions(based: Any) -> None:
 def test_no_answer_within_max_tokens_is_told(based: Any) -> None:
     recipe = replace(based.recipe, train=replace(based.recipe.train, max_tokens=16))
     with pytest.raises(UserError) as raised:
-        stage.sft(recipe, based.run)
+        stage.run(recipe, based.run)
     assert str(raised.value).endswith("no conversation has one within train.max_tokens=16: raise it")
 
 
@@ -282,7 +286,7 @@ def test_qlora_without_a_gpu_is_told(based: Any) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError) as raised:
-        stage.sft(replace(based.recipe, train=replace(based.recipe.train, tuner="qlora")), based.run)
+        stage.run(replace(based.recipe, train=replace(based.recipe.train, tuner="qlora")), based.run)
     assert re.fullmatch(r"train\.tuner=qlora needs an NVIDIA GPU, here is none: use .*", str(raised.value))
 
 
@@ -347,4 +351,4 @@ def test_what_was_predicted_holds_what_was_written(converted: Any) -> None:
     ],
 )
 def test_a_packed_row_fits_the_data(longest: int, total: int, most: int, row: int) -> None:
-    assert stage.row_tokens(longest, total, most) == row
+    assert row_tokens(longest, total, most) == row

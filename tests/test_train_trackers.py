@@ -28,7 +28,7 @@ def logged(folder: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("clock", ["right", "set back"])
 def test_a_step_that_is_taken_again_is_shown_once(clock: str, tmp_path: Path) -> None:
-    from train.trainer.curves import Curves
+    from train.trainer.metrics import Curves
 
     def train(first: int, last: int, loss: float) -> None:
         curves, state = Curves(tmp_path), SimpleNamespace(is_world_process_zero=True, is_hyper_param_search=False)
@@ -116,13 +116,13 @@ def test_a_run_is_written_offline_and_goes_on_as_the_same(
             shutil.rmtree(last)
             based.run.receipt_path("train").unlink()
         done = subprocess.run(
-            [sys.executable, "-m", "train.sft", "line.yaml", f"train.tracker={tracker}", "train.epochs=1",
+            [sys.executable, "-m", "train.run", "line.yaml", f"train.tracker={tracker}", "train.epochs=1",
              "train.checkpoint_minutes=0", f"train.rows={rows}", f"train.accumulate={2 // rows}"],
             env={**clean, "HOME": str(tmp_path), "PYTHONPATH": f"{REPOSITORY}:{aside}"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stderr
+    assert "resuming from" in done.stderr
     files = list(based.run.path("logs", tracker).glob(written))
     assert files, sorted(based.run.path("logs").rglob("*"))[:20]
     runs = {file.parent.name.rpartition("-")[2] if tracker == "wandb" else file.parts[-3] for file in files}

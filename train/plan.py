@@ -1,11 +1,8 @@
 """Tell what a training takes before anything is downloaded:  python -m train.plan RECIPE
 
-Memory, disk, time, energy and price, what fits this machine and which GPU would do; and the check that stops
-`make train` before it loads weights that cannot fit.
+Memory, disk, time, energy and price, what fits this machine and which GPU would do.
 """
 
-import logging
-import os
 import shutil
 import sys
 from typing import Any
@@ -14,8 +11,9 @@ from pipeline import Recipe, Run, UserError
 from pipeline.command import boundary
 from pipeline.load import environment_overrides, load
 from pipeline.units import duration, number, size
-from train.planning.corpus import counted
-from train.planning.devices import DEVICES, PRICED
+from train.planning.devices import PRICED
+from train.planning.disk import needed_bytes
+from train.planning.fit import by_price, impossible
 from train.planning.memory import STEP_TUNERS, cache_bytes
 from train.planning.prediction import (
     Job,
@@ -24,15 +22,11 @@ from train.planning.prediction import (
     fitting,
     flops,
     job,
-    largest_base,
     memory_bytes,
     place,
-    predicted,
     tokens_per_second,
 )
-from train.space import needed_bytes
 
-log = logging.getLogger("truetune")
 RENTED_SHOWN = 6
 
 
@@ -46,54 +40,6 @@ def plan(recipe: Recipe, run: Run) -> tuple[str, str]:
     sections = [_model(of), _memory(of, at), _disk(of, at), _time(of, at, run), _serving(of), _rent(of)]
     problem = impossible(of, at) or ("" if recipe.plan.gpu else _no_disk(of, at))
     return "\n\n".join(section for section in sections if section), problem
-
-
-def check(recipe: Recipe, run: Run, counts: dict[str, dict[str, int]]) -> dict[str, float]:
-    """What this training will take, for its receipt; before weights are loaded. `counts` are of train.tokens.
-
-    Raises:
-        UserError: it does not fit this machine, unless FORCE=1 says to try.
-    """
-    of, at = job(recipe, run, counted(counts, recipe)), place(_of_this_machine(recipe))
-    if problem := impossible(of, at):
-        if os.environ.get("FORCE") != "1":
-            raise UserError(f"{problem}; FORCE=1 tries it all the same")
-        log.warning("WARNING: %s (FORCE=1)", problem)
-    return predicted(of, at, run)
-
-
-def advice(recipe: Recipe, run: Run) -> str:
-    """What to change when a training ran out of memory, though it was planned to fit: `key=value` and what it saves."""
-    of, at = job(recipe, run), place(_of_this_machine(recipe))
-    needed = sum(memory_bytes(of, at).values())
-    tight = Place(**{**vars(at), "memory": min(at.memory, 0.8 * needed)})
-    changes = fitting(of, tight)
-    if changes:
-        return f"set {' '.join(changes)}: planned with {size(needed)}, with that it has at most {size(tight.memory)}"
-    return f"use a base of at most {_weights(largest_base(of, tight))}, this one has {_weights(of.base.parameters)}"
-
-
-def impossible(of: Job, at: Place) -> str:
-    """Why the training cannot run there and what would, or nothing."""
-    tuner = of.recipe.train.tuner
-    if tuner == "qlora" and at.kind == "processor":
-        return "train.tuner=qlora needs an NVIDIA GPU, here is none: use train.tuner=lora or a smaller base"
-    needed = sum(memory_bytes(of, at).values())
-    if needed <= at.memory:
-        return ""
-    changes = fitting(of, at)
-    mend = f"SET='{' '.join(changes)}' fits" if changes else f"a base of at most {_weights(largest_base(of, at))} fits"
-    rent = next((name for name in _by_price() if devices_needed(of, of.recipe, name, most=1)), "")
-    where = f", or plan.gpu={rent}" if rent and rent != of.recipe.plan.gpu else ""
-    return f"training needs {size(needed)} a device, {at.name} has {size(at.memory)}: {mend}{where}"
-
-
-def _of_this_machine(recipe: Recipe) -> Recipe:
-    import dataclasses
-
-    from pipeline.recipe import Plan
-
-    return dataclasses.replace(recipe, plan=Plan(efficiency=recipe.plan.efficiency, tokens=recipe.plan.tokens))
 
 
 def _model(of: Job) -> str:
@@ -184,7 +130,7 @@ def _rent(of: Job) -> str:
     if of.recipe.train.tuner not in STEP_TUNERS:
         return ""
     found = []
-    for name in _by_price():
+    for name in by_price():
         at = devices_needed(of, of.recipe, name)
         if at:
             seconds = of.data.tokens * of.recipe.train.epochs / tokens_per_second(of, at)[0]
@@ -205,15 +151,6 @@ def _rent(of: Job) -> str:
     if not rows:
         return f"no 64 of the GPUs that are known hold it by ZeRO stage 3 with rows of {of.row(of.recipe.train)} tokens"
     return f"to rent, by price ({PRICED}, spot to on demand; plan.price sets yours)\n{table(heads, rows)}"
-
-
-def _by_price() -> list[str]:
-    """Those that are rented."""
-    return sorted((name for name in DEVICES if DEVICES[name].price[0]), key=lambda name: DEVICES[name].price[0])
-
-
-def _weights(count: int) -> str:
-    return f"{count / 1e9:.3g} billion weights" if count >= 1e9 else f"{count / 1e6:.3g} million weights"
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:

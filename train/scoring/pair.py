@@ -9,7 +9,7 @@ from typing import Any
 from pipeline import Recipe, Run
 from pipeline.confidence import median
 from pipeline.machine import fast_precision, resident_bytes
-from train.sft import load_base
+from pipeline.model import load_base
 from train.template import render
 
 SPEED_TOKENS, SPEED_REPEATS = 16, 6

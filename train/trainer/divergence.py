@@ -35,7 +35,7 @@ class Watch:
     are far off do not enter the window, so that it cannot get used to them.
     """
 
-    def __init__(self, base_loss: float | None) -> None:
+    def __init__(self, base_loss: float | None = None) -> None:
         self.base_loss = base_loss
         self.usual: deque[float] = deque(maxlen=WINDOW_STEPS)
         self.above = 0

@@ -1,18 +1,39 @@
-"""What happened to a training: when it started, from which step, and how it ended, even if it could not say so."""
+"""What happened to a training: from which step it started, how it ended, and after a bad end what to change."""
 
+import errno
 import json
+import logging
 import os
+import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline import Recipe, Run, UserError
+from pipeline.error import Stopped
 from pipeline.machine import free_bytes, resident_bytes
+from pipeline.units import size
+from train.planning.fit import advice
+from train.trainer.checkpoints import set_aside_from, step_of
+from train.trainer.divergence import Diverged, sources
 
 SECONDS_BETWEEN_BEATS = 1.0
 OUT_OF_MEMORY = "out of memory"
 NEARLY_ALL = 0.9  # of the memory in use at the last sign of life: what then dies without a word was short of memory
+SOURCES_SHOWN = 10
+SMALLER = 3  # a learning rate that diverges is mostly some times too large
+SHORTAGE_WORDS = (
+    "DefaultCPUAllocator",
+    "out of memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "CUBLAS_STATUS_ALLOC",
+)
+
+log = logging.getLogger("truetune")
 
 
 class Journal:
@@ -90,6 +111,64 @@ class Journal:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+@contextmanager
+def recorded(recipe: Recipe, run: Run, resume_from: Path | None) -> Iterator[Journal]:
+    """Keep the journal of a training, and turn what ends it into a UserError that says what to do."""
+    journal = Journal(run.path("checkpoints"))
+    if died := journal.start(step_of(resume_from) if resume_from else 0):
+        change = f": {advice(recipe, run)}, or it may happen again" if died == OUT_OF_MEMORY else ""
+        log.warning("the last training ended without a word, %s%s", died, change)
+    try:
+        yield journal
+    except Stopped as stopped:
+        journal.end(signal.Signals(stopped.code - 128).name)
+        raise
+    except Diverged as diverged:
+        journal.end("diverged")
+        raise _astray(diverged, recipe, run) from None
+    except BaseException as error:
+        if not is_shortage(error):
+            journal.end(type(error).__name__)
+            raise
+        journal.end(OUT_OF_MEMORY)
+        held = f"{size(resident_bytes()[0])} held, {size(free_bytes())} free"
+        raise UserError(f"out of memory while training ({held}): {advice(recipe, run)}, and run again") from None
+    journal.end("finished")
+
+
+def _astray(diverged: Diverged, recipe: Recipe, run: Run) -> UserError:
+    """The step, its measures and its conversations; checkpoints that were written astray are set aside."""
+    from transformers import AutoTokenizer
+
+    from pipeline.rows import rows
+    from train.template import row_examples
+
+    good = set_aside_from(run.path("checkpoints"), diverged.first)
+    tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
+
+    def ids_of(row: dict[str, object]) -> list[list[int]]:
+        return [example.input_ids for example in row_examples(tokenizer, row, recipe.train.max_tokens)]
+
+    places = sources(diverged.batches, rows(run.path("data"), "train"), ids_of)
+    more = f" and {len(places) - SOURCES_SHOWN} more" if len(places) > SOURCES_SHOWN else ""
+    read = f"its conversations are {', '.join(places[:SOURCES_SHOWN])}{more}" if places else "its batch was not found"
+    measures = f"loss {diverged.loss:.4g}, gradient norm {diverged.gradient:.4g}, learning rate {diverged.rate:.2g}"
+    kept = f"{good} is the last good checkpoint" if good else "there is no checkpoint before it"
+    lower = f"set train.learning_rate={recipe.train.learning_rate / SMALLER:.1g} or lower"
+    return UserError(
+        f"the training diverged at step {diverged.step}: {diverged.why} ({measures}; {kept}): {lower}, look at the "
+        "conversations of that step, or go on regardless with train.divergence=false",
+        f"step {diverged.step}: {read}",
+    )
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory was wanted and not there; torch and the system each have words of their own."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in SHORTAGE_WORDS)
 
 
 def _boot() -> str:

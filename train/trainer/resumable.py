@@ -1,33 +1,69 @@
-"""TRL's SFTTrainer, made to last: its checkpoints are whole, and it goes on exactly where its last one stands."""
+"""A trainer that lasts: its checkpoints are whole, signals end it cleanly, and it resumes exactly where it stood."""
 
 import logging
 import math
 import os
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import SFTTrainer
 
-from pipeline import UserError
+from pipeline import Recipe, Run, UserError
 from pipeline.command import FULL
 from pipeline.files import files_below, remove
+from pipeline.machine import fast_precision
 from pipeline.progress import progress
+from pipeline.recipe import Train
 from pipeline.units import size
 from train.trainer.checkpoints import SAVING, complete, damage
 from train.trainer.divergence import Diverged, Watch
 from train.trainer.journal import Journal
-from train.trainer.pace import Pace, totals
-from train.trainer.progress import TrainingProgress
-from train.trainer.stopping import Stopping, Unvalidated
+from train.trainer.metrics import Pace, TrainingProgress, totals
 
 MOMENTS = 2  # Adam keeps two numbers for each weight that is trained
+WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 log = logging.getLogger("truetune")
+
+
+def settings(recipe: Recipe, run: Run, validated: bool, trackers: Sequence[str] = ()) -> dict[str, Any]:
+    """transformers' TrainingArguments that no method changes, from the recipe."""
+    knobs = recipe.train
+    precision = fast_precision() if knobs.precision == "auto" else knobs.precision
+    return {
+        "output_dir": str(run.path("checkpoints")),
+        "num_train_epochs": knobs.epochs,
+        "learning_rate": knobs.learning_rate,
+        "lr_scheduler_type": knobs.schedule,
+        "warmup_steps": knobs.warmup,
+        "per_device_train_batch_size": knobs.rows,
+        "per_device_eval_batch_size": knobs.rows,
+        "gradient_accumulation_steps": knobs.accumulate,
+        "gradient_checkpointing": knobs.checkpointing,
+        "bf16": precision == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "eval_strategy": "steps" if validated else "no",
+        "save_strategy": "steps",
+        "restore_callback_states_from_checkpoint": True,
+        "load_best_model_at_end": validated,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # it would hide a loss that is no number
+        "report_to": list(trackers),
+        "run_name": recipe.name,
+        "disable_tqdm": True,
+        "seed": recipe.seed,
+        "full_determinism": knobs.deterministic,
+    }
 
 
 class Patience(EarlyStoppingCallback):  # type: ignore[misc]
@@ -54,23 +90,87 @@ class Often(TrainerCallback):  # type: ignore[misc]
         self.last = time.monotonic()
 
 
-class LastingTrainer(SFTTrainer):  # type: ignore[misc]
-    """Its checkpoints are complete or absent, two at most, the best among them (`train.trainer.checkpoints`)."""
+class Unvalidated(Exception):
+    """A signal ended a validation: the step that it was of is saved without, and validated by who goes on."""
+
+
+class Stopping(TrainerCallback):  # type: ignore[misc]
+    """`wish` is the signal that ended the training, None if none did; a second one does not wait for the checkpoint."""
+
+    def __init__(self) -> None:
+        self.wish: signal.Signals | None = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            # `nohup` ignores SIGHUP, and so does what it starts.
+            wishes = [wish for wish in WISHES if signal.getsignal(wish) is not signal.SIG_IGN]
+            self.before = {wish: signal.signal(wish, self._heed) for wish in wishes}
+
+    def _heed(self, number: int, frame: Any) -> None:
+        self.wish = signal.Signals(number)
+        for wish in self.before:
+            signal.signal(wish, signal.default_int_handler)
+        log.warning("%s: saving a checkpoint after this step; once more stops at once", self.wish.name)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.wish:
+            raise Unvalidated
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.wish:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Let signals do again what they did before training."""
+        for wish, handler in self.before.items():
+            signal.signal(wish, handler)
+
+
+class Resumable(Trainer):  # type: ignore[misc]
+    """Mixed into any trainer: its checkpoints are complete or absent, two at most, the best among them.
+
+    Args:
+        knobs: what the recipe says of checkpoints, validation, patience and divergence.
+        journal: is told each step as a sign of life.
+        full_speed: tokens a second of devices at their peak, where that is known.
+    """
 
     saving = apart = False
 
-    def __init__(self, callbacks: list[Any], **kwargs: Any) -> None:
-        self.stopping, self.pace, self.progress = Stopping(), Pace(), TrainingProgress()
-        self.watch: Watch | None = None
-        self.journal: Journal | None = None
+    def __init__(
+        self,
+        *,
+        knobs: Train,
+        journal: Journal | None = None,
+        full_speed: float | None = None,
+        callbacks: Sequence[Any] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.stopping, self.pace, self.progress = Stopping(), Pace(full_speed), TrainingProgress()
+        self.watch = Watch() if knobs.divergence else None
+        self.journal = journal
         self.batches: list[dict[str, Any]] = []
         self.step_loss = 0.0
-        super().__init__(callbacks=[*callbacks, self.stopping, self.progress], **kwargs)
+        ours: list[Any] = [Often(knobs.checkpoint_minutes), self.stopping, self.progress]
+        if knobs.patience and kwargs.get("eval_dataset") is not None:
+            ours.append(Patience(knobs.patience))
+        super().__init__(callbacks=[*ours, *callbacks], **kwargs)
+        self.remove_callback(PrinterCallback)
+        rows_a_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        steps_an_epoch = math.ceil(len(self.train_dataset) / rows_a_step)
+        self.args.eval_steps = self.args.save_steps = math.ceil(steps_an_epoch / knobs.evaluations)
 
-    def train(self, **kwargs: Any) -> Any:
+    def train(self, resume_from: Path | None = None, base_loss: float | None = None) -> Any:
+        """Train, from a checkpoint on if one is given; far above `base_loss`, in nats a token, it has diverged."""
+        if self.watch:
+            self.watch.base_loss = base_loss
         with self.progress.shown:
             try:
-                return super().train(**kwargs)
+                return super().train(resume_from_checkpoint=str(resume_from) if resume_from else None)
             finally:
                 self.stopping.restore()
 

@@ -1,0 +1,208 @@
+"""Supervised fine-tuning: conversations lie end to end in a row, and the loss is of the assistant's words alone.
+
+TRL packs the rows; each conversation has positions of its own and attends only to itself.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from trl import SFTConfig, SFTTrainer
+
+from pipeline import Recipe, Run, UserError
+from pipeline.files import write_whole
+from pipeline.progress import progress
+from pipeline.recipe import Train
+from pipeline.rows import heldout
+from pipeline.score import key_fact_accuracy
+from train.scoring.score import answers
+from train.template import IGNORED
+from train.tokens import longest_and_sum, row_tokens
+from train.trainer.resumable import Resumable, settings
+from train.tuners import lora_config
+
+
+def trainer(
+    recipe: Recipe,
+    run: Run,
+    tokenizer: Any,
+    model: Any,
+    rows: dict[str, Any],
+    trackers: Sequence[str] = (),
+    **resumable: Any,
+) -> "Sft":
+    """The trainer with the recipe's settings; `rows` maps train and validation to datasets of ids and labels.
+
+    Raises:
+        UserError: no answer's end is learned.
+    """
+    validation = rows["validation"] if len(rows["validation"]) else None
+    row = row_tokens(*longest_and_sum(rows.values()), recipe.train.max_tokens)
+    made = Sft(
+        knobs=recipe.train,
+        order=run.path("checkpoints", "order.json"),
+        model=model,
+        args=SFTConfig(
+            max_length=row,
+            packing=True,
+            pad_to_multiple_of=row,  # rows of one length: oneDNN compiles, and keeps, its kernels for each length
+            **settings(recipe, run, validation is not None, trackers),
+        ),
+        processing_class=tokenizer,
+        train_dataset=rows["train"],
+        eval_dataset=validation,
+        peft_config=lora_config(recipe, model, list(run.receipt("base").metrics.get("added_tokens", {}).values())),
+        **resumable,
+    )
+    made.check_stops()
+    return made
+
+
+def measure(trainer: "Sft", recipe: Recipe, run: Run, when: str) -> dict[str, Any]:
+    """Validation loss, key-fact accuracy and the answers that it was counted in."""
+    questions, loss = list(heldout(run.path("data"))), trainer.validation_loss()
+    with trainer.autocast_smart_context_manager():
+        found = answers(
+            trainer.model, trainer.processing_class, questions, recipe.train.answer_tokens, f"questions, {when}"
+        )
+    return {
+        "validation_loss": loss,
+        "key_fact_accuracy": round(key_fact_accuracy(found, questions), 4),
+        "answers": found,
+    }
+
+
+class Sft(Resumable, SFTTrainer):  # type: ignore[misc]
+    """Same loss as its parent, without the parent's entropy and its second pass over the vocabulary.
+
+    `python -m bench.train` measures both, side by side.
+    """
+
+    def __init__(self, knobs: Train, order: Path | None = None, **kwargs: Any) -> None:
+        super().__init__(knobs=knobs, **kwargs)
+        self.smoothing = knobs.label_smoothing
+        self.noise = EmbeddingNoise(self.model, knobs.neftune) if knobs.neftune else None
+        for weights in self.model.parameters():  # TRL rounds those of a QLoRA to bfloat16, which loses small steps
+            if weights.requires_grad:
+                weights.data = weights.data.float()
+        self.order = None if knobs.order == "random" else self._curriculum(knobs.order, order)
+
+    def check_stops(self) -> None:
+        """Raise UserError if the loss never sees the token that ends a turn (trl#1623): no answer would end."""
+        tokenizer = self.processing_class
+        end = tokenizer.eos_token_id
+        ending = next((row for row in self.train_dataset if end in row["labels"]), None)
+        if ending is None:
+            raise UserError("no answer keeps its end within train.max_tokens, so none would learn to stop: raise it")
+        if not (self.data_collator([ending])["labels"] == end).any():
+            raise UserError(
+                f"{tokenizer.eos_token!r} ends the assistant's turn and is masked in the labels, as padding is: the "
+                "model would never learn to stop, give the tokenizer another pad_token"
+            )
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean negative log-likelihood of the supervised tokens; `inputs` are (batch, time) ids, labels, positions.
+
+        It is computed in float32. In training a share `smoothing` of each target is spread over the vocabulary.
+        """
+        if self.noise:
+            self.noise.lengths(inputs)
+        targets = inputs["labels"][:, 1:]
+        kept, targets = _supervised(targets)
+        fields = {key: value for key, value in inputs.items() if key != "labels"}
+        outputs = model(**fields, use_cache=False, logits_to_keep=kept)
+        logits, targets = outputs.logits.flatten(0, 1).float(), targets.flatten()
+        smoothing = self.smoothing if model.training else 0.0
+        loss = cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+        supervised = (targets != IGNORED).sum()
+        count = supervised if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = loss / count.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is of all ranks
+        return (loss, outputs) if return_outputs else loss
+
+    def row_loss(self, row: dict[str, Any]) -> float:
+        """The loss of one packed row, in nats a token, without training on it."""
+        self.model.eval()
+        with torch.inference_mode(), self.compute_loss_context_manager():
+            inputs = self._prepare_inputs(self.data_collator([row]))
+            return float(self.compute_loss(self.model, inputs))
+
+    def summary(self) -> dict[str, Any]:
+        """As of any training, and how full the packed rows are, which TRL fills best-fit, a thousand at a time."""
+        rows, length = len(self.train_dataset), self.args.max_length
+        fill = round(longest_and_sum([self.train_dataset])[1] / (rows * length), 4)
+        return {"packing": {"rows": rows, "row_tokens": length, "fill": fill}} | super().summary()
+
+    def _curriculum(self, order: str, kept: Path | None) -> list[int]:
+        """Indexes of the packed rows, easiest first, the same in every epoch.
+
+        `short_first` goes by the mean length of a row's conversations; `easy_first` by its loss before training, which
+        takes one pass over the data. Best-fit packing puts conversations of like length together, so rows differ.
+        A training that resumes takes the order in `kept`: where losses are nearly equal, another number of cores or a
+        GPU may sort them otherwise.
+        """
+        if kept and kept.is_file():
+            found: list[int] = json.loads(kept.read_text(encoding="utf-8"))
+            return found
+        rows = self.train_dataset
+        if order == "short_first":
+            hardness = [sum(lengths) / len(lengths) for lengths in rows["seq_lengths"]]
+        else:
+            hardness = []
+            with progress("loss under the base", len(rows), "rows") as tell:
+                for row in rows:
+                    hardness.append(self.row_loss(row))
+                    tell(len(hardness))
+        indexes = sorted(range(len(rows)), key=hardness.__getitem__)
+        if kept:
+            write_whole(kept, json.dumps(indexes))
+        return indexes
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
+
+
+class EmbeddingNoise:
+    """Adds uniform noise of at most `strength / sqrt(tokens x width)` to the embeddings in training.
+
+    The tokens are those of the conversation, as in the paper (https://arxiv.org/abs/2310.05914); transformers' own
+    takes those of the packed row, which weakens the noise by the root of the number of conversations in it.
+    """
+
+    def __init__(self, model: Any, strength: float) -> None:
+        self.strength = strength
+        self.tokens = torch.empty(0)
+        model.get_input_embeddings().register_forward_hook(self._add)
+
+    def lengths(self, inputs: dict[str, Any]) -> None:
+        """Take the batch that comes next: (batch, time) ids and, where conversations are packed, their positions."""
+        ids = inputs["input_ids"]
+        unpacked = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        starts = inputs.get("position_ids", unpacked) == 0
+        conversation = starts.flatten().cumsum(0)
+        self.tokens = torch.bincount(conversation)[conversation].reshape(starts.shape)
+
+    def _add(self, module: Any, inputs: Any, embedded: Any) -> Any:
+        if not module.training:
+            return embedded
+        most = self.strength / (self.tokens * embedded.shape[-1]).sqrt()
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * most.to(embedded)[..., None]
+
+
+def _supervised(targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positions at which some row is supervised, their targets), filled up with ignored ones to eighths of the row.
+
+    Of few different sizes: oneDNN compiles a kernel for each and keeps it, which took 0.8 of 2.8 GB in 222 steps.
+    """
+    length = targets.shape[1]
+    kept = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+    eighth = max(1, length // 8)
+    filling = -len(kept) % eighth
+    last = kept.new_full((filling,), length - 1)
+    return torch.cat([kept, last]), torch.nn.functional.pad(targets[:, kept], (0, filling), value=IGNORED)

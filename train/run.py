@@ -1,0 +1,56 @@
+"""Train the model by the recipe's method:  python -m train.run RECIPE
+
+What can be told before it costs is told first. A killed training resumes from its last whole checkpoint.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+
+from pipeline import Made, Recipe, Run, command
+from train.base import parameters
+from train.planning.disk import check_disk
+from train.planning.fit import check
+from train.tokens import tokenized
+from train.trackers import prepare, same_run
+from train.trainer.checkpoints import open_folder
+from train.worker import work
+
+# A change of these goes on from the last checkpoint; so does one of rows whose product with accumulate is the same.
+LEARNS_THE_SAME = ("rows", "accumulate", "checkpointing", "checkpoint_minutes", "divergence", "tracker")
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+
+
+def run(recipe: Recipe, run: Run) -> Made:
+    """Write `adapter/` (PEFT) and `answers.jsonl` (the held-out questions answered before and after).
+
+    Raises:
+        UserError: the training diverged, or memory or disk do not suffice; the last good checkpoint stays.
+        Stopped: by a signal, after a checkpoint.
+    """
+    check_disk(recipe, parameters(run.path("base")), run.folder)
+    key = training_key(recipe, run)
+    trackers = prepare(recipe.train.tracker, run, key)
+    resume_from = open_folder(run.path("checkpoints"), key)
+    if recipe.train.tracker == "mlflow":
+        same_run(run.path("checkpoints", "mlflow.run"), recipe.name)
+    tokens = tokenized(recipe, run)
+    planned = check(recipe, run, tokens.counts)
+    metrics = work(recipe, run, tokens, resume_from, trackers, planned.get("peak_tokens_per_second"))
+    return Made(
+        outputs=[run.path("adapter"), run.path("answers.jsonl")],
+        metrics=metrics | {"data": tokens.counts, "planned": planned},
+        packages=PACKAGES,
+    )
+
+
+def training_key(recipe: Recipe, run: Run) -> str:
+    """Identifies a training: what of its knobs changes what is learned, its data and its base."""
+    knobs = {name: value for name, value in asdict(recipe.train).items() if name not in LEARNS_THE_SAME}
+    knobs["rows"] = recipe.train.rows * recipe.train.accumulate
+    outputs = [run.receipt(stage).outputs for stage in ("data", "base")]
+    return hashlib.sha256(json.dumps([knobs, recipe.seed, outputs]).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    command("train", run)
