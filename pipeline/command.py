@@ -35,6 +35,19 @@ RECIPE is a shipped recipe's name or the path of a YAML file; key=value override
 """
 
 PROBLEMS_SHOWN, PROBLEM_CHARACTERS = 20, 2000
+# What libraries would tell their makers. Every process that a command starts inherits it; a user's own setting wins.
+SILENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub, transformers, and TRL: a ping from each trainer
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets, evaluate
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "WANDB_ERROR_REPORTING": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "VLLM_NO_USAGE_STATS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "ANONYMIZED_TELEMETRY": "false",  # chroma, below Open WebUI
+    "SCARF_NO_ANALYTICS": "true",  # unstructured, below Open WebUI
+    "DO_NOT_TRACK": "1",  # who else heeds donottrack.sh
+}
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EROFS, errno.EACCES)
 
@@ -115,6 +128,8 @@ def recipe_of_arguments(module: str, does: str) -> Recipe:
 @contextmanager
 def boundary() -> Iterator[None]:
     """Print a UserError as `error:` lines and exit 1; a bug keeps its traceback. SIGTERM unwinds like Ctrl-C."""
+    for name, value in SILENT.items():
+        os.environ.setdefault(name, value)
     for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.setdefault(bars, "1")  # the libraries' bars; the stages show their own
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -48,7 +48,7 @@ def playground(recipe: Recipe) -> None:
     with ExitStack() as ending:
         scratch = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="truetune-playground-")))
         files = str(scratch / "files")  # the page may serve whatever lies there, so the key lies beside
-        os.environ |= {"GRADIO_TEMP_DIR": files, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+        os.environ |= {"GRADIO_TEMP_DIR": files, "HF_HUB_OFFLINE": "1"}
         run.folder.mkdir(parents=True, exist_ok=True)
         voices = Voices(recipe.serve.context, run.path("playground.log"), scratch / "key")
         ending.enter_context(voices)

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from pipeline import UserError, load
+from pipeline.command import SILENT
 from serve import openwebui
 from serve.asking.endpoint import with_environment
 from serve.compose import check, refuse_without_docker
@@ -96,7 +97,8 @@ def test_vllm_is_told_what_make_vllm_tells_it(tmp_path: Path) -> None:
     wanted = vllm.arguments(recipe, vllm.Model(Path("/model")), vllm.Machine(2, "bfloat16", 1), 8000)
     words = [*SERVICES["vllm"]["entrypoint"][1:], *shlex.split(command)]
     assert words == ["vllm", "serve", *("0.0.0.0" if word == "127.0.0.1" else word for word in wanted[3:])]
-    assert SERVICES["vllm"]["environment"].items() >= (vllm.QUIET | {"PYTHONPATH": "/truetune"}).items()
+    silent = {name: SILENT[name] for name in ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK")}
+    assert SERVICES["vllm"]["environment"].items() >= (silent | vllm.QUIET | {"PYTHONPATH": "/truetune"}).items()
     (template,) = [word for word in wanted if word.endswith(".jinja")]
     assert template == "/model/chat_template.jinja"
     assert "./serve/gateway/guard.py:/truetune/serve/gateway/guard.py:ro" in SERVICES["vllm"]["volumes"]

@@ -78,7 +78,6 @@ def _wandb(folder: Path, name: str, training: str) -> dict[str, str]:
         "WANDB_RESUME": "allow",
         "WANDB_SILENT": "true",
         "WANDB_CONSOLE": "off",
-        "WANDB_ERROR_REPORTING": "false",
     }
 
 
@@ -88,7 +87,6 @@ def _mlflow(folder: Path) -> dict[str, str]:
     return {
         "MLFLOW_TRACKING_URI": folder.as_uri(),
         "MLFLOW_EXPERIMENT_NAME": PROJECT,
-        "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ALLOW_FILE_STORE": "true",
     }
 

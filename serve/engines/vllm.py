@@ -28,10 +28,8 @@ END_SECONDS = 10  # for its processes, once the last answer is given
 READY_SECONDS = 1800  # many GPUs load and compile for many minutes
 SERVER = ("-m", "vllm.entrypoints.cli.main", "serve")
 CPU_SERVER = ("-m", "vllm.entrypoints.openai.api_server", "--model")  # `vllm serve` of the CPU build does not start
-# Nothing is told or fetched, no part listens to the network, nothing runs that is not vLLM's own.
+# Nothing is fetched, no part listens to the network, nothing runs that is not vLLM's own.
 QUIET = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_HOST_IP": HOST,

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
+from pipeline.command import SILENT
 from pipeline.error import UserError
 from pipeline.progress import progress
 from serve.asking.endpoint import port_problem
@@ -29,7 +30,7 @@ STEADY_SECONDS = 60
 LONGEST_PAUSE_SECONDS = 30
 LOG_BYTES = 10_000_000
 # What a service that inherits nothing still needs to run as any program does.
-PLAIN = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR")
+PLAIN = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", *SILENT)
 
 log = logging.getLogger("truetune")
 
