@@ -4,6 +4,9 @@ import glob
 import hashlib
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -39,6 +42,22 @@ def fresh_folder(path: Path) -> Path:
     remove(path)
     path.mkdir(parents=True)
     return path
+
+
+@contextmanager
+def own_folder(name: str) -> Iterator[Path]:
+    """A folder of this process in the system's temporary one; those of processes that were killed are removed."""
+    import psutil  # type: ignore[import-untyped]
+
+    place = Path(tempfile.gettempdir())
+    for left in place.glob(f"{name}-*-*"):
+        pid = left.name.removeprefix(f"{name}-").partition("-")[0]
+        with suppress(OSError, psutil.Error, ValueError):
+            made_at = left.stat().st_ctime
+            if not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).create_time() > made_at:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{name}-{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 def fingerprint(path: Path) -> dict[str, str | int]:

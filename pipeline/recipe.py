@@ -1,5 +1,6 @@
 """Every knob of a recipe: its name, type, default and meaning on one line."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -169,6 +170,7 @@ class Serve:
     queue: int = knob(64, "Requests that may wait for a slot; more are refused with 503", 0)
     threads: int = knob(0, "Processor threads of the engine; 0 takes every core", 0)
     temperature: float = knob(0.2, "Sampling temperature when the client names none", 0, 2)
+    origins: tuple[str, ...] = knob((), "Web pages that may ask from a browser, as `http://localhost:5173`")
     vllm: Vllm = Vllm()
 
 
@@ -216,6 +218,9 @@ class Recipe:
             found.append(
                 ("serve.type", f"{self.serve.type!r} is not made: add it to gguf.types ({', '.join(self.gguf.types)})")
             )
+        for origin in self.serve.origins:
+            if not re.fullmatch(r"https?://[a-zA-Z0-9.\-\[\]:]+", origin):
+                found.append(("serve.origins", f"{origin!r} is no origin: give scheme://host:port, without a path"))
         return found
 
     @property

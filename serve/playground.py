@@ -7,12 +7,12 @@ chosen too. `PLAYGROUND_PORT` in the environment overrides `serve.playground_por
 import logging
 import os
 import sys
-import tempfile
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from pipeline.command import boundary, recipe_of_arguments
 from pipeline.error import UserError
+from pipeline.files import own_folder
 from pipeline.recipe import Recipe
 from pipeline.run import Run
 from serve.asking.endpoint import HOST, port_problem
@@ -46,7 +46,7 @@ def playground(recipe: Recipe) -> None:
     token = make_key(TOKEN_FILE)
     log.info("the playground starts")
     with ExitStack() as ending:
-        scratch = Path(ending.enter_context(tempfile.TemporaryDirectory(prefix="truetune-playground-")))
+        scratch = ending.enter_context(own_folder("truetune-playground"))
         files = str(scratch / "files")  # the page may serve whatever lies there, so the key lies beside
         os.environ |= {"GRADIO_TEMP_DIR": files, "HF_HUB_OFFLINE": "1"}
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -22,17 +22,18 @@ from serve.asking.endpoint import ask
 REPOSITORY = Path(__file__).parent.parent
 NAME = "small"
 CONTEXT, TRAINED, SLOTS = 256, 512, 2
+ORIGIN = "http://localhost:5173"
 WORDS = ["apple", "bread", "cloud", "delta", "eagle", "flame", "grape", "house"]
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
 
-def write_gguf(path: Path, template: str = TEMPLATE, ends: bool = False) -> None:
-    """A Llama that answers with words of `WORDS` until its context is full, or `ends` some answers by itself."""
+def write_gguf(path: Path, template: str = TEMPLATE, ends: bool = False, words: list[str] = WORDS) -> None:
+    """A Llama that answers with these words until its context is full, or `ends` some answers by itself."""
     random, width, hidden = np.random.default_rng(0), 32, 64
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"▁{word}" for word in WORDS)]
-    words = slice(len(tokens) - len(WORDS), len(tokens))
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"▁{word}" for word in words)]
+    last = slice(len(tokens) - len(words), len(tokens))
     kind = gguf.TokenType
-    kinds = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *[kind.BYTE] * 256, *[kind.NORMAL] * len(WORDS)]
+    kinds = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *[kind.BYTE] * 256, *[kind.NORMAL] * len(words)]
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(NAME)
@@ -51,13 +52,14 @@ def write_gguf(path: Path, template: str = TEMPLATE, ends: bool = False) -> None
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template(template)
+    writer.add_add_space_prefix(words is WORDS)
 
     def add(name: str, *shape: int) -> None:
         weights = np.ones(shape) if len(shape) == 1 else random.normal(0, 0.5, shape)
         if name == "output":  # a word or its opposite always beats the zero of every other token
-            half = random.normal(0, 2, (len(WORDS) // 2, width))
+            half = random.normal(0, 2, (len(words) // 2, width))
             weights[:] = 0
-            weights[words] = np.concatenate([half, -half])
+            weights[last] = np.concatenate([half, -half])
             weights[2] = np.roll(half[0], 1) if ends else 0
         writer.add_tensor(f"{name}.weight", weights.astype(np.float32))
 
@@ -80,7 +82,8 @@ def write_gguf(path: Path, template: str = TEMPLATE, ends: bool = False) -> None
 
 def write_run(folder: Path, content: bytes) -> Path:
     """A recipe and a run in `folder` whose `gguf` receipt matches `content`; the path of that GGUF."""
-    recipe = {"data": {"train": "none.jsonl"}, "serve": {"context": CONTEXT, "slots": SLOTS, "threads": 1}}
+    serve = {"context": CONTEXT, "slots": SLOTS, "threads": 1, "origins": [ORIGIN]}
+    recipe = {"data": {"train": "none.jsonl"}, "serve": serve}
     (folder / f"{NAME}.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     path = folder / "runs" / NAME / "gguf" / f"{NAME}-Q8_0.gguf"
     path.parent.mkdir(parents=True)

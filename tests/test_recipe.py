@@ -139,6 +139,12 @@ BAD = {
         DATA + "serve:\n  type: Q6_K\n",
         ["mine.yaml:3: serve.type: 'Q6_K' is not made: add it to gguf.types (Q8_0)"],
     ),
+    "origin with a path": (
+        DATA + "serve:\n  origins: [http://localhost:5173/chat]\n",
+        [
+            "mine.yaml:3: serve.origins: 'http://localhost:5173/chat' is no origin: give scheme://host:port, without a path"
+        ],
+    ),
     "value for a section": (
         DATA + "gguf: Q8_0\n",
         [f"mine.yaml:2: gguf: 'Q8_0' is not a section: write its keys below it ({fields(Gguf)})"],

@@ -77,7 +77,9 @@ def test_each_server_has_the_guard_and_reads_its_key_from_a_file(way: str) -> No
     for step in commands(recipe_with(pipeline=2), MODEL, HOSTS, way):
         for command in step.commands:
             if " serve " in command:
-                assert "--middleware serve.gateway.guard.Guard" in command and f"VLLM_HOST_IP={step.host} " in command
+                assert (
+                    "--middleware serve.gateway.guard.ApiKeyAuth" in command and f"VLLM_HOST_IP={step.host} " in command
+                )
                 assert step.commands[0] == 'export VLLM_API_KEY="$(cat .secrets/api-key)"'
 
 

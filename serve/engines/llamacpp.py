@@ -77,6 +77,7 @@ def settings_of(recipe: Recipe, path: Path) -> Settings:
         threads=recipe.serve.threads,
         temperature=recipe.serve.temperature,
         ui=recipe.serve.ui == "builtin",
+        origins=recipe.serve.origins,
     )
 
 

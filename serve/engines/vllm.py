@@ -81,7 +81,12 @@ def backend(recipe: Recipe, run: Run) -> Backend:
         loading=f"loading {model.weights} into vLLM",
         is_ready=lambda: is_healthy(port, timeout=4),
         problem=lambda: problem(recipe, run, port, key),
-        environment={**QUIET, **settings(machine), "VLLM_API_KEY": key},
+        environment={
+            **QUIET,
+            **settings(machine),
+            "VLLM_API_KEY": key,
+            "TRUETUNE_ORIGINS": " ".join(recipe.serve.origins),
+        },
         ready_seconds=READY_SECONDS,
         check=lambda: refuse_replaced(recipe, run, inputs),
         grace_seconds=recipe.serve.vllm.grace + END_SECONDS,
@@ -170,7 +175,7 @@ def model_arguments(recipe: Recipe, model: Model, machine: Machine) -> tuple[str
         *("--generation-config", "vllm"),
         *("--override-generation-config", json.dumps({"temperature": serve.temperature})),
         *("--seed", str(recipe.seed)),
-        *("--middleware", "serve.gateway.guard.Guard", "--allowed-origins", "[]"),
+        *("--middleware", "serve.gateway.guard.ApiKeyAuth", "--allowed-origins", "[]"),
         *("--disable-fastapi-docs", "--disable-access-log-for-endpoints", "/health,/metrics"),
     ]
     if model.adapter:

@@ -9,16 +9,17 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.files import own_folder
 from pipeline.machine import cores
 from pipeline.recipe import Serve
 from serve.asking.endpoint import HOST, url_of
 from serve.asking.key import read_key
+from serve.gateway.connection import Connection
 from serve.gateway.context import longest_token
 from serve.gateway.gateway import Bounds, Gateway
 
@@ -40,6 +41,7 @@ class Settings:
     temperature: float
     queue: int = Serve.queue
     ui: bool = False
+    origins: tuple[str, ...] = ()
     host: str = HOST  # a container's engine listens on its network, which no one outside reaches
 
 
@@ -48,8 +50,8 @@ def engine(settings: Settings) -> None:
     import uvicorn
 
     code = 1  # the gateway ends by itself only if it cannot listen
-    with tempfile.TemporaryDirectory(prefix="truetune-") as folder:
-        socket = Path(folder, "engine.sock")
+    with own_folder("truetune-engine") as folder:
+        socket = folder / "engine.sock"
         _server, config = load(settings, socket), gateway(settings, socket)
         serving = threading.Thread(target=uvicorn.Server(config).run, daemon=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -70,7 +72,8 @@ def gateway(settings: Settings, socket: Path) -> "uvicorn.Config":
     longest = longest_token(Path(settings.model))
     bounds = Bounds(settings.slots, settings.queue, settings.context, longest)
     return uvicorn.Config(
-        Gateway(socket, read_key(Path(settings.key_file)), bounds, page=settings.ui),
+        Gateway(socket, read_key(Path(settings.key_file)), bounds, settings.origins, page=settings.ui),
+        http=Connection,
         host=settings.host,
         port=settings.port,
         lifespan="off",
