@@ -90,7 +90,7 @@ class Load:
         question: dict[str, Any] = {
             "model": self.session.model,
             "messages": [{"role": "user", "content": HUGE if kind == "huge" else chance.choice(QUESTIONS)}],
-            "max_tokens": -1 if kind == "negative" else chance.randint(8, 48),
+            "max_tokens": -2 if kind == "negative" else chance.randint(8, 48),
             "stream": kind in ("streamed", "leaving"),
         }
         content = "{" if kind == "broken" else json.dumps(question)

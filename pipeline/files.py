@@ -47,7 +47,7 @@ def fresh_folder(path: Path) -> Path:
 @contextmanager
 def own_folder(name: str) -> Iterator[Path]:
     """A folder of this process in the system's temporary one; those of processes that were killed are removed."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     place = Path(tempfile.gettempdir())
     for left in place.glob(f"{name}-*-*"):

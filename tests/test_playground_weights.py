@@ -1,112 +1,177 @@
-"""A model folder behind OpenAI's API, as the playground asks it before anything is converted."""
+"""A model folder behind the gateway, as the playground asks it before anything is converted."""
 
-import json
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
+import uvicorn
+from gguf_fixture import free_port
+from openai import OpenAI
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.shared import ErrorObject
 
-KEY = {"Authorization": "Bearer sesame"}
+from serve.asking.endpoint import ask
+from serve.gateway.connection import Connection
+
+KEY, CHAT = "sesame", "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "Héllo 😀?"}]
+ASKED: dict[str, Any] = {"model": "base", "messages": QUESTION, "max_tokens": 5, "temperature": 1.5, "seed": 3}
 
 
 @pytest.fixture(scope="module")
-def speaker(base_folder: Path) -> Any:
-    from serve.engines.weights import Settings, Speaker
+def generator(base_folder: Path) -> Any:
+    from serve.engines.weights import Generator, Settings
 
-    return Speaker(Settings(str(base_folder), "base", "", 0, ""))
+    return Generator(Settings(str(base_folder), "base", "", 0, ""))
 
 
 @pytest.fixture(scope="module")
-def client(speaker: Any) -> Any:
-    from starlette.testclient import TestClient
+def port(generator: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    from serve.engines.weights import application
 
-    from serve.engines.weights import app
-
-    return TestClient(app(speaker, "sesame"), headers=KEY)
-
-
-def asked(**changes: Any) -> dict[str, Any]:
-    return {
-        "model": "base",
-        "messages": QUESTION,
-        "max_tokens": 5,
-        "temperature": 1.5,
-        "seed": 3,
-        "stream": True,
-    } | changes
-
-
-def chunks(client: Any, **changes: Any) -> list[dict[str, Any]]:
-    """The parts of a streamed answer, which ends as OpenAI's do."""
-    lines = client.post("/v1/chat/completions", json=asked(**changes)).text.split("\n\n")
-    assert lines[-2:] == ["data: [DONE]", ""]
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    port, socket = free_port(), tmp_path_factory.mktemp("engine") / "engine.sock"
+    engine, gateway = application(generator, socket, KEY)
+    servers = [
+        uvicorn.Server(uvicorn.Config(engine, uds=str(socket), lifespan="off", log_level="critical")),
+        uvicorn.Server(uvicorn.Config(gateway, port=port, http=Connection, lifespan="off", log_level="critical")),
+    ]
+    running = [threading.Thread(target=server.run) for server in servers]
+    for server, thread in zip(servers, running, strict=True):
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+    yield port
+    for server, thread in zip(servers, running, strict=True):
+        server.should_exit = True
+        thread.join()
 
 
-def text(parts: list[dict[str, Any]]) -> str:
-    return "".join(choice["delta"].get("content", "") for part in parts for choice in part["choices"])
+@pytest.fixture
+def client(port: int) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/tokenize", "/apply-template"])
-def test_every_route_needs_the_key(client: Any, path: str) -> None:
-    method = "GET" if path == "/v1/models" else "POST"
-    assert client.request(method, path, headers={"Authorization": "Bearer wrong"}).status_code == 401
+def text(client: OpenAI, **changes: Any) -> str:
+    return str(client.chat.completions.create(**ASKED | changes).choices[0].message.content)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", CHAT, "/tokenize", "/apply-template"])
+def test_every_route_needs_the_key(port: int, path: str) -> None:
+    assert ask(port, path, "wrong", None if path == "/v1/models" else ASKED)[0] == 401
 
 
 @pytest.mark.parametrize(
-    ("body", "status"),
+    ("changes", "status", "param"),
     [
-        ("{", 400),
-        ("[]", 400),
-        ("{}", 400),
-        (json.dumps(asked(messages="Hi")), 400),
-        (json.dumps(asked(model="x")), 404),
+        ({"model": "x"}, 404, "model"), ({"messages": "Hi"}, 400, "messages"), ({"messages": []}, 400, "messages"),
+        ({"stop": ""}, 400, "stop"), ({"max_tokens": -2}, 400, "max_tokens"), ({"n": 0}, 400, "n"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}, 400, "tools"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format"), ({"logprobs": True}, 400, "logprobs"),
+        ({"frequency_penalty": 1}, 400, "frequency_penalty"), ({"top_k": "x"}, 400, None), ({"top_k": -1}, 400, None),
     ],
-)
-def test_a_bad_request_is_refused_in_json(client: Any, body: str, status: int) -> None:
-    refused = client.post("/v1/chat/completions", content=body)
-    assert refused.status_code == status and refused.json()["error"]["message"]
+)  # fmt: skip
+def test_what_it_cannot_do_is_refused_with_its_name(
+    port: int, changes: dict[str, Any], status: int, param: str
+) -> None:
+    got, answer = ask(port, CHAT, KEY, ASKED | changes)
+    assert (got, ErrorObject.model_validate(answer["error"]).param) == (status, param), answer
 
 
-def test_a_prompt_beyond_the_context_is_refused_as_llama_cpp_does(client: Any, speaker: Any) -> None:
-    long = [{"role": "user", "content": "word " * speaker.known}]
-    refused = client.post("/v1/chat/completions", json=asked(messages=long))
-    error = refused.json()["error"]
-    assert (refused.status_code, error["type"], error["n_ctx"]) == (400, "exceed_context_size_error", speaker.known)
+def test_what_asks_for_nothing_is_let_through(client: OpenAI) -> None:
+    assert client.chat.completions.create(
+        **ASKED, frequency_penalty=0, logprobs=False, response_format={"type": "text"}
+    )
 
 
-def test_an_answer_says_how_long_it_is_and_why_it_ended(client: Any) -> None:
-    parts = chunks(client)
-    ended = [choice["finish_reason"] for part in parts for choice in part["choices"] if "finish_reason" in choice]
-    usage = parts[-1]["usage"]
-    assert usage["completion_tokens"] <= 5 and ended == ["length" if usage["completion_tokens"] == 5 else "stop"]
-    assert usage["prompt_tokens"] == len(client.post("/tokenize", json={"content": prompt(client)}).json()["tokens"])
+def test_a_prompt_beyond_the_context_is_refused_as_llama_cpp_does(client: OpenAI, generator: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**ASKED | {"messages": [{"role": "user", "content": "word " * generator.known}]})
+    assert refused.value.code == "context_length_exceeded"
+    assert refused.value.body["n_ctx"] == generator.known  # type: ignore[index]
 
 
-def test_the_same_seed_gives_the_same_answer_and_another_another(client: Any) -> None:
-    assert text(chunks(client)) == text(chunks(client)) != text(chunks(client, seed=4))
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_answer_says_how_long_it_is_and_why_it_ended_whole_and_streamed(client: OpenAI, count: int) -> None:
+    whole = ChatCompletion.model_validate_json(client.chat.completions.create(**ASKED, n=count).model_dump_json())
+    stream = client.chat.completions.create(**ASKED, n=count, stream=True, stream_options={"include_usage": True})
+    chunks = [ChatCompletionChunk.model_validate_json(chunk.model_dump_json()) for chunk in stream]
+    assert whole.usage.prompt_tokens == chunks[-1].usage.prompt_tokens == len(tokens(client))
+    assert whole.usage.completion_tokens == chunks[-1].usage.completion_tokens <= 5 * count
+    for choice in whole.choices:
+        mine = [each for chunk in chunks for each in chunk.choices if each.index == choice.index]
+        assert "".join(each.delta.content or "" for each in mine) == choice.message.content
+        assert [each.finish_reason for each in mine if each.finish_reason] == [choice.finish_reason] == ["length"]
+    assert len({choice.message.content for choice in whole.choices}) == count
 
 
-def test_temperature_zero_is_the_most_likely_whatever_the_seed(client: Any) -> None:
-    assert text(chunks(client, temperature=0)) == text(chunks(client, temperature=0, seed=4))
+def test_a_completion_continues_a_text_or_its_tokens(client: OpenAI, tokenizer: Any) -> None:
+    asked: dict[str, Any] = {"model": "base", "max_tokens": 3, "temperature": 0}
+    ids = tokenizer("Hello there")["input_ids"]
+    said = [client.completions.create(prompt=prompt, **asked) for prompt in ("Hello there", ids)]
+    assert said[0].choices[0].text == said[1].choices[0].text
+    assert Completion.model_validate_json(said[0].model_dump_json()).usage.completion_tokens == 3
+    chunks = list(client.completions.create(prompt=ids, **asked, stream=True))
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == said[0].choices[0].text
 
 
-def prompt(client: Any) -> str:
-    return str(client.post("/apply-template", json={"messages": QUESTION}).json()["prompt"])
+def test_it_ends_before_a_stop(client: OpenAI) -> None:
+    said = text(client, max_tokens=20, temperature=0)
+    stop = said[len(said) // 2 :][:3]
+    answer = client.chat.completions.create(**ASKED | {"max_tokens": 20, "temperature": 0, "stop": [stop, "never"]})
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (said[: said.index(stop)], "stop")
 
 
-def test_the_prompt_and_its_tokens_are_the_tokenizers(client: Any, tokenizer: Any) -> None:
+def test_what_could_begin_a_stop_is_held_back() -> None:
+    from serve.engines.weights import until_stop
+
+    assert list(until_stop(iter(["a", "b<", "e", "nd>", "c"]), ["<end>"])) == [
+        ("", False), ("", False), ("", False), ("ab", True),
+    ]  # fmt: skip
+    assert "".join(text for text, _ in until_stop(iter(["ab<", "e", "nd"]), ["<end>"])) == "ab<end"
+
+
+def test_no_length_is_the_context(client: OpenAI, generator: Any) -> None:
+    nearly = [{"role": "user", "content": "word " * (generator.known - 50)}]
+    usage = client.chat.completions.create(**ASKED | {"messages": nearly, "max_tokens": -1, "temperature": 0}).usage
+    assert usage.total_tokens <= generator.known
+
+
+def test_the_same_seed_gives_the_same_answer_and_another_another(client: OpenAI) -> None:
+    assert text(client) == text(client) != text(client, seed=4)
+
+
+def test_temperature_zero_is_the_most_likely_whatever_the_seed(client: OpenAI) -> None:
+    assert text(client, temperature=0) == text(client, temperature=0, seed=4)
+
+
+def tokens(client: OpenAI) -> list[dict[str, Any]]:
+    return list(post(client, "/tokenize", content=prompt(client))["tokens"])
+
+
+def prompt(client: OpenAI) -> str:
+    return str(post(client, "/apply-template", messages=QUESTION)["prompt"])
+
+
+def post(client: OpenAI, path: str, **body: Any) -> Any:
+    return ask(client.base_url.port, path, KEY, body)[1]  # type: ignore[arg-type]
+
+
+def test_the_prompt_and_its_tokens_are_the_tokenizers(client: OpenAI, tokenizer: Any) -> None:
     assert prompt(client) == tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
-    tokens = client.post("/tokenize", json={"content": prompt(client)}).json()["tokens"]
-    assert [token["id"] for token in tokens] == tokenizer(prompt(client), add_special_tokens=False)["input_ids"]
-    assert "".join(token["piece"] for token in tokens) == prompt(client)
+    assert [token["id"] for token in tokens(client)] == tokenizer(prompt(client), add_special_tokens=False)["input_ids"]
+    assert "".join(token["piece"] for token in tokens(client)) == prompt(client)
 
 
-def test_who_leaves_stops_the_answer(speaker: Any) -> None:
+def test_who_leaves_stops_the_answer(generator: Any) -> None:
     left = threading.Event()
     left.set()
-    ids = [token["id"] for token in speaker.tokens("Hello")]
-    parts = list(speaker.answer(asked(max_tokens=400), ids, left))
-    assert parts[-1]["usage"]["completion_tokens"] == 1
+    ids = [token["id"] for token in generator.tokens("Hello")]
+    *_, last = generator.answer(ASKED | {"max_tokens": 400}, ids, left)
+    assert last.tokens == 1

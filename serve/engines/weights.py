@@ -1,25 +1,39 @@
-"""A model folder, with or without its adapter, behind OpenAI's API:  python -m serve.engines.weights SETTINGS
+"""A model folder, with or without its adapter, behind the gateway:  python -m serve.engines.weights SETTINGS
 
-For the playground only: seconds after training, before anything is merged or converted. It is a process of its own,
-so that its memory goes with it; it speaks of the prompt as llama.cpp's server does, `/apply-template`, `/tokenize`.
+Seconds after training, before anything is merged or converted. It is a process of its own, so that its memory goes
+with it; to the gateway it speaks as llama.cpp's server does, and gives one answer at a time.
 """
 
 import json
+import os
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
+from pipeline.files import own_folder
 from serve.asking.endpoint import HOST
 from serve.asking.key import read_key
+from serve.gateway.connection import listen
+from serve.gateway.gateway import Bounds, Gateway
+from serve.gateway.request import CHAT, COMPLETIONS, TEMPLATE
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
+
+QUEUE = 16
+LONGEST_CONTEXT = 1 << 20  # of a model that names none
+# Of OpenAI's parameters, what `transformers` has only for whole answers, or not at all.
+ABSENT = frozenset(
+    ("tools", "response_format", "logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty")
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,7 @@ class Settings:
     key_file: str
 
 
-class Speaker:
+class Generator:
     """The loaded model, which gives one answer at a time; float32, on a GPU bfloat16."""
 
     def __init__(self, settings: Settings) -> None:
@@ -45,8 +59,12 @@ class Speaker:
         self.name, self.turn = settings.name, threading.Lock()
         self.tokenizer = AutoTokenizer.from_pretrained(settings.folder)
         self.model = AutoModelForCausalLM.from_pretrained(settings.folder, dtype=dtype).eval()
-        self.known = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-        self.stops = self.model.generation_config.eos_token_id
+        config = self.model.config.get_text_config()
+        self.known = getattr(config, "max_position_embeddings", None) or LONGEST_CONTEXT
+        self.vocabulary = int(config.vocab_size)
+        self.longest_token = max(len(token.encode()) for token in self.tokenizer.get_vocab())
+        ends = self.model.generation_config.eos_token_id
+        self.ends: list[int] = ends if isinstance(ends, list) else [ends]
         if settings.adapter:
             from peft import PeftModel
 
@@ -68,37 +86,41 @@ class Speaker:
             shown = max(shown, end)
         return pieces
 
-    def answer(self, asked: dict[str, Any], ids: list[int], cancelled: threading.Event) -> Iterator[dict[str, Any]]:
-        """Chunks of a streamed answer as OpenAI's API has them, ended early by `cancelled`."""
+    def answer(self, asked: dict[str, Any], ids: list[int], cancelled: threading.Event) -> Iterator["Piece"]:
+        """The answer to a prompt's tokens as it comes, ended early by `cancelled` or before a text of `stop`.
+
+        Raises:
+            RuntimeError: it broke off.
+        """
         import torch
         from transformers import TextIteratorStreamer
 
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         done: dict[str, Any] = {}
 
-        def speak() -> None:
+        def generate() -> None:
             try:
-                bare = asked["model"] != "adapter" and "adapter" in self.names
+                bare = asked.get("model") != "adapter" and "adapter" in self.names
                 with self.turn, torch.inference_mode(), self.model.disable_adapter() if bare else nullcontext():
                     done["ids"] = self._generate(asked, ids, streamer, cancelled)
             except Exception as error:
-                done["error"] = f"{type(error).__name__}: {error}"
+                done["error"] = error
             finally:
                 streamer.end()
 
-        speaking = threading.Thread(target=speak)
-        speaking.start()
-        for piece in streamer:
-            if piece:
-                yield {"choices": [{"index": 0, "delta": {"content": piece}}]}
-        speaking.join()
+        generating = threading.Thread(target=generate)
+        generating.start()
+        is_stopped = False
+        for text, is_stopped in until_stop(streamer, asked.get("stop", [])):
+            if text:
+                yield Piece(text)
+            if is_stopped:
+                cancelled.set()
+        generating.join()
         if "error" in done:
-            yield {"error": {"message": done["error"], "type": "server_error"}}
-            return
-        reason = "stop" if done["ids"] and done["ids"][-1] in _listed(self.stops) else "length"
-        yield {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
-        usage = {"prompt_tokens": len(ids), "completion_tokens": len(done["ids"])}
-        yield {"choices": [], "usage": usage | {"total_tokens": sum(usage.values())}}
+            raise RuntimeError(f"{type(done['error']).__name__}: {done['error']}") from done["error"]
+        ended = is_stopped or (done["ids"] and done["ids"][-1] in self.ends)
+        yield Piece("", "stop" if ended else "length", len(done["ids"]))
 
     def _generate(self, asked: dict[str, Any], ids: list[int], streamer: Any, cancelled: threading.Event) -> list[int]:
         import torch
@@ -109,86 +131,165 @@ class Speaker:
 
         if asked.get("seed") is not None:
             torch.manual_seed(asked["seed"])
-        batch, heat = torch.tensor([ids], device=self.model.device), asked.get("temperature", 1.0)
-        sampling = {"temperature": heat, "top_p": asked.get("top_p", 1.0), "top_k": asked.get("top_k", 0)}
+        batch, temperature = torch.tensor([ids], device=self.model.device), asked.get("temperature", 1.0)
+        length = asked.get("max_completion_tokens") or asked.get("max_tokens") or self.known
+        sampling = {"temperature": temperature, "top_p": asked.get("top_p", 1.0), "top_k": asked.get("top_k", 0)}
         made = self.model.generate(
             input_ids=batch,
             attention_mask=torch.ones_like(batch),
-            max_new_tokens=min(asked.get("max_tokens") or sys.maxsize, self.known - len(ids)),
-            eos_token_id=self.stops,
+            max_new_tokens=min(length, self.known - len(ids)),
+            eos_token_id=self.ends,
             repetition_penalty=1.0,
             streamer=streamer,
             stopping_criteria=StoppingCriteriaList([stop]),
-            **({"do_sample": True, **sampling} if heat > 0 else {"do_sample": False}),
+            **({"do_sample": True, **sampling} if temperature > 0 else {"do_sample": False}),
         )
         return list(made[0, len(ids) :].tolist())
 
 
-def app(speaker: Speaker, key: str) -> "Starlette":
-    """The routes, all but `/health` behind the key."""
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer; the last one has no text, and says why the answer ended and how many tokens it has."""
+
+    text: str
+    reason: str | None = None
+    tokens: int = 0
+
+
+def until_stop(texts: Iterator[str], stops: list[str]) -> Iterator[tuple[str, bool]]:
+    """The texts as far as the first of `stops`, and whether it came; what could begin one is held back."""
+    held, longest = "", max(map(len, stops), default=1)
+    for text in texts:
+        held += text
+        if found := [at for stop in stops if (at := held.find(stop)) >= 0]:
+            yield held[: min(found)], True
+            return
+        ready = max(0, len(held) - longest + 1)
+        yield held[:ready], False
+        held = held[ready:]
+    yield held, False
+
+
+def engine(generator: Generator) -> "Starlette":
+    """What the gateway asks of an engine."""
     from jinja2 import TemplateError
     from starlette.applications import Starlette
     from starlette.concurrency import iterate_in_threadpool
     from starlette.responses import JSONResponse, StreamingResponse
     from starlette.routing import Route
 
-    def refused(status: int, message: str, **more: Any) -> "Response":
-        return JSONResponse({"error": {"code": status, "message": message, **more}}, status)
+    def refused(message: str, **more: Any) -> "Response":
+        return JSONResponse({"error": {"message": message, **more}}, 400)
 
-    def route(path: str, answer: Any, method: str) -> Route:
-        async def guarded(request: "Request") -> "Response":
-            if request.headers.get("authorization") != f"Bearer {key}":
-                return refused(401, "Invalid API Key")
+    def facts(path: str, found: dict[str, Any]) -> Route:
+        return Route(path, lambda _: JSONResponse(found))
+
+    def route(path: str, answer: Any) -> Route:
+        async def answered(request: "Request") -> "Response":
             try:
-                found = answer(await request.json() if method == "POST" else {})
-            except (TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
-                return refused(400, f"{type(error).__name__}: {error}")
-            return found if isinstance(found, StreamingResponse | JSONResponse) else JSONResponse(found)
+                made: Response = await answer(await request.json())
+                return made
+            except (TemplateError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+                return refused(f"{type(error).__name__}: {error}")
 
-        return Route(path, guarded, methods=[method])
+        return Route(path, answered, methods=["POST"])
 
-    def complete(asked: dict[str, Any]) -> "Response":
-        if asked["model"] not in speaker.names:
-            return refused(404, f"no model {asked['model']!r}: there are {', '.join(speaker.names)}")
-        ids = [token["id"] for token in speaker.tokens(speaker.prompt(asked["messages"]))]
-        if len(ids) >= speaker.known:
-            sizes = {"n_prompt_tokens": len(ids), "n_ctx": speaker.known}
-            return refused(400, "the prompt is too long", type="exceed_context_size_error", **sizes)
+    async def template(asked: dict[str, Any]) -> "Response":
+        return JSONResponse({"prompt": generator.prompt(asked["messages"])})
+
+    async def tokenize(asked: dict[str, Any]) -> "Response":
+        return JSONResponse({"tokens": generator.tokens(asked["content"])})
+
+    async def complete(asked: dict[str, Any], is_chat: bool) -> "Response":
+        prompt = generator.prompt(asked["messages"]) if is_chat else asked["prompt"]
+        ids = [token["id"] for token in generator.tokens(prompt)] if isinstance(prompt, str) else prompt
+        if not ids or len(ids) >= generator.known:
+            sizes = {"n_prompt_tokens": len(ids), "n_ctx": generator.known}
+            says = f"the prompt has {len(ids)} tokens: give from 1 to {generator.known - 1}"
+            return refused(says, type="exceed_context_size_error", **sizes)
         cancelled = threading.Event()
+        kind = "chat.completion" if is_chat else "text_completion"
+        head = {
+            "id": f"chatcmpl-{uuid4().hex}",
+            "created": int(time.time()),
+            "model": asked.get("model", generator.name),
+            "object": f"{kind}.chunk" if is_chat and asked.get("stream") else kind,
+        }
 
-        async def events() -> AsyncIterator[str]:
+        def part(said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+            return head | {"choices": [{"index": 0, "finish_reason": reason, "logprobs": None, **said}]}
+
+        def usage(last: Piece) -> dict[str, Any]:
+            total = len(ids) + last.tokens
+            return {"usage": {"prompt_tokens": len(ids), "completion_tokens": last.tokens, "total_tokens": total}}
+
+        async def streamed() -> AsyncIterator[dict[str, Any]]:
+            if is_chat:
+                yield part({"delta": {"role": "assistant", "content": ""}})
+            async for piece in iterate_in_threadpool(generator.answer(asked, ids, cancelled)):
+                said = {"content": piece.text} if piece.text else {}
+                yield part({"delta": said} if is_chat else {"text": piece.text}, piece.reason)
+                if piece.reason and (asked.get("stream_options") or {}).get("include_usage"):
+                    yield head | {"choices": []} | usage(piece)
+
+        async def whole() -> AsyncIterator[dict[str, Any]]:
+            *pieces, last = [piece async for piece in iterate_in_threadpool(generator.answer(asked, ids, cancelled))]
+            text = "".join(piece.text for piece in pieces)
+            said = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+            yield part(said, last.reason) | usage(last)
+
+        async def written() -> AsyncIterator[str]:
+            layout = "data: {}\n\n" if asked.get("stream") else "{}"
             try:
-                async for part in iterate_in_threadpool(speaker.answer(asked, ids, cancelled)):
-                    chunk = {"model": asked["model"], "object": "chat.completion.chunk", **part}
-                    yield f"data: {json.dumps(chunk)}\n\n"
-                yield "data: [DONE]\n\n"
+                async for made in streamed() if asked.get("stream") else whole():
+                    yield layout.format(json.dumps(made))
+            except RuntimeError as error:
+                yield layout.format(json.dumps({"error": {"message": str(error)}}))
             finally:  # also when the one who asked has gone
                 cancelled.set()
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+        return StreamingResponse(
+            written(), media_type="text/event-stream" if asked.get("stream") else "application/json"
+        )
 
-    async def health(_: "Request") -> "Response":
-        return JSONResponse({"status": "ok"})
-
-    models = {"object": "list", "data": [{"id": name, "meta": {"n_ctx": speaker.known}} for name in speaker.names]}
+    meta = {"n_ctx": generator.known, "n_vocab": generator.vocabulary}
+    started_at = int(time.time())
+    models = [
+        {"id": name, "object": "model", "created": started_at, "owned_by": "truetune", "meta": meta}
+        for name in generator.names
+    ]
+    caps = {"supports_tools": False, "supports_tool_calls": False}
+    properties = {"chat_template": str(generator.tokenizer.chat_template), "chat_template_caps": caps}
     return Starlette(
         routes=[
-            Route("/health", health),
-            route("/v1/models", lambda _: models, "GET"),
-            route("/apply-template", lambda asked: {"prompt": speaker.prompt(asked["messages"])}, "POST"),
-            route("/tokenize", lambda asked: {"tokens": speaker.tokens(asked["content"])}, "POST"),
-            route("/v1/chat/completions", complete, "POST"),
+            facts("/health", {"status": "ok"}),
+            facts("/v1/models", {"object": "list", "data": models}),
+            facts("/props", properties),
+            route(TEMPLATE, template),
+            route("/tokenize", tokenize),
+            route(CHAT, lambda asked: complete(asked, is_chat=True)),
+            route(COMPLETIONS, lambda asked: complete(asked, is_chat=False)),
         ]
     )
 
 
-def _listed(stops: Any) -> list[int]:
-    return stops if isinstance(stops, list) else [stops]
+def application(generator: Generator, socket: Path, key: str) -> "tuple[Starlette, Gateway]":
+    """The engine, which is to listen on the socket, and the gateway to it."""
+    bounds = Bounds(1, QUEUE, generator.known, generator.longest_token)
+    return engine(generator), Gateway(socket, key, bounds, absent=ABSENT)
+
+
+def serve(settings: Settings) -> int:
+    """Load, then answer behind the gateway until a signal; the exit code."""
+    import uvicorn
+
+    with own_folder("truetune-weights") as folder:
+        socket = folder / "engine.sock"
+        inner, gateway = application(Generator(settings), socket, read_key(Path(settings.key_file)))
+        config = uvicorn.Config(inner, uds=str(socket), lifespan="off", log_level="warning", access_log=False)
+        threading.Thread(target=uvicorn.Server(config).run, daemon=True).start()
+        return listen(gateway, settings.name, HOST, settings.port)
 
 
 if __name__ == "__main__":
-    import uvicorn
-
-    settings = Settings(**json.loads(sys.argv[1]))
-    served = app(Speaker(settings), read_key(Path(settings.key_file)))
-    uvicorn.run(served, host=HOST, port=settings.port, log_level="warning", access_log=False)
+    os._exit(serve(Settings(**json.loads(sys.argv[1]))))  # an answer under way is not waited for

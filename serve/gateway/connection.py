@@ -1,14 +1,20 @@
-"""A connection that is closed when the head of a request stays unfinished; uvicorn itself waits for ever."""
+"""How the gateway listens: on its port until a signal, and to nobody who sends half a request and waits."""
 
 import asyncio
+import signal
+import sys
+import threading
+from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10
+IDLE_SECONDS = 75
 
 
 class Connection(H11Protocol):
-    """Each head has `HEAD_SECONDS` from the end of what came before; bodies are the application's matter."""
+    """Each head has `HEAD_SECONDS`, for which uvicorn would wait for ever; bodies are the application's matter."""
 
     deadline: asyncio.TimerHandle | None = None
 
@@ -36,3 +42,29 @@ class Connection(H11Protocol):
     def _close(self) -> None:
         if not self.transport.is_closing():
             self.transport.close()
+
+
+def listen(application: Any, name: str, host: str, port: int) -> int:
+    """Serve `name` until a signal; the exit code, 1 where it cannot listen."""
+    config = uvicorn.Config(
+        application,
+        host=host,
+        port=port,
+        http=Connection,
+        lifespan="off",
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=IDLE_SECONDS,
+    )
+    serving = threading.Thread(target=uvicorn.Server(config).run, daemon=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        serving.start()
+        sys.stdout.write(f"serving {name} on {host}:{port}\n")
+        sys.stdout.flush()
+        serving.join()
+    except KeyboardInterrupt:
+        return 0
+    return 1

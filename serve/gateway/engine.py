@@ -7,24 +7,19 @@ in a folder of its owner's, so that there is no way around the gateway.
 
 import json
 import os
-import signal
 import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.files import own_folder
 from pipeline.machine import cores
 from pipeline.recipe import Serve
 from serve.asking.endpoint import HOST, url_of
 from serve.asking.key import read_key
-from serve.gateway.connection import Connection
+from serve.gateway.connection import listen
 from serve.gateway.context import longest_token
 from serve.gateway.gateway import Bounds, Gateway
-
-if TYPE_CHECKING:
-    import uvicorn
 
 
 @dataclass(frozen=True)
@@ -45,44 +40,15 @@ class Settings:
     host: str = HOST  # a container's engine listens on its network, which no one outside reaches
 
 
-def engine(settings: Settings) -> None:
-    """Serve until a signal."""
-    import uvicorn
-
-    code = 1  # the gateway ends by itself only if it cannot listen
+def engine(settings: Settings) -> int:
+    """Serve until a signal; the exit code."""
+    longest, key = longest_token(Path(settings.model)), read_key(Path(settings.key_file))
+    bounds = Bounds(settings.slots, settings.queue, settings.context, longest)
     with own_folder("truetune-engine") as folder:
         socket = folder / "engine.sock"
-        _server, config = load(settings, socket), gateway(settings, socket)
-        serving = threading.Thread(target=uvicorn.Server(config).run, daemon=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            serving.start()
-            sys.stdout.write(f"serving {settings.name} on {settings.host}:{settings.port}\n")
-            sys.stdout.flush()
-            serving.join()
-        except KeyboardInterrupt:
-            code = 0
-    os._exit(code)  # llama.cpp's own end waits for answers that nobody reads any more
-
-
-def gateway(settings: Settings, socket: Path) -> "uvicorn.Config":
-    """The door to the engine on its port."""
-    import uvicorn
-
-    longest = longest_token(Path(settings.model))
-    bounds = Bounds(settings.slots, settings.queue, settings.context, longest)
-    return uvicorn.Config(
-        Gateway(socket, read_key(Path(settings.key_file)), bounds, settings.origins, page=settings.ui),
-        http=Connection,
-        host=settings.host,
-        port=settings.port,
-        lifespan="off",
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=75,
-    )
+        _server = load(settings, socket)
+        gateway = Gateway(socket, key, bounds, tuple(settings.origins), page=settings.ui)
+        return listen(gateway, settings.name, settings.host, settings.port)
 
 
 def load(settings: Settings, socket: Path) -> Any:
@@ -126,4 +92,5 @@ def parameters(settings: Settings, socket: Path) -> Any:
 
 
 if __name__ == "__main__":
-    engine(Settings(**json.loads(sys.argv[1])))
+    code = engine(Settings(**json.loads(sys.argv[1])))
+    os._exit(code)  # llama.cpp's own end waits for answers that nobody reads any more

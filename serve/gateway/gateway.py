@@ -58,7 +58,7 @@ class Gateway:
     """ASGI application in front of the engine that answers on the Unix socket `engine`.
 
     `origins` are the pages of a browser that may ask; `page` lets everybody see llama.cpp's own, which asks for the
-    key itself; `ignored` are parameters of which this engine takes none.
+    key itself; `absent` are parameters of which this engine takes none.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Gateway:
         bounds: Bounds,
         origins: tuple[str, ...] = (),
         page: bool = False,
-        ignored: frozenset[str] = frozenset(),
+        absent: frozenset[str] = frozenset(),
     ) -> None:
         import httpx
 
@@ -79,7 +79,7 @@ class Gateway:
         self.guarded = ApiKeyAuth(self.answer, key, origins)
         self.bounds = bounds
         self.page = page
-        self.ignored = ignored
+        self.absent = absent
         self.asked = 0  # questions under way or waiting
         self.turn = asyncio.Semaphore(bounds.slots)
         self.known: Model | None = None
@@ -123,7 +123,7 @@ class Gateway:
                 has_tools=properties["chat_template_caps"]["supports_tools"],
                 has_calls=properties["chat_template_caps"]["supports_tool_calls"],
                 has_developer="developer" in properties["chat_template"],
-                ignored=self.ignored,
+                absent=self.absent,
             )
         return self.known
 
@@ -206,9 +206,12 @@ class Gateway:
 
         async with self.turn, aclosing(await self.ask(path, question)) as response:
             try:
-                return json.loads(await response.aread())
+                made = json.loads(await response.aread())
             except httpx.HTTPError:
                 raise Refusal(503, ENDED) from None
+        if "error" in made:
+            raise refusal(500, made)
+        return made
 
     async def stream(self, path: str, questions: list[dict[str, Any]], asked: dict[str, Any], send: "Send") -> None:
         """The engine's answers as they come; those to several questions alternate, with one count of tokens at the end.

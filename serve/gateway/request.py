@@ -37,6 +37,7 @@ VALUES: dict[str, tuple[type, float | None, float | None]] = {
 NAMES = {
     float: "a number", int: "a whole number", bool: "true or false", dict: "an object", list: "a list", str: "a text"
 }  # fmt: skip
+NEUTRAL = (0, False, [], {}, {"type": "text"})  # what asks for nothing
 REASONING_FORMATS = ("none", "auto", "deepseek", "deepseek-legacy")
 
 
@@ -61,7 +62,7 @@ class Model:
     """What the engine says of what it serves.
 
     Its chat template `has_tools` where it writes their definitions, `has_calls` where it writes their calls,
-    `has_developer` where it knows that role; `ignored` are parameters that this engine does not have.
+    `has_developer` where it knows that role; `absent` are parameters that this engine does not have.
     """
 
     names: tuple[str, ...]
@@ -70,7 +71,7 @@ class Model:
     has_tools: bool
     has_calls: bool
     has_developer: bool
-    ignored: frozenset[str] = frozenset()
+    absent: frozenset[str] = frozenset()
 
 
 def answerable(path: str, asked: dict[str, Any], model: Model) -> list[dict[str, Any]]:
@@ -86,8 +87,9 @@ def answerable(path: str, asked: dict[str, Any], model: Model) -> list[dict[str,
     if path not in (CHAT, COMPLETIONS, TEMPLATE):
         return [asked]
     asked = {name: value for name, value in asked.items() if value is not None}
-    for name in sorted(model.ignored & asked.keys()):
-        raise Refusal(400, f"{name}: this engine does not have it: leave it out, or serve with llama.cpp", param=name)
+    for name in sorted(model.absent & asked.keys()):
+        if asked[name] not in NEUTRAL:
+            raise Refusal(400, f"{name}: this engine has none: leave it out, or serve with llama.cpp", param=name)
     _check_stop(asked)
     _check_logit_bias(asked, model)
     if asked.get("stream_options") and not asked.get("stream"):
