@@ -243,6 +243,8 @@ def _build(cls: Any, tree: dict[str, Any], prefix: str, places: dict[str, str], 
             else:
                 nested = _Section() if isinstance(given, _Leaf) else given
                 values[key] = _build_section(hints[key], nested, f"{dotted}.", places, problems)
+        elif isinstance(given, _Section) and any(get_origin(kind) is dict for kind in get_args(hints[key])):
+            values[key] = {name: leaf.value if isinstance(leaf, _Leaf) else dict(leaf) for name, leaf in given.items()}
         elif isinstance(given, _Section):
             problems.append(f"{here}: {dotted}: is one value, not a section")
         else:
@@ -273,6 +275,8 @@ def _coerce(value: Any, kind: Any, rules: Any) -> Any:
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list) else [value]
         return tuple(_coerce(item, get_args(kind)[0], rules) for item in items)
+    if get_origin(kind) is dict:
+        raise ValueError(f"{value!r} is not a section: write its names and values below it")
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{value!r} is not true or false")

@@ -56,11 +56,27 @@ class Clean:
 
 
 @dataclass(frozen=True)
+class Columns:
+    prompt: str | None = knob(None, "Column of the question")
+    answer: str | None = knob(None, "Column of its answer")
+    context: str | None = knob(None, "Column of what belongs to the question, which follows it after an empty line")
+    system: str | None = knob(None, "Column of the system prompt")
+    reasoning: str | None = knob(None, "Column of the answer's thoughts")
+    messages: str | None = knob(None, "Column of a list of turns")
+    tools: str | None = knob(None, "Column of the tools")
+    text: str | None = knob(None, "Column of plain text")
+    chosen: str | None = knob(None, "Column of the better answer")
+    rejected: str | None = knob(None, "Column of the worse answer")
+    label: str | None = knob(None, "Column that tells whether an answer is good")
+
+
+@dataclass(frozen=True)
 class Data:
     train: tuple[str, ...] = knob((), "Files, folders, globs or Hub ids of conversations, of any of the known formats")
     weights: tuple[float, ...] = knob(
         (), "How often each row of each of `train` is taken: 2 twice, 0.5 half of them", 0
     )
+    columns: Columns = Columns()
     validation: float = knob(0.1, "Share of the conversations held back to measure the loss on", 0, 0.5)
     validation_rows: int = knob(2000, "Most conversations that are held back, however many there are", 1)
     heldout: str | None = knob(None, "JSONL file of questions with key facts that score the model before and after")
@@ -85,6 +101,7 @@ class Train:
     warmup: float = knob(0.05, "Share of the steps in which the learning rate rises", 0, 1)
     max_tokens: int = knob(1024, "Longest conversation, the rest is cut and counted; most tokens of a packed row", 16)
     unshown: Literal["error", "drop"] = knob("error", "What becomes of a row that the chat template refuses or cuts")
+    supervise: Literal["all", "last"] = knob("all", "`last`: of each conversation only the last answer is learned")
     order: Literal["random", "short_first", "easy_first"] = knob(
         "random", "A curriculum: short conversations, or those with a low loss under the base, first in every epoch"
     )
@@ -191,6 +208,10 @@ class Recipe:
     name: str
     base: str = knob("smollm2-135m", "`smollm2-135m`, `random`, a Hub id (`owner/name@revision`), a folder, a GGUF")
     chat_template: str | None = knob(None, "Jinja file that replaces the base's chat template")
+    chat_template_arguments: dict[str, Any] | None = knob(  # noqa: RUF009
+        None, "Variables of the chat template, such as `{enable_thinking: false}`, in training and serving alike"
+    )
+    system: str | None = knob(None, "System prompt of a conversation that brings none, in training and serving alike")
     seed: int = knob(0, "Seed of the split, the weights and the order of the data", 0)
     data: Data = Data()
     train: Train = Train()
@@ -206,6 +227,11 @@ class Recipe:
         found = []
         if not self.data.train:
             found.append(("data.train", "missing: name files or folders of conversations, or a dataset of the Hub"))
+        if self.system is not None and not self.system.strip():
+            found.append(("system", "is empty: write the system prompt, or leave the key out"))
+        for name, value in (self.chat_template_arguments or {}).items():
+            if not name.isidentifier() or not isinstance(value, str | int | float | bool):
+                found.append(("chat_template_arguments", f"{name}: {value!r}: give a name one text, number or truth"))
         if self.data.weights and len(self.data.weights) != len(self.data.train):
             given, wanted = len(self.data.weights), len(self.data.train)
             found.append(("data.weights", f"{given} of them for {wanted} in data.train: give one to each"))

@@ -74,8 +74,9 @@ def _kind(hint: Any) -> str:
         return " or ".join(f"`{choice}`" for choice in get_args(hint))
     if get_origin(hint) is tuple:
         return "list of text"
-    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
-    return names[next((option for option in get_args(hint) if option in names), hint)]
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "names with values"}
+    kinds = [get_origin(option) or option for option in get_args(hint) or (hint,)]
+    return names[next(kind for kind in kinds if kind in names)]
 
 
 def _plain(value: Any) -> str:

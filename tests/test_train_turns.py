@@ -25,6 +25,10 @@ def value(record: Any) -> dict[str, Any]:
     return format_of(record).value(record, Counter())
 
 
+def assistant(content: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "no object": (
         7,
@@ -74,6 +78,26 @@ WRONG: dict[str, tuple[Any, str]] = {
     "tools no list": (messages(*TALK, tools="{"), "'tools' is text that is not JSON ('{')"),
     "a tool without a name": (messages(*TALK, tools=[{}]), "a tool without 'name'"),
     "history no pairs": ({"instruction": "a", "output": "b", "history": ["x"]}, "'history' must be a list of [ques"),
+    "half a weight": (
+        messages(USER, ASSISTANT | {"weight": 0.5}),
+        "messages[1]: 'weight' is 0.5: a turn is learned or not, give true or false, 1 or 0",
+    ),
+    "marks that contradict": (
+        messages(USER, ASSISTANT | {"train": True, "masked": True}),
+        "messages[1]: 'train' and 'masked' contradict each other: keep one",
+    ),
+    "a mark of another name": (
+        messages(USER, ASSISTANT | {"loss_mask": [0, 1]}),
+        "messages[1]: 'loss_mask' looks like a mark of what is learned, and is not known: name it 'train'",
+    ),
+    "offsets beyond the text": (
+        messages(USER, ASSISTANT | {"train_detail": [{"begin_offset": 0, "end_offset": 4, "train": True}]}),
+        "messages[1]: 'train_detail' names characters 0 to 4, the last one included, of a text of 4",
+    ),
+    "offsets that overlap": (
+        messages(USER, ASSISTANT | {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": True}] * 2}),
+        "messages[1]: 'train_detail' must say once, by true or false, whether a character is learned",
+    ),
     "text no text": ({"text": 7}, "'text' must be text, it is int"),
 }
 
@@ -91,12 +115,20 @@ LEFT_OUT: dict[str, tuple[Any, str]] = {
     "no answer": (messages(USER), "no turn of role 'assistant': there is nothing to learn from it"),
     "only answers of weight 0": (
         messages(USER, ASSISTANT | {"weight": 0}),
-        "no answer that is to be learned: all have weight 0",
+        "no answer that is to be learned: each is marked as one that is only read",
     ),
     "only an answer": (messages(ASSISTANT), "no turn of role 'user' before an answer"),
-    "a late system prompt": (
-        messages(USER, ASSISTANT, SYSTEM, USER, ASSISTANT),
-        "a turn of role 'system' after the first one: chat templates have no place for it",
+    "an image beside a text": (
+        messages(USER | {"images": ["a.png"]}, ASSISTANT),
+        "messages[0] has 'images': only text is learned",
+    ),
+    "a row that is not to be learned": (
+        {"prompt": "a", "completion": "b", "weight": 0},
+        "marked as not to be learned: 'weight' is 0",
+    ),
+    "answers of which one is learned, with a call": (
+        messages(USER, assistant("a", weight=0), assistant("", tool_calls=[CALL])),
+        "two answers in a row with thoughts or calls, of which only one is to be learned",
     ),
     "a call that is no JSON": (
         messages(
@@ -135,10 +167,6 @@ def test_what_cannot_be_learned_is_left_out_with_its_reason(case: str) -> None:
     assert raised.value.reason == reason
 
 
-def assistant(content: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": content, **more}
-
-
 NORMALIZED = {
     "turns of one role": (
         messages(SYSTEM, SYSTEM, USER, MORE, assistant("a"), assistant("b")),
@@ -154,7 +182,49 @@ NORMALIZED = {
         messages({"role": "system", "content": ""}, *TALK),
         [{"role": "system", "content": ""}, *TALK],
     ),
-    "other keys": (messages(USER | {"name": "x"}, ASSISTANT | {"id": 1}), TALK),
+    "other keys": (messages(USER | {"time": "x"}, ASSISTANT | {"id": 1, "trained_by": "gpt-4"}), TALK),
+    "names": (
+        messages(USER | {"name": "Ada"}, USER | {"name": "Bo"}, ASSISTANT | {"name": "assistant"}),
+        [USER | {"name": "Ada"}, USER | {"name": "Bo"}, ASSISTANT],
+    ),
+    "a late system prompt": (messages(*TALK, SYSTEM, *TALK), [*TALK, SYSTEM, *TALK]),
+    "a system prompt after a greeting": (messages(assistant("Hello!"), SYSTEM, *TALK), [SYSTEM, *TALK]),
+    "flags that are no thoughts": (
+        messages(USER, assistant("a", reasoning="on"), MORE, assistant("b", reasoning={"effort": "low"})),
+        [USER, assistant("a"), MORE, assistant("b")],
+    ),
+    "a refusal": (messages(USER, assistant(None, refusal="I cannot.")), [USER, assistant("I cannot.")]),
+    "an end token at the end": (
+        messages(USER | {"content": "ping</s>"}, assistant("a<|im_end|>\n<|endoftext|>")),
+        [USER, assistant("a")],
+    ),
+    "text that is struck out": (messages(USER, assistant("<s>a</s>")), [USER, assistant("<s>a</s>")]),
+    "axolotl's offsets": (
+        messages(USER, assistant("bad good", train_detail=[{"begin_offset": 4, "end_offset": 7, "train": True}])),
+        [USER, assistant("bad good", only_read=[[0, 4]])],
+    ),
+    "axolotl's offsets, none learned": (
+        messages(*TALK, USER, assistant("bad", train_detail=[{"begin_offset": 0, "end_offset": 2, "train": False}])),
+        [*TALK, USER, assistant("bad", weight=0)],
+    ),
+    "axolotl's parts": (
+        messages(
+            USER,
+            {
+                "role": "assistant",
+                "content": [{"type": "text", "text": "bad ", "train": False}, {"type": "text", "text": "good"}],
+            },
+        ),
+        [USER, assistant("bad good", only_read=[[0, 4]])],
+    ),
+    "an answer that is not learned before one that is": (
+        messages(USER, assistant("a", training=False), assistant("b")),
+        [USER, assistant("a\n\nb", only_read=[[0, 3]])],
+    ),
+    "torchtune's marks": (
+        messages(USER | {"masked": True}, assistant("a", masked=True), MORE, assistant("b", masked=False)),
+        [USER, assistant("a", weight=0), MORE, assistant("b")],
+    ),
     "other marks of what is not learned": (
         messages(USER, assistant("a", train=False), MORE, assistant("b", loss_weight=1.0)),
         [USER, assistant("a", weight=0), MORE, assistant("b")],

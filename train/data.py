@@ -45,10 +45,11 @@ class Intake:
     by_step: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     first_rejected: dict[int, str] = field(default_factory=dict)
+    named: set[str] = field(default_factory=set)  # columns of data.columns that were there
 
 
 def data(recipe: Recipe, run: Run) -> Made:
-    """Write `data/train.arrow`, `data/validation.arrow` (pipeline.rows), `data/heldout.jsonl` and `data/rejected.jsonl`.
+    """Write `data/` with `train.arrow`, `validation.arrow` (pipeline.rows), `heldout.jsonl` and `rejected.jsonl`.
 
     Raises:
         UserError: every problem of every file, each with file and line.
@@ -107,6 +108,10 @@ def take_in(intake: Intake, given: Settings, folder: Path) -> None:
     for number in range(len(intake.sources)):
         if number in intake.first_rejected and not intake.read[number]:
             intake.problems.append(_nothing_learned(intake, number))
+    for column in sorted({name for source in intake.sources for _, name in source.columns} - intake.named):
+        if intake.detected:
+            there = ", ".join(dict.fromkeys(name for found in intake.detected.values() for name in found.columns))
+            intake.problems.append(f"data.columns: no row has a column {column!r}: the columns are {there}")
 
 
 def divide(intake: Intake, recipe: Recipe, folder: Path) -> dict[str, int]:
@@ -176,6 +181,7 @@ def _count(intake: Intake, piece: Prepared) -> None:
     intake.by_reason.setdefault(piece.number, Counter()).update(piece.by_reason)
     intake.normalized.setdefault(piece.number, Counter()).update(piece.normalized)
     intake.by_step += piece.by_step
+    intake.named |= piece.named
     intake.changed += piece.changed
     if piece.rejected:
         intake.first_rejected.setdefault(piece.number, piece.rejected[0])

@@ -55,6 +55,7 @@ class Prepared:
     by_reason: Counter[str]
     changed: Counter[str]
     normalized: Counter[str]
+    named: set[str]
 
 
 def settings(recipe: Recipe, questions: list[Row]) -> Settings:
@@ -104,6 +105,7 @@ def prepared(settings: Settings, work: Work) -> Prepared:
         by_reason=Counter(row.rejection.reason for row in found.rejected),
         changed=changed,
         normalized=found.changes,
+        named=found.named,
     )
 
 

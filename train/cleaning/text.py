@@ -1,7 +1,10 @@
 """The texts of a row: what people and models wrote in it, read one after another or changed one by one."""
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate, pairwise
 from typing import Any
+
+from train.reading.row import Rejection
 
 Change = Callable[[str], str]
 # Patterns, to be compiled with re.DOTALL; a fence that nothing closes goes to the end.
@@ -32,9 +35,25 @@ def _parts(value: dict[str, Any]) -> list[str]:
 
 def _message(message: dict[str, Any], change: Change) -> dict[str, Any]:
     new = message | {key: change(message[key]) for key in WRITTEN if isinstance(message.get(key), str)}
+    if "only_read" in message and new["content"] != message["content"]:
+        new["only_read"] = _moved(message, new["content"], change)
     if message.get("tool_calls"):
         new["tool_calls"] = [_call(call, change) for call in message["tool_calls"]]
     return new
+
+
+def _moved(message: dict[str, Any], new: str, change: Change) -> list[list[int]]:
+    """Where the characters that are only read stand in the changed content.
+
+    Raises:
+        Rejection: a change reaches over the bounds of what is learned.
+    """
+    bounds = [0, *(place for span in message["only_read"] for place in span), len(message["content"])]
+    pieces = [change(message["content"][start:end]) for start, end in pairwise(bounds)]
+    if "".join(pieces) != new:
+        raise Rejection("cleaning would change it across the bounds of what is learned")
+    places = list(accumulate(map(len, pieces)))
+    return [[start, end] for start, end in zip(places[::2], places[1::2], strict=False)]
 
 
 def _call(call: dict[str, Any], change: Change) -> dict[str, Any]:

@@ -1,13 +1,17 @@
 """Parquet and Arrow files a batch of rows at a time."""
 
+import functools
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline import UserError
 from pipeline.rows import BYTES_A_BATCH, ROWS_A_BATCH, pieces
-from train.reading.columns import MEDIA
+from train.reading.columns import KNOWN
+from train.reading.turns import MEDIA
 
+log = logging.getLogger("truetune")
 READ_BYTES = 1 << 20
 TOOLS = ("tools", "functions")
 
@@ -27,22 +31,26 @@ def batches(path: Path) -> Iterator[tuple[int, Any]]:
             file.seek(0)
             if magic.startswith(b"PAR1"):
                 whole = pyarrow.parquet.ParquetFile(file, buffer_size=READ_BYTES)
-                found = whole.iter_batches(_rows_that_fit(whole), columns=_learned(whole.schema_arrow))
+                found = whole.iter_batches(_rows_that_fit(whole))
             elif magic == b"ARROW1":
                 reader = pyarrow.ipc.open_file(file)
                 found = (reader.get_batch(index) for index in range(reader.num_record_batches))
             else:
                 found = iter(pyarrow.ipc.open_stream(file))
-            yield from small(map(_whole, found))
+            yield from small(map(_whole, found), str(path))
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(f"{path}: the Parquet or Arrow file is damaged or cut off ({reason}): get it again") from None
 
 
-def small(found: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """The batches cut to what can be held in memory, each with the number of its first row."""
-    row = 1
-    for batch in map(_without_media, found):
+def small(found: Iterable[Any], name: str) -> Iterator[tuple[int, Any]]:
+    """The batches cut to what can be held in memory, each with the number of its first row.
+
+    Raises:
+        UserError: a column that would be learned holds bytes that are no text.
+    """
+    row, unread = 1, set[str]()
+    for batch in (_as_text(_without_media(batch), name, unread) for batch in found):
         for piece in pieces(batch):
             if piece.num_rows < batch.num_rows:  # sent to a worker, a slice takes the whole batch along
                 piece = piece.take(list(range(piece.num_rows)))
@@ -74,9 +82,44 @@ def _rows_that_fit(whole: Any) -> int:
     return int(min(ROWS_A_BATCH, max(1, BYTES_A_BATCH // max(1, largest))))
 
 
-def _learned(schema: Any) -> list[str]:
-    """Columns that are read: bytes are not learned, but whether a row has a picture is told."""
-    return [column.name for column in schema if "binary" not in str(column.type) or column.name in MEDIA]
+def _as_text(batch: Any, name: str, unread: set[str]) -> Any:
+    """The batch with bytes that are UTF-8 as text, as databases export it, and without columns of other bytes."""
+    import pyarrow
+
+    for column in [column for column in batch.schema if "binary" in str(column.type)]:
+        place = batch.schema.get_field_index(column.name)
+        try:
+            if column.name in unread:
+                raise pyarrow.ArrowInvalid
+            values = batch.column(place).cast(_text_type(column.type))
+            values.validate(full=True)  # a cast of bytes inside of lists does not look at them
+            batch = batch.set_column(place, column.name, values)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError):
+            if column.name.strip().lower() in KNOWN:
+                raise UserError(
+                    f"{name}: the column {column.name!r} holds bytes that are not UTF-8 text: save it as text, or "
+                    "rename it if it is not to be read"
+                ) from None
+            unread.add(column.name)
+            _tell_unread(name, column.name)
+            batch = batch.remove_column(place)
+    return batch
+
+
+@functools.cache
+def _tell_unread(name: str, column: str) -> None:
+    log.warning("data: %s: the column %r holds bytes that are no text: not read", name, column)
+
+
+def _text_type(given: Any) -> Any:
+    """The type with text in place of bytes, at any depth."""
+    import pyarrow
+
+    if pyarrow.types.is_struct(given):
+        return pyarrow.struct([field.with_type(_text_type(field.type)) for field in given])
+    if pyarrow.types.is_list(given) or pyarrow.types.is_large_list(given) or pyarrow.types.is_fixed_size_list(given):
+        return pyarrow.large_list(_text_type(given.value_type))
+    return pyarrow.large_string() if "binary" in str(given) else given
 
 
 def _without_media(batch: Any) -> Any:

@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pipeline.recipe import Columns
 from train.reading.row import Rejection
-from train.reading.turns import REASONING, SPEAKERS
+from train.reading.turns import MEDIA, REASONING, SPEAKERS, TRUTHS
 
 Record = Mapping[str, Any]
+Names = tuple[tuple[str, str], ...]  # (name that formats know, name of a column here)
+COLUMNS = {"prompt": "prompt", "answer": "completion", "reasoning": "reasoning_content"}
 TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "contents", "turns", "data")
 # Columns of a question and of its answer, where a set has just one of each.
 QUESTIONS = ("prompt", "question", "query", "input", "inputs", "text_input", "problem", "user", "human")
@@ -21,21 +24,42 @@ PAIRS = (
     ("response_j", "response_k"),
 )
 SYSTEMS = ("system", "system_prompt", "system_instruction", "systeminstruction")
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 CHOICES = ("choices", "options")
 OTHERS = ("instruction", "context", "history", "tools", "answers", "text", "label")
 KNOWN = frozenset((*QUESTIONS, *ANSWERS, *TURNS, *SYSTEMS, *MEDIA, *CHOICES, *REASONING, *OTHERS)).union(*PAIRS)
-LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
 
 
-def spread(record: Any) -> Iterator[Any]:
+def named_columns(columns: Columns) -> Names:
+    """The names that a recipe gives to columns, each with the one that formats know."""
+    given = {name: getattr(columns, name) for name in vars(columns) if getattr(columns, name)}
+    return tuple((COLUMNS.get(name, name), column) for name, column in given.items())
+
+
+def renamed(record: Record, names: Names) -> Record:
+    """The record with those of its columns that the recipe names, and no others; as it is if it has none of them.
+
+    Raises:
+        ValueError: it has an answer without its prompt, or the other way round.
+    """
+    found = {known: record[name] for known, name in names if name in record}
+    missing = [name for known, name in names if known in ("prompt", "completion") and name not in record]
+    if found and missing:
+        raise ValueError(f"has no column {missing[0]!r}, which data.columns names: its columns are {', '.join(record)}")
+    return found or record
+
+
+def spread(record: Any, names: Names = ()) -> Iterator[Any]:
     """The rows of a record that holds several: Self-Instruct's `instances`, SQuAD's `paragraphs`; else itself.
 
     Names of columns in capitals are read as if they were not.
+
+    Raises:
+        ValueError: it has not the columns that the recipe names (`renamed`).
     """
     if not isinstance(record, dict):
         yield record
         return
+    record = renamed(record, names) if names else record
     if not "".join(record).islower():
         lowered = {name: name.strip().lower() for name in record if name not in KNOWN}
         if any(name in KNOWN and name not in record for name in lowered.values()):
@@ -81,9 +105,7 @@ def first(record: Record, names: tuple[str, ...]) -> Any:
 
 def label(record: Record) -> bool | None:
     """Whether the record is labelled as good or bad, in any spelling of true and false."""
-    given = record.get("label", record.get("kto_tag"))
-    given = given.strip().lower() if isinstance(given, str) else given
-    return LABELS.get(given) if isinstance(given, bool | int | str) else None
+    return TRUTHS.get(str(record.get("label", record.get("kto_tag"))).strip().lower())
 
 
 def is_written_list(value: Any) -> bool:

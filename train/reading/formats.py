@@ -12,6 +12,7 @@ from train.reading.columns import (
     ANSWERS,
     PAIRS,
     QUESTIONS,
+    Names,
     Record,
     are_objects,
     columns_of_turns,
@@ -72,6 +73,7 @@ class Detected:
     format: Format
     columns: tuple[str, ...]
     place: str
+    names: Names = ()
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Read:
     rejected: list[Rejected] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     changes: Changes = field(default_factory=Counter)
+    named: set[str] = field(default_factory=set)  # columns of data.columns that were there
 
 
 def detect(source: Source) -> Detected:
@@ -97,7 +100,7 @@ def detect(source: Source) -> Detected:
                 if isinstance(record, Problem):
                     raise ValueError(record.text)
                 columns = tuple(map(str, record)) if isinstance(record, dict) else ()
-                return Detected(format_of(next(spread(record))), columns, place)
+                return Detected(format_of(next(spread(record, source.columns))), columns, place, source.columns)
             except ValueError as error:
                 problems.append(Problem(place, str(error)))
         if len(problems) >= RECORDS_TRIED:
@@ -126,11 +129,8 @@ def rows(detected: Detected, chunk: Chunk) -> Read:
     read = Read()
     format = OASST_TREE if detected.format == OASST else detected.format
     strangers: set[str] = set()
-    for place, record in ((place, one) for place, whole in records(chunk) for one in spread(whole)):
+    for place, record in _spread(chunk, detected, read):
         try:
-            if isinstance(record, Problem):
-                read.problems.append(record)
-                continue
             own = format_of(record)
             if own != format:
                 if own.name not in strangers:
@@ -152,6 +152,20 @@ def rows(detected: Detected, chunk: Chunk) -> Read:
             why = f"a part of it is of another type than {format.name} has there: mend the row, or leave it out"
             read.problems.append(Problem(place, why))
     return read
+
+
+def _spread(chunk: Chunk, detected: Detected, read: Read) -> Iterator[tuple[str, Any]]:
+    """(place, record) of each row that the chunk's records hold."""
+    for place, whole in records(chunk):
+        if isinstance(whole, Problem):
+            read.problems.append(whole)
+            continue
+        try:
+            yield from ((place, one) for one in spread(whole, detected.names))
+        except ValueError as error:
+            read.problems.append(Problem(place, str(error)))
+        if detected.names and isinstance(whole, dict):
+            read.named.update(name for _, name in detected.names if name in whole)
 
 
 def format_of(record: Any) -> Format:

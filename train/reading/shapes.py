@@ -32,11 +32,23 @@ from train.reading.transcripts import (
     human_assistant,
     is_human_assistant,
 )
-from train.reading.turns import REASONING, SPEAKERS, Changes, as_turns, conversation, text
+from train.reading.turns import (
+    LEARNED,
+    MASKED,
+    SPEAKERS,
+    TRUTHS,
+    Changes,
+    as_turns,
+    conversation,
+    text,
+    thought_of,
+    without_end,
+)
 
 Value = dict[str, Any]
 MARKS_WITHIN = 2000  # characters
 OTHER_OPENING = "worse answers to another opening left out"
+WEIGHTED = "weights of rows not used, which data.weights gives to files"
 OTHER_ANSWERS = "further answers to one question left out"
 LOOKS_RENDERED = "texts that look like conversations in some template learned whole, questions too"
 
@@ -87,7 +99,7 @@ def question(record: Record, changes: Changes) -> Value:
     elif any(map(str.strip, more)):
         raise ValueError(f"has turns in {name!r} and a context beside them: write the context into a turn")
     answer = _turns(_answer(record, changes), "assistant")
-    if thought := next((record[key] for key in REASONING if isinstance(record.get(key), str)), ""):
+    if thought := thought_of(record, "", changes):
         answer = [*answer[:-1], answer[-1] | {"reasoning_content": thought}]
     return _whole(record, _history(record) + _turns(asked, "user") + answer, changes)
 
@@ -148,10 +160,13 @@ def preference(record: Record, changes: Changes) -> Value:
 def plain(record: Record, changes: Changes) -> Value:
     """Text that is learned as it stands."""
     name = "text" if "text" in record else "content"
-    if not (content := text(record[name], f"'{name}'")).strip():
-        raise Rejection("an empty text")
+    content = text(record[name], f"'{name}'")
     if RENDERED.search(content, 0, MARKS_WITHIN):
         changes[LOOKS_RENDERED] += 1
+    else:
+        content = without_end(content, changes)
+    if not content.strip():
+        raise Rejection("an empty text")
     return {"text": content}
 
 
@@ -168,7 +183,16 @@ def glaive(record: Record, changes: Changes) -> Value:
 
 
 def _whole(record: Record, turns: Any, changes: Changes) -> Value:
-    """The conversation with the record's system prompt and tools."""
+    """The conversation with the record's system prompt and tools.
+
+    Raises:
+        Rejection: the whole record is marked as not to be learned.
+    """
+    for key in (*LEARNED, *MASKED):
+        if record.get(key) is not None and TRUTHS.get(str(record[key]).strip().lower()) is (key in MASKED):
+            raise Rejection(f"marked as not to be learned: {key!r} is {record[key]!r}")
+    if str(record.get("weight", "1")) not in TRUTHS and record["weight"] is not None:
+        changes[WEIGHTED] += 1
     tools, system = first(record, ("tools", "functions")), first(record, SYSTEMS)
     system = system.get("parts", system.get("content")) if isinstance(system, dict) else system
     return conversation(turns, changes, tools, system)

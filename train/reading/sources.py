@@ -14,6 +14,7 @@ from pipeline.files import matching
 from pipeline.recipe import Data
 from train.reading.batches import small
 from train.reading.chunks import JSONS, TEXTS, Chunk, file_chunks
+from train.reading.columns import Names, named_columns
 from train.reading.hub import HubSet, download, hub_set
 
 log = logging.getLogger("truetune")
@@ -29,11 +30,12 @@ TESTING = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file, or one split of a Hub set, and how often each of its rows is taken."""
+    """One file, or one split of a Hub set, how often each of its rows is taken, and the names of its columns."""
 
     name: str
     weight: float = 1.0
     hub: HubSet | None = None
+    columns: Names = ()
 
 
 def sources(data: Data) -> list[Source]:
@@ -45,13 +47,14 @@ def sources(data: Data) -> list[Source]:
     found: list[Source] = []
     problems: list[str] = []
     weights = data.weights or (1.0,) * len(data.train)
+    names = named_columns(data.columns)
     for name, weight in zip(data.train, weights, strict=True):
         try:
-            found += [Source(str(path), weight) for path in files(name)]
+            found += [Source(str(path), weight, columns=names) for path in files(name)]
         except UserError as error:
             hub = hub_set(name)
             if hub and not Path(name).parent.exists() and _ending(Path(name)) not in TABLES + TEXTS:
-                found.append(Source(name, weight, hub))
+                found.append(Source(name, weight, hub, names))
             else:
                 problems += error.problems
     if problems:
@@ -119,5 +122,5 @@ def _ending(path: Path) -> str:
 
 
 def _hub_chunks(source: Source) -> Iterator[Chunk]:
-    for first, batch in small(download(source.hub).data.table.to_batches()):
+    for first, batch in small(download(source.hub).data.table.to_batches(), source.name):
         yield Chunk(source.name, first, batch)

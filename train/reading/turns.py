@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from train.reading.calls import Message, offered_tools, paired_results, parsed, tool_calls
@@ -19,13 +20,35 @@ ROLES = {
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool",
     "function_call": "call", "tool_call": "call",
 }  # fmt: skip
-SPEAKERS, SAID = ("role", "from", "speaker"), ("content", "value", "utterance", "parts")
+SPEAKERS, SAID = ("role", "from", "speaker"), ("content", "value", "utterance", "parts", "refusal")
 REASONING = ("reasoning_content", "reasoning", "thinking", "complex_cot")
-UNLEARNED = ("weight", "loss_weight", "train", "loss")  # 0 or false in one of them: the answer is only read
+# `reasoning: on` tells how a set was made, and is no thought.
+FLAGS = (
+    *("on", "off", "true", "false", "yes", "no", "y", "n", "0", "1", "none", "null", "n/a", "low", "medium", "high"),
+    *("minimal", "max", "auto", "default", "detailed", "enabled", "disabled", "thinking", "think", "no_think"),
+    *("/think", "/no_think"),
+)
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+FILES = ("files", "attachments")
+# Whether an answer is learned, or only read: OpenAI's, axolotl's, ms-swift's and xtuner's keys, and torchtune's.
+LEARNED = ("weight", "loss_weight", "train", "training", "trainable", "learn", "loss")
+MASKED = ("masked", "mask")
+SPANS = ("train_detail", "training_detail")  # axolotl's: which characters are learned
+MASK_LIKE = re.compile("mask|train|learn|loss|weight|supervis", re.IGNORECASE)
+TRUTHS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+# What ends a turn in the templates of the families; at the end of a text it is left over from one.
+END = re.compile(
+    r"(?:\s*(?:<\|(?:im_end|eot_id|eom_id|end|endoftext|end_of_text|end_of_turn|END_OF_TURN_TOKEN|eos|return)\|>"
+    r"|<end_of_turn>|<turn\|>|<eos>|</s>|<\N{FULLWIDTH VERTICAL LINE}end\N{LOWER ONE EIGHTH BLOCK}of"
+    r"\N{LOWER ONE EIGHTH BLOCK}sentence\N{FULLWIDTH VERTICAL LINE}>))+\s*\Z"
+)
 SURROGATE = re.compile("[\ud800-\udfff]")
 JOINED = "turns of one role joined"
 OPENING = "answers before the first question left out"
 ENDING = "turns after the last answer left out"
+ENDED = "end tokens at the end of a text left out"
+FLAGGED = "flags such as 'reasoning: on' not taken for thoughts"
+OTHERS_MARKED = "marks that a turn is learned which is no answer: not learned"
 
 
 def conversation(given: Any, changes: Changes, tools: Any = None, system: Any = None) -> dict[str, Any]:
@@ -40,7 +63,7 @@ def conversation(given: Any, changes: Changes, tools: Any = None, system: Any = 
     if not answers:
         raise Rejection("no turn of role 'assistant': there is nothing to learn from it")
     if all(messages[index].get("weight") == 0 for index in answers):
-        raise Rejection("no answer that is to be learned: all have weight 0")
+        raise Rejection("no answer that is to be learned: each is marked as one that is only read")
     if answers[-1] + 1 < len(messages):
         changes[ENDING] += 1
     value: dict[str, Any] = {"messages": paired_results(messages[: answers[-1] + 1])}
@@ -56,13 +79,10 @@ def turns(given: Any, changes: Changes, system: Any = None) -> list[Message]:
         ValueError: what is wrong with a turn.
         Rejection: no chat template has a place for it.
     """
-    messages = [_message(turn, f"messages[{index}]") for index, turn in enumerate(as_turns(given))]
+    messages = [_message(turn, f"messages[{index}]", changes) for index, turn in enumerate(as_turns(given))]
     if system is not None and (prompt := text(system, "'system'")).strip():
         messages.insert(0, {"role": "system", "content": prompt})
-    messages = _joined(messages, changes)
-    if any(message["role"] == "system" for message in messages[1:]):
-        raise Rejection("a turn of role 'system' after the first one: chat templates have no place for it")
-    return _opened(messages, changes)
+    return _opened(_joined(messages, changes), changes)
 
 
 def as_turns(given: Any) -> list[Any]:
@@ -110,7 +130,50 @@ def _part(part: Any, where: str) -> str:
     return text(part.get("text", part.get("value")), where)
 
 
-def _message(turn: Any, where: str) -> Message:
+def thought_of(given: Mapping[str, Any], where: str, changes: Changes) -> str:
+    """The thoughts that stand in one of the columns for them; a flag in it is none, and is counted."""
+    for value in (given[key] for key in REASONING if given.get(key)):
+        if isinstance(value, str | list) and not (isinstance(value, str) and value.strip().lower() in FLAGS):
+            return text(value, f"{where}the reasoning")
+        changes[FLAGGED] += 1
+    return ""
+
+
+def mark_of(given: Mapping[str, Any], where: str) -> bool | None:
+    """Whether it is marked as to be learned; None if nothing is said.
+
+    Raises:
+        ValueError: a mark is neither true nor false, contradicts another, or is of a name that is not known.
+    """
+    said: dict[str, bool] = {}
+    for key, value in given.items():
+        if value is None or key in SPANS or not MASK_LIKE.search(str(key)):
+            continue
+        truth = TRUTHS.get(str(value).strip().lower())
+        if key in (*LEARNED, *MASKED):
+            if truth is None:
+                raise ValueError(f"{where}{key!r} is {value!r}: a turn is learned or not, give true or false, 1 or 0")
+            said[key] = truth != (key in MASKED)
+        elif truth is not None or isinstance(value, int | float | list):
+            raise ValueError(
+                f"{where}{key!r} looks like a mark of what is learned, and is not known: name it 'train', with true or "
+                "false, or take it out"
+            )
+    if len(set(said.values())) > 1:
+        raise ValueError(f"{where}{' and '.join(map(repr, said))} contradict each other: keep one")
+    return next(iter(said.values()), None)
+
+
+def without_end(words: str, changes: Changes) -> str:
+    """The text without the tokens that end a turn at its end, which the template writes; HTML's `<s>...</s>` stays."""
+    end = END.search(words) if words.endswith((">", " ", "\n")) else None
+    if end is None or ("</s>" in end[0] and "<s>" in words):
+        return words
+    changes[ENDED] += 1
+    return words[: end.start()]
+
+
+def _message(turn: Any, where: str, changes: Changes) -> Message:
     if not isinstance(turn, dict):
         raise ValueError(f"{where} is not an object with 'role' and 'content'")
     key = next((key for key in SPEAKERS if turn.get(key) is not None), "role")
@@ -120,11 +183,14 @@ def _message(turn: Any, where: str) -> Message:
         raise ValueError(f"{where}: unknown role {name!r}: choose one of: system, user, assistant, tool")
     if key == "speaker" and role == "system":  # in dialogues of a user with a service
         role = "assistant"
+    if shown := [key for key in (*MEDIA, *FILES) if turn.get(key)]:
+        raise Rejection(f"{where} has {shown[0]!r}: only text is learned")
+    learned = mark_of(turn, f"{where}: ")
     content = next((turn[key] for key in SAID if turn.get(key) is not None), None)
-    if role == "call":  # ShareGPT: the whole turn is the call
-        return {"role": "assistant", "content": "", "tool_calls": tool_calls(content, where)}
     calls = turn.get("tool_calls") or turn.get("function_call")
-    thought = next((turn[key] for key in REASONING if turn.get(key)), None) if role == "assistant" else None
+    if role == "call":  # ShareGPT: the whole turn is the call
+        role, content, calls = "assistant", "", content
+    thought = thought_of(turn, f"{where}: ", changes) if role == "assistant" else ""
     if role == "assistant" and isinstance(content, list):  # LLaMA-Factory and Anthropic write these as parts
         thoughts = _parts(content, "reasoning", "thinking")
         thought = thought or text([{"text": part.get("value", part.get("thinking"))} for part in thoughts], where)
@@ -134,17 +200,69 @@ def _message(turn: Any, where: str) -> Message:
         raise ValueError(f"{where} has no 'content': its keys are {', '.join(map(str, turn))}")
     if role == "tool" and not isinstance(content, str | list | None):  # results are often objects
         content = json.dumps(content, ensure_ascii=False)
-    message: Message = {"role": role, "content": text(content, f"{where}: 'content'")}
-    if role == "assistant":
-        if thought and isinstance(thought, str):
-            message["reasoning_content"] = text(thought, f"{where}: 'reasoning_content'")
-        if calls:
-            message["tool_calls"] = tool_calls(calls, where)
-        if any(key in turn and turn[key] == 0 for key in UNLEARNED):
-            message["weight"] = 0
-    elif role == "tool":
+    words, only_read = _marked(turn, content, where)
+    if (
+        role != "tool" and (end := END.search(words)) and not ("<s>" in words and "</s>" in end[0])
+    ):  # struck out in HTML
+        words = words[: end.start()]
+        changes[ENDED] += 1
+    message: Message = {"role": role, "content": words}
+    if role == "tool":
         message |= {key: turn[key] for key in ("tool_call_id", "name") if isinstance(turn.get(key), str)}
+    elif isinstance(name := turn.get("name"), str) and name.strip() and name.strip().lower() not in ROLES:
+        message["name"] = name
+    if role != "assistant":
+        if learned:
+            changes[OTHERS_MARKED] += 1
+        return message
+    if thought.strip():
+        message["reasoning_content"] = thought
+    if calls:
+        message["tool_calls"] = tool_calls(calls, where)
+    only_read = [[first, min(last, len(words))] for first, last in only_read if first < len(words)]
+    if learned is False or only_read == [[0, len(words)]]:
+        message["weight"] = 0
+    elif only_read:
+        message["only_read"] = only_read
     return message
+
+
+def _marked(turn: Mapping[str, Any], content: Any, where: str) -> tuple[str, list[list[int]]]:
+    """(the turn's text, its characters from and to which it is only read) by axolotl's offsets or marked parts."""
+    details = next((turn[key] for key in SPANS if turn.get(key)), None)
+    listed = content if isinstance(content, list) else []
+    marks = [mark_of(part, f"{where}: ") for part in listed if isinstance(part, dict)]
+    if details is not None:
+        words = text(content, f"{where}: 'content'")
+        learned = _learned_by_offsets(details, content, where)
+    elif any(mark is not None for mark in marks):
+        parts = [_part(part, where) for part in listed]
+        words = "".join(parts)  # so axolotl reads them, whose marks these are
+        learned = b"".join(bytes([mark is not False]) * len(part) for mark, part in zip(marks, parts, strict=True))
+    else:
+        return text(content, f"{where}: 'content'"), []
+    return words, [list(run.span()) for run in re.finditer(b"\0+", learned)]
+
+
+def _learned_by_offsets(details: Any, content: Any, where: str) -> bytes:
+    """A byte a character, 1 where it is learned: inside a span that says so, its last character included."""
+    if isinstance(details, str):
+        details = parsed(details, f"{where}: 'train_detail'")
+    if not isinstance(content, str) or not isinstance(details, list):
+        raise ValueError(f"{where}: 'train_detail' must be a list of offsets in a text")
+    learned, told = bytearray(len(content)), bytearray(len(content))
+    for detail in details:
+        begin, end, mark = (detail.get(key) for key in ("begin_offset", "end_offset", "train"))
+        if not isinstance(begin, int) or not isinstance(end, int) or not 0 <= begin <= end < len(content):
+            raise ValueError(
+                f"{where}: 'train_detail' names characters {begin!r} to {end!r}, the last one included, of a text of "
+                f"{len(content)}: the first has offset 0"
+            )
+        if any(told[begin : end + 1]) or not isinstance(mark, bool):
+            raise ValueError(f"{where}: 'train_detail' must say once, by true or false, whether a character is learned")
+        told[begin : end + 1] = b"\1" * (end + 1 - begin)
+        learned[begin : end + 1] = bytes([mark]) * (end + 1 - begin)
+    return bytes(learned)
 
 
 def _parts(content: list[Any], *kinds: str) -> list[Any]:
@@ -152,11 +270,12 @@ def _parts(content: list[Any], *kinds: str) -> list[Any]:
 
 
 def _joined(messages: list[Message], changes: Changes) -> list[Message]:
-    """One turn of the several that one role has in a row; results of tools stay apart."""
+    """One turn of the several that one role and name has in a row; results of tools stay apart."""
     joined: list[Message] = []
     for message in messages:
         last = joined[-1] if joined else None
-        if last is None or last["role"] != message["role"] or message["role"] == "tool":
+        alike = last and all(last.get(key) == message.get(key) for key in ("role", "name"))
+        if last is None or not alike or message["role"] == "tool":
             joined.append(message)
             continue
         if "tool_calls" in last and message["content"]:
@@ -167,8 +286,21 @@ def _joined(messages: list[Message], changes: Changes) -> list[Message]:
             both["reasoning_content"] = reasoning
         if calls := last.get("tool_calls", []) + message.get("tool_calls", []):
             both["tool_calls"] = calls
-        joined[-1] = both
+        joined[-1] = _only_read(last, message, both)
     return joined
+
+
+def _only_read(first: Message, second: Message, both: Message) -> Message:
+    """The joined turn, in which what was only to be read in either is only read."""
+    if not {"weight", "only_read"} & both.keys() or ("weight" in first and "weight" in second):
+        return both
+    if ("weight" in first or "weight" in second) and {"reasoning_content", "tool_calls"} & both.keys():
+        raise Rejection("two answers in a row with thoughts or calls, of which only one is to be learned")
+    start = len(both["content"]) - len(second["content"])
+    spans = [[0, start]] if "weight" in first else list(first.get("only_read", []))
+    own = [[0, len(second["content"])]] if "weight" in second else second.get("only_read", [])
+    spans += [[start + begin, start + end] for begin, end in own]
+    return {key: value for key, value in both.items() if key != "weight"} | {"only_read": spans}
 
 
 def _lines(first: Message, second: Message, key: str) -> str:
@@ -182,5 +314,8 @@ def _opened(messages: list[Message], changes: Changes) -> list[Message]:
     if asked > start:
         if asked == len(messages):
             raise Rejection("no turn of role 'user' before an answer")
-        changes[OPENING] += 1
-    return messages[:start] + messages[asked:]
+        told = [message for message in messages[:asked] if message["role"] == "system"]
+        if len(told) < asked:
+            changes[OPENING] += 1
+        return told + messages[asked:]
+    return messages
