@@ -26,6 +26,7 @@ import psutil
 from pipeline import Run, load
 from pipeline.command import boundary
 from pipeline.machine import cores
+from pipeline.rows import rendered
 
 ROWS, PEER_ROWS = 100_000, 100_000
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -179,7 +180,7 @@ def peer(file: str, base: str) -> None:
         return all(message["content"].strip() for message in row["messages"])
 
     def ids(row: dict[str, Any]) -> dict[str, Any]:
-        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        text = rendered(tokenizer, row["messages"])
         return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
     with tempfile.TemporaryDirectory(prefix="bench-data-", dir=Path(file).parent) as cache:

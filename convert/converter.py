@@ -23,6 +23,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTES = range(1, 7)  # llama.h, 
 
 def main(script: Path, pre: str, model: Path) -> None:
     """Run the converter with its own folder on the path instead of ours, whose names are not its."""
+    sys.path[0] = str(Path(__file__).parent.parent)
+    from pipeline.rows import rendered
+
     sys.path[0] = str(script.parent)
     from conversion.base import TextModel, gguf  # type: ignore[import-not-found]
     from conversion.phi import Phi3MiniModel  # type: ignore[import-not-found]
@@ -30,7 +33,7 @@ def main(script: Path, pre: str, model: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     declared = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
-    prompt = str(tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True))
+    prompt = rendered(tokenizer, QUESTION, prompt=True)
     known, add_to_gguf = TextModel.get_vocab_base_pre, gguf.SpecialVocab.add_to_gguf
 
     def name(of: Any, tokenizer: Any) -> str:

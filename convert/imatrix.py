@@ -14,7 +14,7 @@ from typing import Any
 from convert.evaluator import PASS_TOKENS, Evaluator
 from pipeline import UserError
 from pipeline.progress import progress
-from pipeline.rows import count, picked, rendered
+from pipeline.rows import count, picked, row_text
 
 IMATRIX = "imatrix.gguf"
 DATASET = "data/train.arrow"  # what the files say that it was computed from
@@ -77,7 +77,7 @@ def training_tokens(merged: Path, data: Path, tokens: int, longest: int) -> list
     sequences: list[list[int]] = []
     left = tokens
     for row in picked(data, "train", order):
-        text = rendered(tokenizer, row)
+        text = row_text(tokenizer, row)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][: min(longest, left)]
         sequences.append(ids)
         left -= len(ids)

@@ -13,7 +13,7 @@ from typing import Any
 from convert.model import load
 from pipeline import Made, Recipe, Run, UserError, command
 from pipeline.files import fresh_folder, put_in_place
-from pipeline.rows import rendered, rows
+from pipeline.rows import row_text, rows
 
 log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "peft", "safetensors")
@@ -69,7 +69,7 @@ def merge(recipe: Recipe, run: Run) -> Made:
 def probe_ids(tokenizer: Any, data: Path) -> list[list[int]]:
     """Token ids of a few rendered conversations, of the validation split where there is one."""
     found = islice(chain(rows(data, "validation"), rows(data, "train")), PROBES)
-    texts = [rendered(tokenizer, row) for row in found]
+    texts = [row_text(tokenizer, row) for row in found]
     return [tokenizer(text, add_special_tokens=False)["input_ids"][:PROBE_TOKENS] for text in texts]
 
 

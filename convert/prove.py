@@ -24,7 +24,7 @@ from pipeline.proof import Bounds, Comparison, compare_tokens, write_comparisons
 from pipeline.recipe import NEEDS_IMATRIX, QUANTIZATIONS
 from pipeline.recommend import loss, recommend
 from pipeline.reference import Reference, read_reference
-from pipeline.rows import heldout
+from pipeline.rows import heldout, rendered
 from pipeline.score import facts_in
 
 log = logging.getLogger("truetune")
@@ -79,7 +79,7 @@ def questions_of(run: Run, tokenizer: Any) -> list[dict[str, Any]]:
     return [
         {
             "question": row["messages"][-1]["content"],
-            "prompt": tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True),
+            "prompt": rendered(tokenizer, row["messages"], prompt=True),
             "facts": row["facts"],
         }
         for row in heldout(run.path("data"))
@@ -166,10 +166,8 @@ def prove_merged(recipe: Recipe, run: Run, reference: Reference) -> Comparison:
         if len(tokenizer) > model.config.get_text_config().vocab_size:
             raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the weights fewer")
         for probe in reference.probes:
-            prompt = tokenizer.apply_chat_template(
-                probe.messages, probe.tools or None, tokenize=False, add_generation_prompt=True
-            )
-            if not compare_text(comparison, "chat template", probe.name, str(prompt), probe.prompt):
+            prompt = rendered(tokenizer, probe.messages, probe.tools, prompt=True)
+            if not compare_text(comparison, "chat template", probe.name, prompt, probe.prompt):
                 break
             if not compare_tokens(comparison, probe, tokenizer(prompt, add_special_tokens=False)["input_ids"], show):
                 break

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline.error import UserError
+
 # Marks the assistant's words for transformers alone: training removes it, loaders of GGUF files refuse it.
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 ROWS_A_BATCH, BYTES_A_BATCH = 1000, 1 << 22
@@ -95,18 +97,39 @@ def picked(data: Path, part: str, indexes: Iterable[int]) -> Iterator[dict[str, 
         yield json.loads(row["row"]) | {"source": row["source"]}
 
 
-def rendered(tokenizer: Any, row: dict[str, Any]) -> str:
+def row_text(tokenizer: Any, row: dict[str, Any]) -> str:
     """A conversation, or plain text, as training read it."""
-    if "text" in row:
-        return str(row["text"])
-    try:
-        return str(tokenizer.apply_chat_template(row["messages"], row.get("tools"), tokenize=False))
-    except TypeError:  # DeepSeek's templates
-        return str(tokenizer.apply_chat_template(text_arguments(row["messages"]), row.get("tools"), tokenize=False))
+    return str(row["text"]) if "text" in row else rendered(tokenizer, row["messages"], row.get("tools"))
 
 
-def text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with the arguments of tool calls as JSON text, which some templates want, not as an object."""
+def rendered(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None, prompt: bool = False) -> str:
+    """The chat template's text for messages and tools, with the opening of the assistant's turn if it is a `prompt`.
+
+    Calls of tools are given as the template takes them: DeepSeek's wants arguments as text, Mistral's ids of 9 letters.
+
+    Raises:
+        UserError: the template refuses the messages.
+    """
+    from jinja2 import TemplateError
+
+    ways = [messages]
+    if any(message.get("tool_calls") or message.get("tool_call_id") for message in messages):
+        short = _with_short_ids(messages)
+        ways += [short, _with_text(messages), _with_text(short)]
+    problems = []
+    for way in ways:
+        try:
+            return str(tokenizer.apply_chat_template(way, tools or None, tokenize=False, add_generation_prompt=prompt))
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            problems.append(str(error))
+    roles = ", ".join(message["role"] for message in messages)
+    raise UserError(
+        f"the chat template refuses a conversation of {roles} ({problems[0]}): mend the data or the template"
+    )
+
+
+def _with_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the arguments of tool calls as JSON text, not as an object."""
 
     def as_text(call: dict[str, Any]) -> dict[str, Any]:
         arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
@@ -118,6 +141,23 @@ def text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else message
         for message in messages
     ]
+
+
+def _with_short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with the last nine letters and digits of tool calls' ids, as vLLM gives Mistral's templates."""
+
+    def short(id: str) -> str:
+        return "".join(filter(str.isalnum, id))[-9:].rjust(9, "0")
+
+    found = []
+    for message in messages:
+        if message.get("tool_call_id"):
+            message = message | {"tool_call_id": short(message["tool_call_id"])}
+        if message.get("tool_calls"):
+            calls = [call | {"id": short(call.get("id", ""))} for call in message["tool_calls"]]
+            message = message | {"tool_calls": calls}
+        found.append(message)
+    return found
 
 
 def heldout(data: Path) -> list[dict[str, Any]]:

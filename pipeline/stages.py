@@ -18,7 +18,13 @@ class Stage:
 
 STAGES = (
     Stage("data", "train.data", "Read, check and split the conversations", (), ("data", "seed")),
-    Stage("base", "train.base", "Bring the base model into one plain folder", (), ("base", "chat_template", "seed")),
+    Stage(
+        "base",
+        "train.base",
+        "Bring the base model into one plain folder",
+        (),
+        ("base", "chat_template", "chat_template_arguments", "system", "seed"),
+    ),
     Stage(
         "train", "train.run", "Fine-tune a LoRA adapter on the assistant's words", ("data", "base"), ("train", "seed")
     ),

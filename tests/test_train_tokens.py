@@ -46,6 +46,7 @@ def test_the_tokens_are_those_of_each_row_alone(many_batches: Any, tokenizer: An
             "rows": len(alone),
             "unshown": 0,
             "reasoning_lost": 0,
+            "control_tokens": 0,
             "dropped": 0,
             "cut": sum(len(row["input_ids"]) == 160 for row in wanted),
             "examples": len(wanted),

@@ -48,7 +48,7 @@ def base(recipe: Recipe, run: Run) -> Made:
         inputs = _from_hub(recipe.base, folder)
     else:
         raise UserError(_unknown(recipe.base))
-    prepared = prepare_tokenizer(folder, recipe.chat_template)
+    prepared = prepare_tokenizer(folder, recipe.chat_template, recipe.system, recipe.chat_template_arguments)
     packaged = recipe.base == PACKAGED
     stated = origin(packaged_gguf() if packaged else named if named.suffix == ".gguf" else folder)
     if packaged or (not named.exists() and "/" in recipe.base):
@@ -59,7 +59,7 @@ def base(recipe: Recipe, run: Run) -> Made:
     return Made(
         outputs=[run.path("base")],
         metrics={"parameters": parameters(run.path("base")), "end_of_turn": prepared.end_of_turn}
-        | {"added_tokens": prepared.added}
+        | {"added_tokens": prepared.added, "system": prepared.system}
         | stated,
         inputs=inputs,
         packages=("transformers", "torch", "tokenizers", "gguf"),

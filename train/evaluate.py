@@ -17,7 +17,8 @@ from pipeline import Made, Recipe, Run, UserError, harness
 from pipeline.command import boundary, recipe_of_arguments, up_to_date
 from pipeline.confidence import METHOD, Score, as_rows, compare
 from pipeline.files import fingerprint
-from pipeline.rows import count, heldout, picked
+from pipeline.recipe import Train
+from pipeline.rows import count, heldout, picked, rendered
 from pipeline.score import facts_in
 from pipeline.scores import show
 from pipeline.stages import stage
@@ -26,7 +27,7 @@ from train.scoring.likelihood import Choices, Likelihood, choice_losses, likelih
 from train.scoring.measures import confusion, macro_f1, matthews, text_measures
 from train.scoring.pair import Pair, speed
 from train.scoring.score import answers
-from train.template import Example, render, row_examples
+from train.template import Example, row_examples
 
 KNOWLEDGE = Path(__file__).parents[1] / "recipes/knowledge.jsonl"
 ROWS_AT_ONCE = 8  # of a task of the evaluation harness
@@ -71,7 +72,7 @@ def _read(recipe: Recipe) -> list[str]:
 
 def of_validation(pair: Pair, recipe: Recipe, run: Run) -> list[Score]:
     """Perplexity and token accuracy of all that the assistant says in the validation conversations."""
-    cut = [rows_of(pair.tokenizer, row, recipe.train.max_tokens) for row in sample(recipe, run, "validation")]
+    cut = [rows_of(pair.tokenizer, row, recipe.train) for row in sample(recipe, run, "validation")]
     flat = [example for each in cut for example in each]
     if not flat:
         return []
@@ -100,10 +101,10 @@ def of_validation(pair: Pair, recipe: Recipe, run: Run) -> list[Score]:
     ]
 
 
-def rows_of(tokenizer: Any, row: dict[str, Any], max_tokens: int) -> list[Example]:
+def rows_of(tokenizer: Any, row: dict[str, Any], knobs: Train) -> list[Example]:
     """The training rows of a conversation; none of one that training left out because the template cannot show it."""
     try:
-        return row_examples(tokenizer, row, max_tokens)
+        return row_examples(tokenizer, row, knobs.max_tokens, knobs.supervise)
     except UserError:
         return []
 
@@ -168,7 +169,7 @@ def of_knowledge(pair: Pair, recipe: Recipe) -> list[Score]:
 
 def choices_of(tokenizer: Any, row: dict[str, Any]) -> Choices:
     """A question of general knowledge as the user asks it, and its answers, the right one first."""
-    prompt = render(tokenizer, [{"role": "user", "content": row["question"]}], prompt=True)
+    prompt = rendered(tokenizer, [{"role": "user", "content": row["question"]}], prompt=True)
     return Choices(prompt, (row["answer"], *row["others"]))
 
 
@@ -184,7 +185,7 @@ def of_labels(pair: Pair, recipe: Recipe, files: list[Labelled]) -> list[Score]:
         kept = drawn(len(file.prompts), recipe)
         texts = tuple(map(spoken, file.labels))
         asked = [
-            Choices(render(pair.tokenizer, [{"role": "user", "content": file.prompts[index]}], prompt=True), texts)
+            Choices(rendered(pair.tokenizer, [{"role": "user", "content": file.prompts[index]}], prompt=True), texts)
             for index in kept
         ]
         both = pair.ask(

@@ -65,6 +65,8 @@ def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any, pack
     shown = pieces(tokenizer, ids[:SHOWN_TOKENS], labels[:SHOWN_TOKENS])
     found = {
         "parts": tokens.counts,
+        "system": run.receipt("base").metrics["system"],
+        "sources": run.receipt("data").metrics["sources"],
         "lengths": histogram(train),
         "packing": {
             "rows": len(packed),
@@ -108,7 +110,7 @@ def preview(recipe: Recipe, run: Run, wish: str | None = None) -> None:
 
 def show_row(console: Any, tokenizer: Any, recipe: Recipe, row: dict[str, Any], most: int) -> None:
     """A conversation as each of its training rows."""
-    found = row_examples(tokenizer, row, recipe.train.max_tokens)
+    found = row_examples(tokenizer, row, recipe.train.max_tokens, recipe.train.supervise)
     if not found:
         heading(console, f"{row['source']}: left out, no answer is within train.max_tokens={recipe.train.max_tokens}")
     for index, example in enumerate(found):
@@ -171,6 +173,17 @@ def show_tokens(console: Any, tokenizer: Any, ids: list[int], labels: list[int])
 def show_numbers(console: Any, recipe: Recipe, told: dict[str, Any]) -> None:
     """What became of all rows: counts, histogram, share learned, fill."""
     heading(console, "all rows", "=")
+    for source in told["sources"]:
+        for what, number in (
+            source["changes"] | {f"left out: {why}": n for why, n in source["rejected"].items()}
+        ).items():
+            console.print(f"{source['source']}: {number:,} x {what}", markup=False)
+    if told["system"]:
+        console.print(f"system prompt of a conversation that brings none: {told['system']}", markup=False)
+    for name, value in (recipe.chat_template_arguments or {}).items():
+        console.print(f"chat template: {name} is {value!r}", markup=False)
+    if recipe.train.supervise == "last":
+        console.print("learned is the last answer of each conversation alone")
     for part, numbers in told["parts"].items():
         if not numbers.get("rows"):
             continue
@@ -184,6 +197,7 @@ def show_numbers(console: Any, recipe: Recipe, told: dict[str, Any]) -> None:
             "left out, no answer within train.max_tokens": numbers["dropped"],
             "left out, the template does not show it": numbers["unshown"],
             "without their reasoning_content, which the template does not show": numbers.get("reasoning_lost", 0),
+            "spell control tokens, which are learned as text": numbers.get("control_tokens", 0),
         }
         for what, number in lost.items():
             if number:
@@ -203,7 +217,7 @@ def _first_source(recipe: Recipe, run: Run, tokenizer: Any) -> str:
     """The place of the first conversation that was not left out."""
     for row in rows(run.path("data"), "train"):
         with suppress(UserError):
-            if row_examples(tokenizer, row, recipe.train.max_tokens):
+            if row_examples(tokenizer, row, recipe.train.max_tokens, recipe.train.supervise):
                 return str(row["source"])
     return ""
 

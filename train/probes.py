@@ -73,7 +73,8 @@ def probe_cases(tokenizer: Any, own: list[dict[str, Any]]) -> dict[str, Case]:
     in silence, which llama.cpp's server would write into the question instead.
     """
     from pipeline import UserError
-    from train.template import render
+    from pipeline.rows import rendered
+    from train.template import shown
 
     spelled = f"What does {tokenizer.eos_token} mean, and {tokenizer.eos_token[:-1]} >?"
     cases = {name: Case(messages, []) for name, messages in HARD_CASES.items()}
@@ -85,18 +86,17 @@ def probe_cases(tokenizer: Any, own: list[dict[str, Any]]) -> dict[str, Case]:
     if composes(tokenizer, HARD_CASES[DECOMPOSED][0]["content"]):
         del cases[DECOMPOSED]
 
-    def shows(name: str, part: str) -> bool:
+    known = shown(tokenizer)
+
+    def is_shown(case: Case) -> bool:
         try:
-            return part in render(tokenizer, cases[name].messages, prompt=True, tools=cases[name].tools)
+            prompt = rendered(tokenizer, case.messages, case.tools, prompt=True)
         except UserError:
             return False
+        systems = [message["content"] for message in case.messages if message["role"] == "system"]
+        return (known.tools or not case.tools) and all(system.strip() in prompt for system in systems)
 
-    system, tools = shows("system", HARD_CASES["system"][0]["content"]), shows("tools", TOOL)
-    return {
-        name: case
-        for name, case in cases.items()
-        if shows(name, "") and (system or case.messages[0]["role"] != "system") and (tools or not case.tools)
-    }
+    return {name: case for name, case in cases.items() if is_shown(case)}
 
 
 def composes(tokenizer: Any, text: str) -> bool:

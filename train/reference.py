@@ -13,10 +13,11 @@ from typing import Any
 
 from pipeline import Made, Recipe, Run, UserError, command
 from pipeline.files import fresh_folder, put_in_place
+from pipeline.recipe import Train
 from pipeline.reference import CONTINUATION_TOKENS, SCORED_POSITIONS, Answer, Probe, Reference, write_reference
-from pipeline.rows import rows
+from pipeline.rows import rendered, rows
 from train.probes import Case, probe_cases
-from train.template import IGNORED, Example, render, row_examples
+from train.template import IGNORED, Example, row_examples
 
 log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "peft")
@@ -42,7 +43,7 @@ def reference(recipe: Recipe, run: Run) -> Made:
     probes, logits = ask(model, tokenizer, probe_cases(tokenizer, validation + train))
     answers = [
         Answer(row.input_ids, first, _loss(model, row.input_ids, first))
-        for row in islice(_examples(tokenizer, validation or train, recipe.train.max_tokens), VALIDATION_ANSWERS)
+        for row in islice(_examples(tokenizer, validation or train, recipe.train), VALIDATION_ANSWERS)
         for first in [_start_of_last_answer(row.labels)]
     ]
     folder = fresh_folder(run.path(".reference.tmp"))
@@ -67,7 +68,7 @@ def ask(model: Any, tokenizer: Any, cases: dict[str, Case]) -> tuple[list[Probe]
     Left out are those that with their answer do not fit the positions that the base knows.
     """
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    prompts = {name: render(tokenizer, case.messages, prompt=True, tools=case.tools) for name, case in cases.items()}
+    prompts = {name: rendered(tokenizer, case.messages, prompt=True, tools=case.tools) for name, case in cases.items()}
     ids = {name: tokenizer(prompt, add_special_tokens=False)["input_ids"] for name, prompt in prompts.items()}
     for name in [name for name in ids if len(ids[name]) + CONTINUATION_TOKENS > known]:
         log.info("reference: probe '%s' is longer than the base's context, left out", name)
@@ -143,11 +144,11 @@ def _start_of_last_answer(labels: list[int]) -> int:
     return last
 
 
-def _examples(tokenizer: Any, rows: list[dict[str, Any]], max_tokens: int) -> Iterator[Example]:
+def _examples(tokenizer: Any, rows: list[dict[str, Any]], knobs: Train) -> Iterator[Example]:
     """The rows as training read them; what it left out, as `train.unshown` wishes, is left out here."""
     for row in rows:
         with suppress(UserError):
-            yield from row_examples(tokenizer, row, max_tokens)
+            yield from row_examples(tokenizer, row, knobs.max_tokens, knobs.supervise)
 
 
 if __name__ == "__main__":

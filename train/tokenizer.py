@@ -10,14 +10,15 @@ from typing import Any
 
 from pipeline import UserError
 from pipeline.files import write_whole
-from pipeline.rows import GENERATION_TAG
+from pipeline.rows import GENERATION_TAG, rendered
 from train.embeddings import add_rows
-from train.template import render
+from train.template import settled
 
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 DEFAULT = Path(__file__).parent / "chatml.jinja"
 # A special token as templates write them: ChatML's, Llama's, Gemma's.
 MARK = re.compile(r"<\|[\w:.-]+\|>|<[a-z]+(?:_[a-z]+)+>")
+MARKED = "Qsystemword"
 PROBE = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
 
 
@@ -26,13 +27,19 @@ log = logging.getLogger("truetune")
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a base's tokenizer was given: the token that ends the assistant's turn, and tokens that are new to it."""
+    """What a base's tokenizer was given: the token that ends the assistant's turn, and tokens that are new to it.
+
+    `system` is the prompt that its template writes where a conversation brings none.
+    """
 
     end_of_turn: str
     added: dict[str, int]
+    system: str
 
 
-def prepare_tokenizer(folder: Path, template_file: str | None) -> Prepared:
+def prepare_tokenizer(
+    folder: Path, template_file: str | None, system: str | None = None, arguments: dict[str, Any] | None = None
+) -> Prepared:
     """Make the tokenizer of a model folder say what training and serving both need.
 
     A base without a chat template is given ChatML. Tokens that a given template needs and the vocabulary lacks are
@@ -62,6 +69,7 @@ def prepare_tokenizer(folder: Path, template_file: str | None) -> Prepared:
         log.info("base: it has no chat template, so it is given ChatML: the key 'chat_template' names another")
     tokenizer.chat_template = GENERATION_TAG.sub("", one_template(tokenizer.chat_template))
     tokenizer.chat_template = NOW.sub(lambda call: repr(datetime.now().strftime(call[2])), tokenizer.chat_template)
+    tokenizer.chat_template = settled(tokenizer.chat_template, system, arguments)
     before = tokenizer.eos_token_id
     added = _add_tokens(tokenizer) if given else {}
     tokenizer.eos_token = end_of_turn(tokenizer)
@@ -86,7 +94,31 @@ def prepare_tokenizer(folder: Path, template_file: str | None) -> Prepared:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    return Prepared(str(tokenizer.eos_token), added)
+    return Prepared(str(tokenizer.eos_token), added, _system(tokenizer, system))
+
+
+def _system(tokenizer: Any, given: str | None) -> str:
+    """The system prompt of a conversation that brings none: the recipe's, or the template's own, which is told.
+
+    Raises:
+        UserError: the template does not show the recipe's.
+    """
+    question = PROBE[:1]
+    without = rendered(tokenizer, question, prompt=True)
+    if given:
+        if given.strip() not in without:
+            raise UserError("system: the chat template shows no system prompt: leave the key out, or name a template")
+        return given.strip()
+    try:
+        opening, _, rest = rendered(tokenizer, [{"role": "system", "content": MARKED}, *question]).partition(MARKED)
+    except UserError:
+        return ""
+    after = rest.partition(str(question[0]["content"]))[0]
+    own, _, asked = without.removeprefix(opening).partition(after) if after else ("", "", "")
+    if not without.startswith(opening) or not asked.startswith(str(question[0]["content"])) or not own.strip():
+        return ""
+    log.info("base: its template writes a system prompt where there is none: %r: the key 'system' sets another", own)
+    return own
 
 
 def _add_tokens(tokenizer: Any) -> dict[str, int]:
@@ -97,7 +129,7 @@ def _add_tokens(tokenizer: Any) -> dict[str, int]:
         end_of_turn(tokenizer)
         return {}
     except UserError:
-        marks = dict.fromkeys(MARK.findall(render(tokenizer, PROBE)))
+        marks = dict.fromkeys(MARK.findall(rendered(tokenizer, PROBE)))
         missing = [mark for mark in marks if mark not in tokenizer.get_vocab()]
         tokenizer.add_tokens(
             [AddedToken(mark, normalized=False, special=True) for mark in missing], special_tokens=True
@@ -123,7 +155,7 @@ def end_of_turn(tokenizer: Any) -> str:
     Raises:
         UserError: there is none, so the model would never learn to stop.
     """
-    whole, prompt = render(tokenizer, PROBE), render(tokenizer, PROBE[:1], prompt=True)
+    whole, prompt = rendered(tokenizer, PROBE), rendered(tokenizer, PROBE[:1], prompt=True)
     after = whole.rpartition(PROBE[-1]["content"])[2]
     known = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     special = [token for token in tokenizer.tokenize(after) if token in known]

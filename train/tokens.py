@@ -20,9 +20,10 @@ from pipeline import Recipe, Run, UserError
 from pipeline.files import fingerprint, fresh_folder, put_in_place, remove
 from pipeline.machine import cores
 from pipeline.progress import progress
+from pipeline.recipe import Train
 from pipeline.rows import batches, count, rows
 from train.pool import in_order
-from train.template import IGNORED, batch_examples, row_examples, shown
+from train.template import IGNORED, batch_examples, controls, row_examples, shown
 
 log = logging.getLogger("truetune")
 PARTS = ("train", "validation")
@@ -97,7 +98,7 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
     silent: dict[str, list[str]] = {part: [] for part in PARTS}
     items = ((part, batch) for part in PARTS for batch in batches(data, part))
     # Sent to the workers and not loaded there: to find its class, AutoTokenizer imports torch.
-    state = AutoTokenizer.from_pretrained(run.path("base")), knobs.max_tokens
+    state = AutoTokenizer.from_pretrained(run.path("base")), knobs.max_tokens, knobs.supervise
     with ExitStack() as stack:
         tell = stack.enter_context(progress("tokens", sum(count(data, part) for part in PARTS), "rows"))
         paths = {part: str(folder / f"{part}.arrow") for part in PARTS}
@@ -126,13 +127,13 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
                 part, counts[part]["reasoning_lost"], places[0],
             )  # fmt: skip
     if nothing_left:
-        raise _nothing_learned(next(rows(data, "train")), state[0], knobs.max_tokens)
+        raise _nothing_learned(next(rows(data, "train")), state[0], knobs)
     return {part: dict(counted) for part, counted in counts.items()}
 
 
-def _nothing_learned(first: dict[str, Any], tokenizer: Any, max_tokens: int) -> UserError:
+def _nothing_learned(first: dict[str, Any], tokenizer: Any, knobs: Train) -> UserError:
     """Why of all conversations, of which this is the first, no token is learned, and what changes that."""
-    whole = row_examples(tokenizer, first, sys.maxsize)
+    whole = row_examples(tokenizer, first, sys.maxsize, knobs.supervise)
     learned = [index for row in whole for index, label in enumerate(row.labels) if label != IGNORED]
     if not learned:
         return UserError(
@@ -141,20 +142,22 @@ def _nothing_learned(first: dict[str, Any], tokenizer: Any, max_tokens: int) -> 
         )
     return UserError(
         f"{first['source']}: its first answer begins at token {min(learned) + 1:,}, and no conversation has one within "
-        f"train.max_tokens={max_tokens}: raise it"
+        f"train.max_tokens={knobs.max_tokens}: raise it"
     )
 
 
-def _examples(state: tuple[Any, int], item: tuple[str, Any]) -> tuple[str, Any, dict[str, int], list[str], list[str]]:
+def _examples(
+    state: tuple[Any, int, str], item: tuple[str, Any]
+) -> tuple[str, Any, dict[str, int], list[str], list[str]]:
     """(part, ids and labels, what was counted, problems, rows without their thoughts) of a batch; runs in a worker."""
     import numpy as np
     import pyarrow
 
-    tokenizer, max_tokens = state
+    tokenizer, max_tokens, supervise = state
     part, batch = item
     texts, sources = (column.to_pylist() for column in batch.columns)
     rows = [json.loads(text) | {"source": source} for text, source in zip(texts, sources, strict=True)]
-    found = batch_examples(tokenizer, rows, max_tokens)
+    found = batch_examples(tokenizer, rows, max_tokens, supervise)
     problems = [problem for row in found if isinstance(row, UserError) for problem in row.problems]
     kept = [row for row in found if not isinstance(row, UserError)]
     examples = [example for row in kept for example in row]
@@ -168,6 +171,7 @@ def _examples(state: tuple[Any, int], item: tuple[str, Any]) -> tuple[str, Any, 
     numbers = {
         "rows": len(rows),
         "reasoning_lost": len(thoughtless),
+        "control_tokens": sum(controls(tokenizer).token.search(text) is not None for text in texts),
         "unshown": len(rows) - len(kept),
         "dropped": sum(not row for row in kept),
         "cut": sum(any(len(example.input_ids) == max_tokens for example in row) for row in kept),
@@ -181,6 +185,11 @@ def _examples(state: tuple[Any, int], item: tuple[str, Any]) -> tuple[str, Any, 
 
 def _tell(counts: dict[str, dict[str, int]], recipe: Recipe) -> None:
     for part, told in counts.items():
+        if told.get("control_tokens"):
+            log.warning(
+                "%s: %d conversation(s) spell control tokens, such as the end of a turn: they are learned as text",
+                part, told["control_tokens"],
+            )  # fmt: skip
         if told.get("cut") or told.get("dropped"):
             log.warning(
                 "%s: %d conversation(s) cut to %d tokens, %d dropped because no answer is left: raise train.max_tokens",
@@ -197,7 +206,7 @@ def _key(recipe: Recipe, run: Run) -> str:
     made_from = {
         "data": {path: mark for path, mark in data.items() if path.endswith(".arrow")},
         "base": {path: mark for path, mark in base.items() if not path.endswith(WEIGHTS)},
-        "knobs": [recipe.train.max_tokens, recipe.train.unshown],
+        "knobs": [recipe.train.max_tokens, recipe.train.unshown, recipe.train.supervise],
         "code": [fingerprint(Path(__file__).with_name(name)) for name in ("template.py", "tokens.py")],
         "versions": [transformers.__version__, tokenizers.__version__],
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline.rows import rendered
 from serve.asking.endpoint import ERRORS, HOST, ask
 from serve.running.backend import Endpoint
 
@@ -61,7 +62,7 @@ def _of_folder(base: Path, messages: Messages) -> list[tuple[int, str]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    prompt = rendered(tokenizer, messages, prompt=True)
     encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
     return [
         (id, prompt[start:end])

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from pipeline.error import UserError
 from pipeline.files import own_folder
+from pipeline.rows import rendered
 from serve.asking.endpoint import HOST
 from serve.asking.key import read_key
 from serve.gateway.connection import listen
@@ -75,7 +77,7 @@ class Generator:
 
     def prompt(self, messages: list[dict[str, str]]) -> str:
         """The template's text, as training rendered it."""
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return rendered(self.tokenizer, messages, prompt=True)
 
     def tokens(self, text: str) -> list[dict[str, Any]]:
         """Ids and texts of a prompt's tokens; a token that ends within a character has an empty text."""
@@ -172,7 +174,6 @@ def until_stop(texts: Iterator[str], stops: list[str]) -> Iterator[tuple[str, bo
 
 def engine(generator: Generator) -> "Starlette":
     """What the gateway asks of an engine."""
-    from jinja2 import TemplateError
     from starlette.applications import Starlette
     from starlette.concurrency import iterate_in_threadpool
     from starlette.responses import JSONResponse, StreamingResponse
@@ -189,8 +190,8 @@ def engine(generator: Generator) -> "Starlette":
             try:
                 made: Response = await answer(await request.json())
                 return made
-            except (TemplateError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-                return refused(f"{type(error).__name__}: {error}")
+            except (UserError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+                return refused(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
 
         return Route(path, answered, methods=["POST"])
 

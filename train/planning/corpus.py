@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import Recipe, Run, UserError
-from pipeline.rows import count, rendered, rows
+from pipeline.rows import count, row_text, rows
 from train.tokens import row_tokens
 
 SAMPLE = 300
@@ -119,6 +119,6 @@ def _tokens(row: dict[str, Any], tokenizer: Any) -> tuple[int, int]:
         tokens = sum(map(len, texts)) // CHARACTERS_A_TOKEN + TOKENS_A_MESSAGE * len(texts)
         learned = sum(map(len, said)) // CHARACTERS_A_TOKEN + len(said)
     else:
-        tokens = len(tokenizer(rendered(tokenizer, row), add_special_tokens=False)["input_ids"])
+        tokens = len(tokenizer(row_text(tokenizer, row), add_special_tokens=False)["input_ids"])
         learned = sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in said)
     return max(1, tokens), max(1, min(tokens, learned))

@@ -10,7 +10,7 @@ from pipeline import Recipe, Run
 from pipeline.confidence import median
 from pipeline.machine import fast_precision, resident_bytes
 from pipeline.model import load_base
-from train.template import render
+from pipeline.rows import rendered
 
 SPEED_TOKENS, SPEED_REPEATS = 16, 6
 
@@ -73,7 +73,7 @@ def speed(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Seconds to the first token of one answer, tokens a second after it, and the memory that all this took."""
     import torch
 
-    prompt = render(tokenizer, [{"role": "user", "content": "What is the capital of France?"}], prompt=True)
+    prompt = rendered(tokenizer, [{"role": "user", "content": "What is the capital of France?"}], prompt=True)
     batch = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
 
     def answered(tokens: int) -> list[float]:

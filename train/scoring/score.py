@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipeline.progress import progress
-from train.template import render
+from pipeline.rows import rendered
 
 QUESTIONS_AT_ONCE = 32
 
@@ -14,7 +14,7 @@ def answers(
     """The model's greedy answers, each up to the end of its turn or `longest_tokens`; asked in order of length."""
     import torch
 
-    prompts = [render(tokenizer, row["messages"], prompt=True, tools=row.get("tools")) for row in questions]
+    prompts = [rendered(tokenizer, row["messages"], prompt=True, tools=row.get("tools")) for row in questions]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     found: dict[int, str] = {}
     was_training = model.training

@@ -149,7 +149,8 @@ def _astray(diverged: Diverged, recipe: Recipe, run: Run) -> UserError:
     tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
 
     def ids_of(row: dict[str, object]) -> list[list[int]]:
-        return [example.input_ids for example in row_examples(tokenizer, row, recipe.train.max_tokens)]
+        knobs = recipe.train
+        return [one.input_ids for one in row_examples(tokenizer, row, knobs.max_tokens, knobs.supervise)]
 
     places = sources(diverged.batches, rows(run.path("data"), "train"), ids_of)
     more = f" and {len(places) - SOURCES_SHOWN} more" if len(places) > SOURCES_SHOWN else ""
