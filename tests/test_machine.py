@@ -1,5 +1,6 @@
 """What this machine gives: free memory is what the tightest limit leaves, not what the machine has."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -40,3 +41,18 @@ def test_a_limit_of_addresses_holds() -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert 0 < int(limited.stdout) < 300_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' libraries bring other OpenMPs, or none")
+@pytest.mark.parametrize(("given", "wanted"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])
+@pytest.mark.parametrize("library", ["torch", "xllamacpp", "llama_cpp"])
+def test_openmp_s_threads_sleep_at_barriers_unless_the_user_wants_otherwise(
+    library: str, given: dict[str, str], wanted: str
+) -> None:
+    inherited = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import pipeline, {library}"],
+        env=inherited | {"OMP_DISPLAY_ENV": "true"} | given,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"OMP_WAIT_POLICY = '{wanted}'" in done.stderr
