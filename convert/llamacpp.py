@@ -1,6 +1,5 @@
 """The pinned llama.cpp: its converter script and its quantizer, both of llama-cpp-python's own version."""
 
-import importlib.metadata
 import os
 import re
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 from convert.imatrix import DATASET, IMATRIX, Matrix, chunks
 from convert.pretokenizer import pre_tokenizer
 from pipeline import UserError
+from pipeline.converter import converter
 from pipeline.machine import cores
 from pipeline.progress import progress
 from pipeline.recipe import NEEDS_IMATRIX
@@ -21,15 +21,6 @@ FALLBACK = re.compile(r"warning: *(\S+) *- ncols .*?required for type *(\w+)\).*
 FALLBACK_COUNT = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback")
 UNRECOGNIZED = "BPE pre-tokenizer was not recognized"
 PROGRESS = re.compile(r"^\[ *(\d+)/ *(\d+)\]")
-
-
-def converter() -> Path:
-    """`convert_hf_to_gguf.py` of the llama.cpp that the installed llama-cpp-python was built from."""
-    version = importlib.metadata.version("llama-cpp-python")
-    script = Path(".cache") / f"llama.cpp-{version}" / "convert_hf_to_gguf.py"
-    if not script.is_file():
-        raise UserError(f"llama.cpp's converter is not in {script.parent}: run 'make setup'")
-    return script
 
 
 def convert(model: Path, output: Path, kind: str) -> None:

@@ -2,12 +2,18 @@
 
 import glob
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from pipeline.error import UserError
+
+MOST_JSON_BYTES = 1 << 28  # the largest tokenizers take a tenth
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -58,6 +64,36 @@ def own_folder(name: str) -> Iterator[Path]:
                 shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{name}-{os.getpid()}-") as folder:
         yield Path(folder)
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file that may come from anywhere.
+
+    Raises:
+        UserError: names the file, which is none, is not JSON or is larger than any that is made in earnest.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is no file, where a JSON file is needed: fetch it again")
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes, where {MOST_JSON_BYTES:,} are the most: fetch it again"
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): fetch it again") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The keys and values in a JSON file that may come from anywhere.
+
+    Raises:
+        UserError: as `read_json`, or it holds something else.
+    """
+    loaded = read_json(path)
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds no JSON object but a {type(loaded).__name__}: fetch it again")
+    return loaded
 
 
 def fingerprint(path: Path) -> dict[str, str | int]:

@@ -159,6 +159,22 @@ def _read_yaml(path: Path, problems: list[str]) -> _Section:
         raise UserError(f"{path}: nested too deeply, or in itself: a recipe has sections of keys and values") from None
 
 
+def plain_yaml(text: str) -> Any:
+    """The value of a YAML text that may come from anywhere.
+
+    Raises:
+        ValueError: it is not YAML, or nested without end.
+        UserError: its aliases multiply.
+    """
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node and _written_out(node, {}) > MOST_CHARACTERS:
+            raise UserError(f"its aliases multiply to more than {MOST_CHARACTERS:,} characters")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(_reason(error)) from None
+
+
 def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
     """Characters and values of a node with every alias in it written out; `known` are those of nodes met before.
 
@@ -205,12 +221,11 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
         problems.append(f"SET: {override!r} is not key=value")
         return
     try:
-        node = yaml.compose(text, yaml.SafeLoader)
-        if node and _written_out(node, {}) > MOST_CHARACTERS:
-            problems.append(f"SET: {key}: its aliases multiply to more than {MOST_CHARACTERS:,} characters")
-            return
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        value = plain_yaml(text)
+    except UserError as error:
+        problems.append(f"SET: {key}: {error}")
+        return
+    except ValueError:
         value = text
     *parents, last = key.split(".")
     for parent in parents:

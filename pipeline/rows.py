@@ -11,10 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pipeline.bounds import at_most
 from pipeline.error import UserError
 
 # Marks the assistant's words for transformers alone: training removes it, loaders of GGUF files refuse it.
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+RENDER_SECONDS = 3  # of the processor; the longest conversations take a thousandth
+ROLES_SHOWN = 20
 ROWS_A_BATCH, BYTES_A_BATCH = 1000, 1 << 22
 
 
@@ -110,8 +113,6 @@ def rendered(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None, 
     Raises:
         UserError: the template refuses the messages.
     """
-    from jinja2 import TemplateError
-
     ways = [messages]
     if any(message.get("tool_calls") or message.get("tool_call_id") for message in messages):
         short = _with_short_ids(messages)
@@ -119,10 +120,14 @@ def rendered(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None, 
     problems = []
     for way in ways:
         try:
-            return str(tokenizer.apply_chat_template(way, tools or None, tokenize=False, add_generation_prompt=prompt))
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            problems.append(str(error))
-    roles = ", ".join(message["role"] for message in messages)
+            with at_most(RENDER_SECONDS):
+                text = tokenizer.apply_chat_template(way, tools or None, tokenize=False, add_generation_prompt=prompt)
+            return str(text)
+        except Exception as error:  # a template is code of a stranger's
+            problems.append(" ".join(str(error).split())[:200] or type(error).__name__)
+            if isinstance(error, TimeoutError | MemoryError | RecursionError):
+                break
+    roles = ", ".join(message["role"] for message in messages[:ROLES_SHOWN])
     raise UserError(
         f"the chat template refuses a conversation of {roles} ({problems[0]}): mend the data or the template"
     )

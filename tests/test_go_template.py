@@ -12,7 +12,7 @@ from ollama_run import CHATML, STRIPPING
 from serve.engines.ollama.go_template import compile_shape
 from serve.engines.ollama.jinja import Refused, renderer
 from serve.engines.ollama.vocabulary import read_vocabulary
-from train.base import packaged_gguf
+from train.packaged import packaged_gguf
 
 GOLDEN = json.loads(Path("tests/go_templates.json").read_text(encoding="utf-8"))
 LLAMA3 = (

@@ -10,9 +10,10 @@ import pytest
 from gguf_fixture import write_gguf
 
 from pipeline import Recipe, Run, UserError
-from pipeline.recipe import Data
-from train.base import base, packaged_gguf, parameters, safetensors_header
+from pipeline.recipe import Data, Serve, Train
+from train.base import base, parameters, safetensors_header
 from train.origin import origin
+from train.packaged import packaged_gguf
 
 FILES = {
     "chat_template.jinja",
@@ -40,7 +41,8 @@ def model(base_folder: Path) -> Path:
 
 
 def made(name: str | Path):
-    return base(Recipe("mine", base=str(name), data=Data(("talks.jsonl",))), Run("mine"))
+    knobs = {"train": Train(max_tokens=16), "serve": Serve(context=64)}
+    return base(Recipe("mine", base=str(name), data=Data(("talks.jsonl",)), **knobs), Run("mine"))
 
 
 def refused(name: str | Path) -> str:
@@ -218,14 +220,14 @@ def test_a_truncated_gguf_is_refused_by_name(kept: float) -> None:
     whole = Path("cut.gguf").read_bytes()
     Path("cut.gguf").write_bytes(whole[: int(len(whole) * kept)])
     said = refused("cut.gguf")
-    assert said.startswith("cut.gguf is not a whole GGUF model that transformers reads (")
-    assert said.endswith("): fetch it again")
+    assert said.startswith("cut.gguf is not a whole GGUF ")
+    assert said.endswith((": fetch it again", ": fetch it or make it again"))
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\xff" * 999, b"not a model" * 99])
 def test_garbage_as_gguf_is_refused_by_name(content: bytes) -> None:
     Path("garbage.gguf").write_bytes(content)
-    assert refused("garbage.gguf").startswith("garbage.gguf is not a whole GGUF model that transformers reads (")
+    assert refused("garbage.gguf").startswith("garbage.gguf is not a whole GGUF file (")
 
 
 def test_a_base_that_fails_keeps_the_one_in_place(model: Path, replace: Callable[[Path, bytes], None]) -> None:

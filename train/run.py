@@ -9,6 +9,8 @@ from dataclasses import asdict
 
 from pipeline import Made, Recipe, Run, command
 from train.base import parameters
+from train.inspection import refuse
+from train.planning.architecture import read_config
 from train.planning.disk import check_disk
 from train.planning.fit import check
 from train.tokens import tokenized
@@ -25,9 +27,11 @@ def run(recipe: Recipe, run: Run) -> Made:
     """Write `adapter/` (PEFT) and `answers.jsonl` (the held-out questions answered before and after).
 
     Raises:
-        UserError: the training diverged, or memory or disk do not suffice; the last good checkpoint stays.
+        UserError: base and recipe do not go together, memory or disk do not suffice, or the training diverged, whose
+            last good checkpoint stays.
         Stopped: by a signal, after a checkpoint.
     """
+    refuse(recipe, read_config(recipe, run))
     check_disk(recipe, parameters(run.path("base")), run.folder)
     key = training_key(recipe, run)
     trackers = prepare(recipe.train.tracker, run, key)

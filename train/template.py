@@ -389,12 +389,15 @@ def settled(template: str, system: str | None, arguments: dict[str, Any] | None)
     Raises:
         UserError: the template has no such variable.
     """
-    from jinja2 import meta
+    from jinja2 import TemplateError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     head = ""
     if arguments:
-        parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        try:
+            parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        except (TemplateError, RecursionError) as error:
+            raise UserError(f"the chat template is not Jinja ({error}): mend it, or use another") from None
         known = sorted(meta.find_undeclared_variables(parsed) - RENDERERS)
         for name, value in arguments.items():
             if name not in known:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import UserError
-from pipeline.files import write_whole
+from pipeline.bounds import at_most_more
+from pipeline.files import read_object, write_whole
 from pipeline.rows import GENERATION_TAG, rendered
 from train.embeddings import add_rows
 from train.template import settled
@@ -19,6 +20,8 @@ DEFAULT = Path(__file__).parent / "chatml.jinja"
 # A special token as templates write them: ChatML's, Llama's, Gemma's.
 MARK = re.compile(r"<\|[\w:.-]+\|>|<[a-z]+(?:_[a-z]+)+>")
 MARKED = "Qsystemword"
+TEMPLATE_BYTES = 1 << 30
+MOST_RENDERED = 100_000  # the longest opening known, of tools for a dozen purposes, has ten thousand
 PROBE = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}]
 
 
@@ -71,27 +74,30 @@ def prepare_tokenizer(
     tokenizer.chat_template = NOW.sub(lambda call: repr(datetime.now().strftime(call[2])), tokenizer.chat_template)
     tokenizer.chat_template = settled(tokenizer.chat_template, system, arguments)
     before = tokenizer.eos_token_id
-    added = _add_tokens(tokenizer) if given else {}
-    tokenizer.eos_token = end_of_turn(tokenizer)
+    with at_most_more(TEMPLATE_BYTES):
+        added = _add_tokens(tokenizer) if given else {}
+        tokenizer.eos_token = end_of_turn(tokenizer)
     tokenizer.pad_token = _pad_token(tokenizer)
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(folder)
+    config = read_object(folder / "config.json")
     if added:
         log.info("base: %s are new to its vocabulary: their embeddings are trained too", ", ".join(added))
+    if lacking := {token: id for token, id in _without_rows(tokenizer, folder).items() if token not in added}:
+        log.warning("base: its embedding has no row for %s: it gets one, which is trained too", ", ".join(lacking))
+        added |= lacking
+    if added:
         add_rows(folder, list(added.values()))
+        config = read_object(folder / "config.json")
 
-    generation = (
-        GenerationConfig.from_pretrained(folder)
-        if (folder / "generation_config.json").is_file()
-        else GenerationConfig()
-    )
+    there = (folder / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(folder) if there else GenerationConfig()
     known = generation.eos_token_id
     stops = [tokenizer.eos_token_id, before, *(known if isinstance(known, list) else [known])]
-    generation.eos_token_id = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    generation.eos_token_id = list(dict.fromkeys(stop for stop in stops if isinstance(stop, int)))
     generation.pad_token_id = tokenizer.pad_token_id
     generation.save_pretrained(folder)
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return Prepared(str(tokenizer.eos_token), added, _system(tokenizer, system))
@@ -119,6 +125,24 @@ def _system(tokenizer: Any, given: str | None) -> str:
         return ""
     log.info("base: its template writes a system prompt where there is none: %r: the key 'system' sets another", own)
     return own
+
+
+def _without_rows(tokenizer: Any, folder: Path) -> dict[str, int]:
+    """The tokens beyond the rows of the embedding, which authors add and forget to make room for.
+
+    Raises:
+        UserError: they are not added ones, so the tokenizer is another model's.
+    """
+    from transformers import AutoConfig
+
+    rows = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    lacking = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows}
+    if not lacking.keys() <= tokenizer.get_added_vocab().keys():
+        raise UserError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the embedding {rows:,} rows: they are of different models, "
+            "fetch both of the same"
+        )
+    return lacking
 
 
 def _add_tokens(tokenizer: Any) -> dict[str, int]:
@@ -156,6 +180,10 @@ def end_of_turn(tokenizer: Any) -> str:
         UserError: there is none, so the model would never learn to stop.
     """
     whole, prompt = rendered(tokenizer, PROBE), rendered(tokenizer, PROBE[:1], prompt=True)
+    if max(len(whole), len(prompt)) > MOST_RENDERED:
+        raise UserError(
+            f"the chat template writes {len(whole):,} characters for two words: use another, or another base"
+        )
     after = whole.rpartition(PROBE[-1]["content"])[2]
     known = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     special = [token for token in tokenizer.tokenize(after) if token in known]

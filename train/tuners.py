@@ -4,6 +4,9 @@ from typing import Any
 
 from pipeline import Recipe
 
+MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+MAMBA_LAYERS = ("out_proj", "conv1d")
+
 
 def lora_config(recipe: Recipe, model: Any, added: list[int]) -> Any:
     """PEFT's configuration; `added` are the ids of tokens that the base never saw.
@@ -25,5 +28,11 @@ def lora_config(recipe: Recipe, model: Any, added: list[int]) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        exclude_modules=read_past_adapters(model.config) if targets == "all-linear" else None,
         trainable_token_indices={name: added for name in names} if added else None,
     )
+
+
+def read_past_adapters(config: Any) -> list[str] | None:
+    """Linear layers whose weights the kernels of Mamba read past an adapter, which PEFT therefore refuses."""
+    return list(MAMBA_LAYERS) if config.get_text_config().model_type in MAMBA else None

@@ -1,12 +1,15 @@
 """What a base model is made of, from its config alone: counts of weights, without one of them."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import Recipe, Run, UserError
-from train.base import PACKAGED, RANDOM, packaged_gguf, random_config
+from pipeline.files import read_object
+from train.packaged import PACKAGED, RANDOM, packaged_gguf, random_config
 from train.reach import without_waiting
 
 # Configs name a mixture's experts, and those that one token meets, in several ways.
@@ -39,36 +42,68 @@ def read_config(recipe: Recipe, run: Run) -> Any:
     Raises:
         UserError: the base is unknown, out of reach, of an unknown kind, or does not generate text.
     """
-    from transformers import AutoConfig, PretrainedConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    made, named = run.find_receipt("base"), Path(recipe.base)
+    if made and made.recipe.get("base") == recipe.base and run.path("base", "config.json").is_file():
+        return config_in(run.path("base"), recipe.base)
+    if recipe.base in (RANDOM, PACKAGED) or (named.suffix == ".gguf" and named.is_file()):
+        return config_named(recipe.base)
+    return config_in(named if named.is_dir() else _config_of_hub(recipe.base), recipe.base)
 
+
+def config_named(name: str) -> Any:
+    """transformers' config of a base that is no folder: the random one, the packaged one or a GGUF file.
+
+    Raises:
+        UserError: the file is no whole GGUF, or no model that generates text.
+    """
     from train.planning.gguf_config import gguf_config
 
-    made, named = run.find_receipt("base"), Path(recipe.base)
+    with _understood(name):
+        if name == RANDOM:
+            return random_config(gguf_config(packaged_gguf()).vocab_size)
+        config = gguf_config(packaged_gguf() if name == PACKAGED else Path(name))
+    return _checked(config, name)
+
+
+def config_in(folder: Path, name: str) -> Any:
+    """transformers' config of the base `name`, whose config.json lies in `folder`.
+
+    Raises:
+        UserError: it is not there, not understood, or of a model that does not generate text.
+    """
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json, by which a model is planned: name a model's folder")
+    read_object(folder / "config.json")
+    with _understood(name):
+        # A config may name code of its own; it is never run, and most such models are known without it.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return _checked(config, name)
+
+
+@contextmanager
+def _understood(name: str) -> Iterator[None]:
     try:
-        if made and made.recipe.get("base") == recipe.base and run.path("base", "config.json").is_file():
-            config = AutoConfig.from_pretrained(run.path("base"))
-        elif recipe.base == RANDOM:
-            config = random_config(gguf_config(packaged_gguf()).vocab_size)
-        elif recipe.base == PACKAGED or (named.suffix == ".gguf" and named.is_file()):
-            config = gguf_config(packaged_gguf() if recipe.base == PACKAGED else named)
-        else:
-            folder = named if named.is_dir() else _config_of_hub(recipe.base)
-            if not (folder / "config.json").is_file():
-                raise UserError(f"{folder} holds no config.json, by which a model is planned: name a model's folder")
-            # A config may name code of its own; it is never run, and most such models are known without it.
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        yield
     except UserError:
         raise
     except Exception as error:  # of whatever class of config a stranger's file names
-        raise UserError(f"base {recipe.base!r}: its config is not understood ({reason(error)}): {MEND}") from None
+        raise UserError(f"base {name!r}: its config is not understood ({reason(error)}): {MEND}") from None
+
+
+def _checked(config: Any, name: str) -> Any:
+    """The config, if it is of a model that can be and that generates text."""
+    from transformers import PretrainedConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
     if absurd := _absurd(config.get_text_config()):
-        raise UserError(f"base {recipe.base!r}: its config has {absurd}: {MEND}")
+        raise UserError(f"base {name!r}: its config has {absurd}: {MEND}")
     kinds = [str(kind) for kind in config.architectures or ()]
     generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not any(k.endswith(NOT_GENERATING) for k in kinds)
     if not generates or not isinstance(config, PretrainedConfig):
         raise UserError(
-            f"base {recipe.base!r} is a {config.model_type} ({', '.join(kinds) or 'no architecture named'}), which "
+            f"base {name!r} is a {config.model_type} ({', '.join(kinds) or 'no architecture named'}), which "
             "does not generate text: use a base whose architecture ends with ForCausalLM"
         )
     return config

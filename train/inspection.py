@@ -1,0 +1,257 @@
+"""What of a base training, conversion or serving would stumble over, told from its files before any of them begins.
+
+All problems at once. `make plan` has the config alone, `base` every file that it was given, `train` the base folder.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline import Recipe, UserError
+from pipeline.converter import architectures
+from pipeline.files import read_object, write_whole
+from train.planning.architecture import on_meta, reason
+
+log = logging.getLogger("truetune")
+
+# Settings of quantizers, in config.json (MLX's is the second) or beside it.
+QUANTIZED_KEYS = ("quantization_config", "quantization", "compression_config")
+QUANTIZED_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+# Of a Hub id, what names the way in which its weights were quantized.
+QUANTIZED_NAME = re.compile(
+    r"[-_.](?:unsloth|bnb|\d(?:\.\d+)?-?bits?|gptq|awq|fp8|nvfp4|mxfp4|nf4|int\d|w\d+a\d+|eetq|hqq|aqlm|quantized).*",
+    re.I,
+)
+NARROW = re.compile(r"F[48]|F6|U8|I8|U16|I16|U32|I32")  # safetensors' names of types that hold no weight as it is
+WEIGHT = re.compile(r"weight(?:_packed)?$|qweight$|scales?$|experts\.\w+_proj(?:_blocks)?$")
+SCALED = ("linear", "yarn")  # rope types that stretch the positions for which the base was trained
+
+
+def refuse(recipe: Recipe, config: Any, folder: Path | None = None) -> None:
+    """Say what is wrong between the recipe and the base of this config, and with the settings in `folder`.
+
+    Raises:
+        UserError: a problem a line: quantized weights, an architecture or positions that do not do, targets of LoRA
+            that it has not.
+    """
+    quantized = quantization(recipe.base, config, folder)
+    problems = [quantized] if quantized else []
+    problems += _unconvertible(recipe, config)
+    problems += too_long(recipe, positions(config))
+    if not quantized:
+        problems += wrong_targets(recipe, config)
+    if problems:
+        raise UserError(*problems)
+
+
+def quantization(base: str, config: Any, folder: Path | None = None) -> str:
+    """That the base's weights are quantized, and which base is not, or nothing."""
+    places = (config, config.get_text_config())
+    stated = next((found for of in places for key in QUANTIZED_KEYS if (found := getattr(of, key, None))), None)
+    if stated is None and folder is not None:
+        stated = next(
+            ({"quant_method": how} for name, how in QUANTIZED_FILES.items() if (folder / name).exists()), None
+        )
+    if stated is None:
+        return ""
+    said = stated if isinstance(stated, dict) else getattr(stated, "to_dict", dict)()
+    how = str(getattr(said.get("quant_method"), "value", said.get("quant_method")) or "a quantizer")
+    return _quantized(base, how, folder)
+
+
+def _quantized(base: str, how: str, folder: Path | None) -> str:
+    return (
+        f"base {base!r}: its weights are quantized ({how}), which training and merging would round once more: use "
+        f"{_unquantized(base, folder)}"
+    )
+
+
+def _unquantized(base: str, folder: Path | None) -> str:
+    """The base that this one was quantized from, as its card or its name says."""
+    from train.origin import card
+
+    stated = card(folder / "README.md").get("base_model") if folder else None
+    names = stated if isinstance(stated, list) else [stated]
+    if name := next((name for name in names if isinstance(name, str) and "/" in name and name != base), ""):
+        return f"{name}, from which they were made"
+    plain = QUANTIZED_NAME.sub("", base)
+    if "/" in base and plain != base and not Path(base).exists():
+        return f"the unquantized one from which they were made, perhaps {plain}"
+    return "the unquantized base from which they were made"
+
+
+def _unconvertible(recipe: Recipe, config: Any) -> list[str]:
+    """That llama.cpp has no such architecture, where GGUF files are to be made."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    name = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__  # as the merged folder will say
+    if not recipe.gguf.types or name in architectures():
+        return []
+    return [
+        f"base {recipe.base!r} is a {name}, which llama.cpp cannot convert: use another base, or train it for vLLM "
+        "alone with gguf.types=[]"
+    ]
+
+
+def positions(config: Any) -> int | None:
+    """How many tokens of one conversation the base knows, its rope's scaling counted; None if it sets no limit.
+
+    Those of a scaled rope are what vLLM derives (vllm/config/model.py).
+    """
+    text = config.get_text_config()
+    stated = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    known = next((number for number in stated if isinstance(number, int) and number > 0), None)
+    if known is None or text.model_type.startswith("gemma3"):  # whose positions are those of the scaled rope
+        return known
+    for rope in _ropes(text):
+        if rope.get("rope_type", rope.get("type")) in SCALED:
+            trained = rope.get("original_max_position_embeddings") or known
+            known = max(known, int(trained * (rope.get("factor") or 1)))
+    return known
+
+
+def _ropes(text: Any) -> list[dict[str, Any]]:
+    """The rope's parameters, one of each kind of layer where they differ."""
+    stated = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    return [stated] if "rope_type" in stated or "type" in stated else [of for of in stated.values() if of]
+
+
+def write_positions(folder: Path) -> int | None:
+    """Put the positions that a model knows into its config, where every engine looks for them; their number."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    known, stated = positions(config), getattr(config.get_text_config(), "max_position_embeddings", None)
+    if known and stated and known > stated:
+        written = read_object(folder / "config.json")
+        text = written.get("text_config") or written
+        for key in ("rope_parameters", "rope_scaling"):
+            for rope in [text[key], *text[key].values()] if isinstance(text.get(key), dict) else []:
+                if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in SCALED:
+                    rope.setdefault("original_max_position_embeddings", stated)
+        text["max_position_embeddings"] = known
+        write_whole(folder / "config.json", json.dumps(written, indent=2) + "\n")
+        log.info("base: its rope is scaled, so it knows %d tokens, not %d", known, stated)
+    return known
+
+
+def too_long(recipe: Recipe, known: int | None) -> list[str]:
+    """Which lengths of the recipe are beyond the positions that the base knows."""
+    wanted = {"train.max_tokens": recipe.train.max_tokens, "serve.context": recipe.serve.context}
+    return [
+        f"{key}: {tokens} is more than the {known} tokens that base {recipe.base!r} knows: set {key}={known}"
+        for key, tokens in wanted.items()
+        if known is not None and tokens > known
+    ]
+
+
+def wrong_targets(recipe: Recipe, config: Any) -> list[str]:
+    """Which of `train.lora.targets` the base has not, or cannot give an adapter."""
+    from peft import get_peft_model
+
+    from train.tuners import lora_config
+
+    model, wanted = on_meta(config), recipe.train.lora.targets
+    layers = {name: module for name, module in model.named_modules() if name}
+    tied = _tied(model)
+    fit = sorted({name.rpartition(".")[2] for name, layer in layers.items() if not _unfit(config, name, layer, tied)})
+    have = f"this base has {', '.join(fit)}; all-linear takes them all"
+    if wanted == ("all-linear",):
+        return [] if fit else ["train.lora.targets: all-linear finds no layer that takes an adapter: use another base"]
+    if not wanted:
+        return [f"train.lora.targets: empty: {have}"]
+    problems = []
+    for target in wanted:
+        found = {name: layer for name, layer in layers.items() if name == target or name.endswith(f".{target}")}
+        if not found:
+            problems.append(f"train.lora.targets: {target!r} is no layer: {have}")
+        elif why := next((why for name, layer in found.items() if (why := _unfit(config, name, layer, tied))), ""):
+            problems.append(f"train.lora.targets: {target!r} {why}: {have}")
+    if not problems:
+        try:
+            get_peft_model(model, lora_config(recipe, model, []))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            problems.append(f"train.lora.targets: PEFT cannot adapt {', '.join(wanted)} ({reason(error)}): {have}")
+    return problems
+
+
+def _unfit(config: Any, name: str, layer: Any, tied: Iterable[Any]) -> str:
+    """Why a layer takes no adapter, or nothing."""
+    from torch.nn import Embedding, Linear
+    from transformers.pytorch_utils import Conv1D
+
+    from train.tuners import read_past_adapters
+
+    if any(layer is other for other in tied):
+        return "is tied, embedding and head in one: an adapter on one of them would change both"
+    if not isinstance(layer, Linear | Conv1D | Embedding):
+        return f"is a {type(layer).__name__}, which takes no adapter"
+    if name.rpartition(".")[2] in (read_past_adapters(config) or ()):
+        return "is read past its adapter by Mamba's kernels"
+    return ""
+
+
+def _tied(model: Any) -> list[Any]:
+    """Embedding and head, where they are the same weights."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return [embedding, head] if head is not None and head.weight is embedding.weight else []
+
+
+def clean_generation(folder: Path) -> None:
+    """Leave out of generation_config.json what contradicts itself, with which no model could be loaded or saved."""
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    stated = read_object(file) if file.is_file() else {}
+    kept: dict[str, Any] = {}
+    for key in sorted(stated, key=lambda key: key not in ("do_sample", "num_beams")):  # on which others depend
+        try:
+            GenerationConfig(**kept, **{key: stated[key]}).validate(strict=True)
+            kept[key] = stated[key]
+        except (ValueError, TypeError, AttributeError):
+            continue
+    if left := [key for key in stated if key not in kept]:
+        log.warning("base: %s contradicts itself: %s left out", file.name, ", ".join(left))
+        write_whole(file, json.dumps(kept, indent=2) + "\n")
+
+
+def refuse_weights(base: str, folder: Path, headers: Iterable[dict[str, Any]]) -> None:
+    """Say what of the safetensors in `folder` transformers would not read as this model's weights.
+
+    Raises:
+        UserError: they are quantized, have other shapes or lack some, which would be random.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    for header in headers:
+        for name, entry in header.items():
+            if name != "__metadata__" and WEIGHT.search(name) and NARROW.match(entry["dtype"]):
+                raise UserError(_quantized(base, f"{name} is {entry['dtype']}", folder))
+    try:
+        _, found = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="meta", dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # of the model's own code
+        raise UserError(f"base {base!r}: transformers does not load it ({reason(error)}): use another base") from None
+    if shapes := sorted(found["mismatched_keys"]):
+        name, *sizes = shapes[0]
+        raise UserError(
+            f"base {base!r}: {name} has the shape {tuple(sizes[0])}, by its config.json {tuple(sizes[1])}: fetch "
+            "config and weights of the same model"
+        )
+    if lacking := sorted(found["missing_keys"]):
+        raise UserError(
+            f"base {base!r}: {_some(lacking)} not in its weights, and would be random: fetch config and weights of the "
+            "same model"
+        )
+    if unread := sorted(found["unexpected_keys"]):
+        log.warning("base: transformers does not read %s: left out of what is trained", _some(unread, "are"))
+
+
+def _some(names: list[str], verb: str = "is") -> str:
+    more = f" and {len(names) - 1:,} more" if names[1:] else ""
+    return f"{names[0]}{more}" if verb == "are" else f"{names[0]}{more} {'are' if more else 'is'}"
