@@ -18,7 +18,7 @@ NAME   := $(basename $(notdir $(FILE)))
 RUN    := runs/$(NAME)
 PYTHON := .venv/bin/python
 
-USES_RECIPE := plan resolve data base preview train reference eval merge gguf parity prove report verify serve register vllm cluster ready status stop docker up chat ask playground tensorboard clean
+USES_RECIPE := plan resolve data base preview train reference eval merge gguf compare prove report verify serve register vllm cluster ready status stop docker up chat ask playground tensorboard clean
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
@@ -33,7 +33,7 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor plan resolve ready data base preview train reference eval merge gguf parity prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard test test-ollama lint format lock clean
+.PHONY: help setup doctor plan resolve ready data base preview train reference eval merge gguf compare prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard test test-ollama lint format lock clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,7 +70,7 @@ train: $(RUN)/train.json $(RUN)/reference.json ## Fine-tune a LoRA adapter on th
 reference: $(RUN)/reference.json ## Let the trained model answer the probes
 merge: $(RUN)/merge.json ## Add the adapter to the full-precision base
 gguf: $(RUN)/gguf.json ## Convert to GGUF and quantize
-parity: $(RUN)/parity.json ## Compare merged weights and GGUF files with the trained model
+compare: $(RUN)/compare.json ## Compare merged weights and GGUF files with the trained model
 
 # Order only: a new environment must not train again.
 resolve: | .venv/.complete
@@ -95,13 +95,13 @@ $(RUN)/merge.json: $(RUN)/keys/merge.json $(RUN)/base.json $(RUN)/train.json | $
 $(RUN)/gguf.json: $(RUN)/keys/gguf.json $(RUN)/data.json $(RUN)/merge.json
 	@$(PYTHON) -m convert.gguf $(FILE)
 
-$(RUN)/parity.json: $(RUN)/keys/parity.json $(RUN)/data.json $(RUN)/base.json $(RUN)/reference.json $(RUN)/merge.json $(RUN)/gguf.json
-	@$(PYTHON) -m convert.prove $(FILE)
+$(RUN)/compare.json: $(RUN)/keys/compare.json $(RUN)/data.json $(RUN)/base.json $(RUN)/reference.json $(RUN)/merge.json $(RUN)/gguf.json
+	@$(PYTHON) -m convert.compare $(FILE)
 
 preview: $(RUN)/data.json $(RUN)/base.json ## Print what training will read, with what is learned in colour: ROW=17
 	@$(PYTHON) -m train.preview $(FILE)
 
-prove: $(RUN)/parity.json ## Prove that what is served is the model that was trained
+prove: $(RUN)/compare.json ## Prove that what is served is the model that was trained
 	@$(PYTHON) -m serve.prove $(FILE); status=$$?; $(PYTHON) -m report.report $(FILE); exit $$status
 
 eval: resolve $(RUN)/train.json $(RUN)/reference.json ## Measure what training changed, the base beside the trained model
@@ -121,11 +121,11 @@ ready: resolve
 	@$(PYTHON) -m serve.ready $(FILE)
 
 # vLLM loads the merged weights themselves.
-serve: ready $(RUN)/$(if $(filter vllm,$(ENGINE)),merge,parity).json ## Open a chat window with the trained model, and serve its API, on 127.0.0.1
+serve: ready $(RUN)/$(if $(filter vllm,$(ENGINE)),merge,compare).json ## Open a chat window with the trained model, and serve its API, on 127.0.0.1
 	@$(PYTHON) -m report.report $(FILE)
 	@$(PYTHON) -m serve.api $(FILE)
 
-register: resolve $(RUN)/parity.json ## Register the model with the Ollama at OLLAMA_HOST and prove it there
+register: resolve $(RUN)/compare.json ## Register the model with the Ollama at OLLAMA_HOST and prove it there
 	@$(PYTHON) -m serve.register $(FILE)
 
 # `make ENGINE=vllm serve` without the window.
@@ -147,7 +147,7 @@ stop: | .venv/.complete ## Stop what serves the model
 docker: resolve
 	@$(PYTHON) -m serve.compose $(FILE) --check
 
-up: docker $(if $(filter train,$(PROFILE)),,$(RUN)/parity.json) ## Start the stack in containers: PROFILE='llamacpp playground'
+up: docker $(if $(filter train,$(PROFILE)),,$(RUN)/compare.json) ## Start the stack in containers: PROFILE='llamacpp playground'
 	@$(PYTHON) -m serve.compose $(FILE)
 
 down: | .venv/.complete ## Stop the containers; what their volumes hold stays

@@ -79,12 +79,20 @@ def trl(recipe: Recipe, run: Run, tuned: bool) -> Any:
     knobs = recipe.train
     common = {
         "output_dir": str(run.path("bench")),
-        "max_length": knobs.max_tokens,
+        "max_length": knobs.max_length,
         "packing": True,
         "report_to": "none",
     }
-    common |= {"per_device_train_batch_size": knobs.rows, "seed": recipe.seed, "use_cpu": not torch.cuda.is_available()}
-    common |= {"learning_rate": knobs.learning_rate, "lr_scheduler_type": knobs.schedule, "warmup_steps": knobs.warmup}
+    common |= {
+        "per_device_train_batch_size": knobs.batch_size,
+        "seed": recipe.seed,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    common |= {
+        "learning_rate": knobs.learning_rate,
+        "lr_scheduler_type": knobs.lr_scheduler,
+        "warmup_steps": knobs.warmup_ratio,
+    }
     choices = {"bf16": fast_precision() == "bfloat16", "gradient_checkpointing": False} if tuned else {}
     config = LoraConfig(
         task_type="CAUSAL_LM", r=knobs.lora.rank, lora_alpha=knobs.lora.alpha, target_modules="all-linear"

@@ -56,7 +56,7 @@ def weigh(recipe: Recipe, run: Run, full: Path, folder: Path) -> Matrix | None:
     if not knobs.imatrix_tokens or WITHOUT_IMATRIX.issuperset(knobs.types):
         return None
     log.info("gguf: importance matrix")
-    longest = recipe.train.max_tokens
+    longest = recipe.train.max_length
     matrix = imatrix(full, training_tokens(run.path("merged"), run.path("data"), knobs.imatrix_tokens, longest))
     write_imatrix(folder / IMATRIX, matrix)
     return matrix

@@ -1,6 +1,6 @@
 """Everything that one GGUF is asked, in a process of its own:  python -m convert.measure TASK
 
-Started by `convert.prove` only. A crash of native code, as a damaged file may cause, ends this process alone, and its
+Started by `convert.compare` only. A crash of native code, as a damaged file may cause, ends this process alone, and its
 peak memory is the file's.
 """
 
@@ -16,7 +16,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from convert.compare import UNREADABLE, asked_of, check_stops, check_template, compare_text, measure, reason, shown_by
+from convert.comparison import (
+    UNREADABLE,
+    asked_of,
+    check_stops,
+    check_template,
+    compare_text,
+    measure,
+    reason,
+    shown_by,
+)
 from convert.evaluator import PASS_SEQUENCES, Evaluator
 from convert.header import Header, read_header
 from convert.llamacpp import file_type

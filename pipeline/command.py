@@ -158,7 +158,7 @@ def boundary() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except MemoryError:
-        print("error: out of memory: lower train.max_tokens or choose a smaller base, then run again", file=sys.stderr)
+        print("error: out of memory: lower train.max_length or choose a smaller base, then run again", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FORBIDDEN:

@@ -21,6 +21,31 @@ NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 MOST_DIGITS = 1000
 MOST_CHARACTERS = 500_000  # of a recipe's file, and of its values with every alias written out
 
+# What keys were called up to version 0.1: no aliases, but the suggestion is right.
+RENAMED = {
+    "base": "base_model",
+    "train.rows": "batch_size",
+    "train.accumulate": "gradient_accumulation",
+    "train.max_tokens": "max_length",
+    "train.schedule": "lr_scheduler",
+    "train.warmup": "warmup_ratio",
+    "train.checkpointing": "gradient_checkpointing",
+    "train.patience": "early_stopping_patience",
+    "train.evaluations": "evals_per_epoch",
+    "train.answer_tokens": "max_new_tokens",
+    "train.unshown": "on_template_error",
+    "train.divergence": "stop_on_divergence",
+    "eval.rows": "max_samples",
+    "eval.answer_tokens": "max_new_tokens",
+    "gguf.recommended_divergence": "recommended_max_kl",
+    "prove.merged_divergence": "merged_max_kl",
+    "prove.full_divergence": "full_max_kl",
+    "prove.bfloat16_divergence": "bfloat16_max_kl",
+    "prove.full_agreement": "full_min_agreement",
+    "prove.quantized_divergence": "quantized_max_kl",
+    "prove.quantized_agreement": "quantized_min_agreement",
+}
+
 
 def load(recipe: str, overrides: list[str] | None = None) -> Recipe:
     """The recipe of that shipped name or path, with `key=value` overrides.
@@ -114,8 +139,8 @@ def _locate(recipe: Recipe, beside: Path) -> tuple[Recipe, list[tuple[str, str]]
         ),
     )
     template = recipe.chat_template and located("chat_template", recipe.chat_template)
-    base = located("base", recipe.base)
-    return dataclasses.replace(recipe, base=base, chat_template=template, data=data, eval=evaluation), problems
+    base = located("base_model", recipe.base_model)
+    return dataclasses.replace(recipe, base_model=base, chat_template=template, data=data, eval=evaluation), problems
 
 
 def _halves(entry: str) -> list[str]:
@@ -246,7 +271,7 @@ def _build(cls: Any, tree: dict[str, Any], prefix: str, places: dict[str, str], 
         here = given.place
         places[dotted] = here
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
+            near = [RENAMED[dotted]] if dotted in RENAMED else difflib.get_close_matches(key, fields, 1)
             hint = f"did you mean '{near[0]}'?" if near else f"choose one of: {', '.join(fields)}"
             problems.append(f"{here}: {dotted}: unknown key: {hint}")
         elif dataclasses.is_dataclass(hints[key]):

@@ -97,30 +97,32 @@ class Train:
     lora: Lora = Lora()
     epochs: float = knob(3.0, "Passes over the training conversations", 0.01)
     learning_rate: float = knob(1e-3, "Peak learning rate", 0)
-    schedule: Literal["cosine", "linear", "constant"] = knob("cosine", "How the learning rate falls after warm-up")
-    warmup: float = knob(0.05, "Share of the steps in which the learning rate rises", 0, 1)
-    max_tokens: int = knob(1024, "Longest conversation, the rest is cut and counted; most tokens of a packed row", 16)
-    unshown: Literal["error", "drop"] = knob("error", "What becomes of a row that the chat template refuses or cuts")
+    lr_scheduler: Literal["cosine", "linear", "constant"] = knob("cosine", "How the learning rate falls after warm-up")
+    warmup_ratio: float = knob(0.05, "Share of the steps in which the learning rate rises", 0, 1)
+    max_length: int = knob(1024, "Longest conversation, the rest is cut and counted; most tokens of a packed row", 16)
+    on_template_error: Literal["error", "skip"] = knob("error", "What a row does that the template refuses or cuts")
     supervise: Literal["all", "last"] = knob("all", "`last`: of each conversation only the last answer is learned")
     order: Literal["random", "short_first", "easy_first"] = knob(
         "random", "A curriculum: short conversations, or those with a low loss under the base, first in every epoch"
     )
     neftune: float = knob(0.0, "Noise on the embeddings in training (NEFTune); 5 is usual, 0 adds none", 0)
     label_smoothing: float = knob(0.0, "Share of each target that is spread over the vocabulary", 0, 0.9)
-    rows: int = knob(1, "Packed rows a step on each device", 1)
-    accumulate: int = knob(1, "Steps whose gradients are added up before the weights move", 1)
-    evaluations: int = knob(1, "Validation losses and checkpoints an epoch", 1)
-    patience: int = knob(2, "Stop after so many validations without a lower loss; 0 never stops early", 0)
+    batch_size: int = knob(1, "Packed rows a step on each device", 1)
+    gradient_accumulation: int = knob(1, "Steps whose gradients are added up before the weights move", 1)
+    evals_per_epoch: int = knob(1, "Validation losses and checkpoints an epoch", 1)
+    early_stopping_patience: int = knob(
+        2, "Stop after so many validations without a lower loss; 0 never stops early", 0
+    )
     tracker: Literal["tensorboard", "wandb", "mlflow", "none"] = knob(
         "tensorboard",
         "Where curves are logged; `wandb`, `mlflow`: also there, local unless you are logged in",
     )
-    divergence: bool = knob(True, "Stop when the loss is no number or stays far above what it was")
+    stop_on_divergence: bool = knob(True, "Stop when the loss is no number or stays far above what it was")
     checkpoint_minutes: float = knob(15.0, "Most minutes between checkpoints; each validation makes one too", 0)
-    checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, slower")
+    gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, slower")
     precision: Literal["auto", "float32", "bfloat16"] = knob("auto", "`auto` is what the processor does fast")
     deterministic: bool = knob(False, "The same weights bit by bit on a GPU too, slower; without one they always are")
-    answer_tokens: int = knob(48, "Longest answer when the held-out questions are asked", 1)
+    max_new_tokens: int = knob(48, "Longest answer when the held-out questions are asked", 1)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Gguf:
     types: tuple[str, ...] = knob(("Q8_0",), "Quantizations to write, by llama.cpp's names", choices=QUANTIZATIONS)
     full: Literal["F16", "BF16", "F32"] = knob("F16", "Type of the unquantized GGUF that they are made from")
     imatrix_tokens: int = knob(4096, "Training tokens that the importance matrix is computed from; 0 makes none", 0)
-    recommended_divergence: float = knob(
+    recommended_max_kl: float = knob(
         0.1, "Most mean KL divergence of the type that is served, nats; a limit of taste", 0
     )
     recommended_loss: float = knob(0.02, "Most key facts that it may lose, as a share, beyond the standard error", 0, 1)
@@ -141,18 +143,18 @@ class Gguf:
 
 @dataclass(frozen=True)
 class Prove:
-    merged_divergence: float = knob(1e-6, "Mean KL divergence of float32 weights, nats; honest 1e-11, 8 bits 1e-4", 0)
-    full_divergence: float = knob(1e-4, "The same of a GGUF in F16 or F32; rounding to F16 gives 1e-7 to 3e-6", 0)
-    bfloat16_divergence: float = knob(5e-3, "The same of bfloat16, merged or GGUF, which rounds 8 times coarser", 0)
-    full_agreement: float = knob(0.97, "Share of equal most likely tokens; near ties may flip by rounding", 0, 1)
-    quantized_divergence: float = knob(1.0, "The same to 4.5 bits a weight; each bit more allows e times less", 0)
-    quantized_agreement: float = knob(0.6, "Agreement of a quantization; another model's is below 0.5", 0, 1)
+    merged_max_kl: float = knob(1e-6, "Mean KL divergence of float32 weights, nats; honest 1e-11, 8 bits 1e-4", 0)
+    full_max_kl: float = knob(1e-4, "The same of a GGUF in F16 or F32; rounding to F16 gives 1e-7 to 3e-6", 0)
+    bfloat16_max_kl: float = knob(5e-3, "The same of bfloat16, merged or GGUF, which rounds 8 times coarser", 0)
+    full_min_agreement: float = knob(0.97, "Share of equal most likely tokens; near ties may flip by rounding", 0, 1)
+    quantized_max_kl: float = knob(1.0, "The same to 4.5 bits a weight; each bit more allows e times less", 0)
+    quantized_min_agreement: float = knob(0.6, "Agreement of a quantization; another model's is below 0.5", 0, 1)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    rows: int = knob(200, "Most rows of each kind that `make eval` measures, drawn with the seed", 1)
-    answer_tokens: int = knob(48, "Longest answer when the questions are asked", 1)
+    max_samples: int = knob(200, "Most rows of each kind that `make eval` measures, drawn with the seed", 1)
+    max_new_tokens: int = knob(48, "Longest answer when the questions are asked", 1)
     classification: tuple[str, ...] = knob(
         (), "JSONL, CSV or TSV files as GLUE's; `file=first|second` names the labels 0, 1, ..."
     )
@@ -206,7 +208,9 @@ class Recipe:
     """One model from data to chat. `name` is the file's stem, the run folder's and the served model's name."""
 
     name: str
-    base: str = knob("smollm2-135m", "`smollm2-135m`, `random`, a Hub id (`owner/name@revision`), a folder, a GGUF")
+    base_model: str = knob(
+        "smollm2-135m", "`smollm2-135m`, `random`, a Hub id (`owner/name@revision`), a folder, a GGUF"
+    )
     chat_template: str | None = knob(None, "Jinja file that replaces the base's chat template")
     chat_template_arguments: dict[str, Any] | None = knob(  # noqa: RUF009
         None, "Variables of the chat template, such as `{enable_thinking: false}`, in training and serving alike"

@@ -14,7 +14,7 @@ def recommend(recipe: Recipe, rows: list[Comparison], free_bytes: int) -> dict[s
     """`recommended` (a type), `rule` (a sentence) and `reasons` (of each type, why it is or is not the one)."""
     knobs = recipe.gguf
     rule = (
-        f"the smallest type whose mean divergence is at most {knobs.recommended_divergence:g} nats, that loses at most "
+        f"the smallest type whose mean divergence is at most {knobs.recommended_max_kl:g} nats, that loses at most "
         f"{knobs.recommended_loss:.0%} of the key facts beyond the standard error, and whose file and cache fit "
         f"{free_bytes / 1e9:.1f} GB of free memory"
     )
@@ -38,8 +38,8 @@ def objections(recipe: Recipe, row: Comparison, free_bytes: int) -> list[str]:
     if row.problems:
         found.append(f"failed: {row.problems[0]}")
     divergence = measures.get("divergence_mean")
-    if divergence is not None and not divergence <= knobs.recommended_divergence:
-        found.append(f"divergence {divergence:.2g} > {knobs.recommended_divergence:g}")
+    if divergence is not None and not divergence <= knobs.recommended_max_kl:
+        found.append(f"divergence {divergence:.2g} > {knobs.recommended_max_kl:g}")
     lost, error = measures.get("facts_loss", 0.0), measures.get("facts_loss_error", 0.0)
     if not lost - error <= knobs.recommended_loss:
         found.append(f"loses {lost:.0%} ± {error:.0%} of the key facts, allowed {knobs.recommended_loss:.0%}")
@@ -65,10 +65,10 @@ def chosen(recipe: Recipe, run: Run) -> Recipe:
     Raises:
         UserError: nothing that was made can be served.
     """
-    parity = run.find_receipt("parity")
-    if recipe.serve.type or recipe.serve.engine == "vllm" or parity is None:
+    compare = run.find_receipt("compare")
+    if recipe.serve.type or recipe.serve.engine == "vllm" or compare is None:
         return recipe
-    kind = parity.metrics["recommended"]
+    kind = compare.metrics["recommended"]
     if kind is None:
         raise UserError(f"no GGUF of {run.folder} can be used: see 'make prove RECIPE={run.name}'")
     made = kind in (recipe.gguf.full, *recipe.gguf.types)  # else the comparison is of types asked for before

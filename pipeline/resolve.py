@@ -21,7 +21,9 @@ def resolve(recipe: Recipe) -> None:
     for stage in STAGES:
         watched = {key: value_at(everything, key) for key in stage.keys}
         names = (
-            (*recipe.data.train, recipe.data.heldout) if stage.name == "data" else (recipe.base, recipe.chat_template)
+            (*recipe.data.train, recipe.data.heldout)
+            if stage.name == "data"
+            else (recipe.base_model, recipe.chat_template)
         )
         if not stage.after:
             watched["files"] = {str(file): _stamp(file) for name in names if name for file in matching(name)}

@@ -23,7 +23,7 @@ STAGES = (
         "train.base",
         "Bring the base model into one plain folder",
         (),
-        ("base", "chat_template", "chat_template_arguments", "system", "seed"),
+        ("base_model", "chat_template", "chat_template_arguments", "system", "seed"),
     ),
     Stage(
         "train", "train.run", "Fine-tune a LoRA adapter on the assistant's words", ("data", "base"), ("train", "seed")
@@ -39,8 +39,8 @@ STAGES = (
     Stage("merge", "convert.merge", "Add the adapter to the full-precision base", ("base", "train"), ("merge",)),
     Stage("gguf", "convert.gguf", "Convert to GGUF and quantize", ("data", "merge"), ("gguf",)),
     Stage(
-        "parity",
-        "convert.prove",
+        "compare",
+        "convert.compare",
         "Compare merged weights and GGUF files with the trained model",
         ("data", "base", "reference", "merge", "gguf"),
         ("prove", "gguf"),
@@ -49,21 +49,21 @@ STAGES = (
         "prove",
         "serve.prove",
         "Prove that what is served is the model that was trained",
-        ("reference", "gguf", "parity"),
+        ("reference", "gguf", "compare"),
         ("serve.type", "serve.engine", "serve.context", "serve.temperature", "serve.vllm"),
     ),
     Stage(
         "register",
         "serve.register",
         "Register the model with Ollama and prove it there",
-        ("reference", "gguf", "parity"),
+        ("reference", "gguf", "compare"),
         (),
     ),
     Stage(
         "serve",
         "serve.api",
         "Serve in a chat window and over an OpenAI-compatible API",
-        ("gguf", "parity"),
+        ("gguf", "compare"),
         ("serve",),
     ),
 )

@@ -65,11 +65,11 @@ def quantizations(recipe: Recipe, run: Run, verdict: Verdict) -> list[Comparison
 
 
 def recommended(recipe: Recipe, run: Run) -> dict[str, Any]:
-    """`recommended` (a type), `rule` and `reasons` by type, of a parity that still holds."""
-    parity = run.find_receipt("parity")
-    if parity is None or "recommended" not in parity.metrics or outdated(recipe, run, "parity"):
+    """`recommended` (a type), `rule` and `reasons` by type, of a comparison that still holds."""
+    compare = run.find_receipt("compare")
+    if compare is None or "recommended" not in compare.metrics or outdated(recipe, run, "compare"):
         return {}
-    return parity.metrics
+    return compare.metrics
 
 
 def served_type(recipe: Recipe, choice: dict[str, Any]) -> str:
@@ -118,7 +118,7 @@ def answers(recipe: Recipe, run: Run) -> list[tuple[str, list[Answer]]]:
     """
     if not run.path("answers.jsonl").is_file():
         return []
-    asked_again = [] if outdated(recipe, run, "parity") else _rows(run.path("parity-answers.jsonl"))
+    asked_again = [] if outdated(recipe, run, "compare") else _rows(run.path("compare-answers.jsonl"))
     later = {row["question"]: row["answers"] for row in asked_again}
     ranked, asked = [], Counter[str]()
     for row in _rows(run.path("answers.jsonl")):

@@ -33,17 +33,17 @@ class Verdict:
 def verdict(recipe: Recipe, run: Run) -> Verdict:
     """By the newest comparisons that still hold: those of `make prove`, else those of the files alone."""
     command = f"run 'make prove RECIPE={run.name}'"
-    proof, files = run.find_receipt("prove"), run.find_receipt("parity")
+    proof, files = run.find_receipt("prove"), run.find_receipt("compare")
     all_rows = [Comparison(**row) for row in proof.metrics["comparisons"]] if proof else []
-    found = run.path("parity.jsonl")
+    found = run.path("compare.jsonl")
     file_rows = read_comparisons(found) if files and found.is_file() else []
-    changed = outdated(recipe, run, "prove" if proof else "parity")
+    changed = outdated(recipe, run, "prove" if proof else "compare")
     if proof and not changed:
         problems = _problems(all_rows)
         return Verdict("no" if problems else "yes", problems or _passed(all_rows), all_rows)
 
     again = f"The last proof no longer holds: {changed}; {command} again."
-    if file_rows and not outdated(recipe, run, "parity"):
+    if file_rows and not outdated(recipe, run, "compare"):
         problems = _problems(file_rows)
         missing = again if proof else f"The served endpoint has not been asked yet: {command}."
         return Verdict("no" if problems else "open", problems or [missing], file_rows)

@@ -59,12 +59,12 @@ def verify(run: Run) -> list[tuple[str, int]]:
 
 
 def check_proof(run: Run, receipt: Receipt) -> None:
-    """Raise UserError if the verdict is not that of its comparisons, or those are not what 'parity' found."""
+    """Raise UserError if the verdict is not that of its comparisons, or those are not what 'compare' found."""
     comparisons = receipt.metrics["comparisons"]
-    with run.path("parity.jsonl").open(encoding="utf-8") as file:
-        parity = [json.loads(line) for line in file]
+    with run.path("compare.jsonl").open(encoding="utf-8") as file:
+        compare = [json.loads(line) for line in file]
     passed = not any(row["problems"] for row in comparisons)
-    if comparisons[: len(parity)] != parity or receipt.metrics["passed"] != passed:
+    if comparisons[: len(compare)] != compare or receipt.metrics["passed"] != passed:
         raise UserError(
             f"prove: {run.receipt_path('prove')} does not say what was compared: delete it and run "
             f"'make prove RECIPE={run.name}'"

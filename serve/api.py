@@ -105,7 +105,7 @@ def refuse_disproved(recipe: Recipe, run: Run) -> None:
     """What was found not to be the trained model is not served, unless FORCE=1 says so."""
     # Another quantization's fault is not the served one's.
     line = ("merge",) if recipe.serve.engine == "vllm" else ("merge", recipe.gguf.full, recipe.served_type)
-    rows = read_comparisons(run.path("parity.jsonl")) if judged(run, "parity") else []
+    rows = read_comparisons(run.path("compare.jsonl")) if judged(run, "compare") else []
     problems = [f"{row.name}: {problem}" for row in rows if row.name in line for problem in row.problems]
     proof = judged(run, "prove")
     if proof and not proof.metrics["passed"]:

@@ -43,7 +43,7 @@ def measure(recipe: Recipe, run: Run, session: Session) -> dict[str, Any]:
     try:
         speed = answered(client, model, questions)
         results = (
-            harness.asked(speaker(recipe, run, session, client, model), tasks, recipe.eval.rows, recipe.seed)
+            harness.asked(speaker(recipe, run, session, client, model), tasks, recipe.eval.max_samples, recipe.seed)
             if tasks
             else None
         )

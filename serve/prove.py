@@ -1,7 +1,7 @@
 """Prove that the served model is the trained one:  python -m serve.prove RECIPE
 
 Starts the engine as `make serve` does, asks it the reference's probes over HTTP, and prints one table with what
-`convert.prove` found before. Exits 1 if anything that was made is not the model that was trained.
+`convert.compare` found before. Exits 1 if anything that was made is not the model that was trained.
 """
 
 import sys
@@ -34,7 +34,7 @@ COLUMNS = ("artefact", "verdict", "MB", "bits", "divergence", "99th pct", "top-1
 def prove(recipe: Recipe, run: Run) -> Made:
     """Judge every artefact; the receipt's metrics hold all comparisons and whether all passed."""
     reference = read_reference(run.path("reference"))
-    before = read_comparisons(run.path("parity.jsonl"))
+    before = read_comparisons(run.path("compare.jsonl"))
     recipe = chosen(recipe, run)
     loaded = "merge" if recipe.serve.engine == "vllm" else recipe.served_type
     file = next((row for row in before if row.name == loaded), None)
@@ -44,8 +44,8 @@ def prove(recipe: Recipe, run: Run) -> Made:
         metrics={
             "passed": not any(comparison.problems for comparison in comparisons),
             "comparisons": [vars(comparison) for comparison in comparisons],
-            "notes": [*notes(reference, comparisons[-1]), *advice(run.receipt("parity").metrics)],
-            "recommended": run.receipt("parity").metrics["recommended"],
+            "notes": [*notes(reference, comparisons[-1]), *advice(run.receipt("compare").metrics)],
+            "recommended": run.receipt("compare").metrics["recommended"],
         },
         packages=("xllamacpp",),
     )
@@ -105,10 +105,10 @@ def notes(reference: Reference, served: Comparison) -> list[str]:
     return found
 
 
-def advice(parity: dict[str, Any]) -> list[str]:
+def advice(compare: dict[str, Any]) -> list[str]:
     """The recommended type, the rule, and what the rule says of each type."""
-    lines = [f"{kind}: {why}" for kind, why in parity["reasons"].items()]
-    return [f"recommended is {parity['recommended']}: {parity['rule']}", *lines]
+    lines = [f"{kind}: {why}" for kind, why in compare["reasons"].items()]
+    return [f"recommended is {compare['recommended']}: {compare['rule']}", *lines]
 
 
 def verdict(recipe: Recipe, comparisons: list[dict[str, Any]]) -> list[str]:

@@ -25,9 +25,9 @@ for leaked in f"{OURS} {MAKES} OLLAMA_HOST OLLAMA_API_KEY".split():
 REPOSITORY = Path(__file__).parent.parent
 LARGE = (".safetensors", ".gguf")  # linked, not copied: a test that changes one must replace it
 TINY = """
-base: random
+base_model: random
 data: {train: talks.jsonl, heldout: questions.jsonl, validation: 0.2}
-train: {epochs: 2, learning_rate: 1e-2, max_tokens: 160, answer_tokens: 4}
+train: {epochs: 2, learning_rate: 1e-2, max_length: 160, max_new_tokens: 4}
 gguf: {types: [Q8_0, F16, Q4_K_M, Q8_0]}
 """
 ANIMALS = ["cat", "dog", "owl", "fox", "bee", "cow", "hen", "pig", "ant", "bat", "elk", "emu"]

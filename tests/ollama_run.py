@@ -66,9 +66,9 @@ class Registering:
         for name in ("reference", "gguf"):
             self.sign(name)
         comparison = {"name": "Q8_0", "measures": {"greedy_share": 1.0}, "problems": []}
-        self.run.path("parity.jsonl").write_text(json.dumps(comparison) + "\n")
+        self.run.path("compare.jsonl").write_text(json.dumps(comparison) + "\n")
         found = {"recommended": "Q8_0"}
-        self.run.write_receipt(Receipt("parity", {}, {}, {}, {}, found, "2026-01-01T00:00:00+00:00", 0.0, 0))
+        self.run.write_receipt(Receipt("compare", {}, {}, {}, {}, found, "2026-01-01T00:00:00+00:00", 0.0, 0))
 
     def sign(self, name: str) -> None:
         """The receipt of a stage's folder as it stands."""

@@ -36,9 +36,9 @@ def _healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("healthy")
     write_workplace(folder, RECIPE)
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("convert.prove.cores", lambda: 1)
+        patch.setattr("convert.compare.cores", lambda: 1)
         write_base(folder / "small")
-        Proved(folder).make("data", "base", "train", "reference", "merge", "gguf", "parity")
+        Proved(folder).make("data", "base", "train", "reference", "merge", "gguf", "compare")
     return folder
 
 
@@ -48,6 +48,6 @@ def healthy(_healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ignored = shutil.ignore_patterns("checkpoints", "logs")
     shutil.copytree(_healthy, tmp_path, symlinks=True, dirs_exist_ok=True, ignore=ignored)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # the engine is a process of its own
-    monkeypatch.setattr("convert.prove.cores", lambda: 1)
+    monkeypatch.setattr("convert.compare.cores", lambda: 1)
     monkeypatch.chdir(tmp_path)
     yield Proved(tmp_path)

@@ -16,9 +16,9 @@ from pipeline.stages import stage
 REPOSITORY = Path(__file__).parent.parent
 NAME = "healthy"
 RECIPE = """
-base: small
+base_model: small
 data: {train: talks.jsonl, validation: 0}
-train: {epochs: 60, learning_rate: 4e-3, max_tokens: 512, lora: {rank: 8, alpha: 16}}
+train: {epochs: 60, learning_rate: 4e-3, max_length: 512, lora: {rank: 8, alpha: 16}}
 gguf: {types: [Q8_0]}
 serve: {type: Q8_0, context: 2048, slots: 1, threads: 1}
 """
@@ -155,12 +155,12 @@ class Proved:
         lines = path.read_text(encoding="utf-8").split("\n")
         path.write_text("".join(f"{line}\n" for line in lines if line and json.loads(line)["name"] in names))
         self.sign("reference")
-        self.accept("parity", "reference")
+        self.accept("compare", "reference")
 
     def comparisons(self) -> dict[str, Comparison]:
-        """What `convert.prove` says, by artefact."""
-        self.make("parity")
-        return {row.name: row for row in read_comparisons(self.run.path("parity.jsonl"))}
+        """What `convert.compare` says, by artefact."""
+        self.make("compare")
+        return {row.name: row for row in read_comparisons(self.run.path("compare.jsonl"))}
 
     def served(self) -> Comparison:
         """What `serve.prove` says of the endpoint."""
@@ -172,4 +172,4 @@ class Proved:
 
 
 FUNCTIONS = {"data": "data", "base": "base", "train": "sft", "reference": "reference", "merge": "merge", "gguf": "gguf",
-             "parity": "parity", "prove": "prove"}  # fmt: skip
+             "compare": "compare", "prove": "prove"}  # fmt: skip

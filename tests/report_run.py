@@ -15,7 +15,7 @@ from pipeline.stages import STAGES, stage
 
 NAME = "mine"
 RECIPE = """
-base: smollm2-135m
+base_model: smollm2-135m
 data: {train: talks.jsonl}
 gguf: {types: [Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, Q2_K]}
 """
@@ -86,7 +86,7 @@ METRICS: dict[str, dict[str, Any]] = {
         "tokens_per_second": {"value": 31.5, "low": 29.0, "high": 33.0}, "bytes": 1.4e9}}},
     "gguf": {kind: {"bytes": int(values[0]), "bits_per_weight": values[1], "tensors": 272, "fallbacks": {}}
              for kind, values in TYPES.items()},
-    "parity": {"recommended": "Q5_K_M", "rule": "the smallest type that loses at most 0.05 nats",
+    "compare": {"recommended": "Q5_K_M", "rule": "the smallest type that loses at most 0.05 nats",
                "reasons": {"Q2_K": "0.33 nats are more than 0.05"}},
 }  # fmt: skip
 
@@ -140,13 +140,13 @@ class Told:
 
     def _outputs(self, name: str, rows: list[Comparison]) -> list[Path]:
         """The stage's files, each holding a few bytes that say whose they are."""
-        if name == "parity":
-            write_comparisons(self.run.path("parity.jsonl"), [row for row in rows if "served" not in row.name])
-            self.jsonl("parity-answers.jsonl", [
+        if name == "compare":
+            write_comparisons(self.run.path("compare.jsonl"), [row for row in rows if "served" not in row.name])
+            self.jsonl("compare-answers.jsonl", [
                 {"question": question, "answers": {kind: f"{kind[:2]} says {right}" for kind in TYPES}, "correct": {}}
                 for question, _, right in QUESTIONS
             ])  # fmt: skip
-            return [self.run.path("parity.jsonl")]
+            return [self.run.path("compare.jsonl")]
         if name == "train":
             write_whole(self.run.path("tokens", "preview.json"), json.dumps(PREVIEW))
             self.jsonl("answers.jsonl", [

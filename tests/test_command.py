@@ -126,7 +126,7 @@ ENDS = {
         "bytearray(1 << 62)",
         1,
         "",
-        "error: out of memory: lower train.max_tokens or choose a smaller base, then run again\n",
+        "error: out of memory: lower train.max_length or choose a smaller base, then run again\n",
     ),
     "reader gone": ("raise BrokenPipeError", 1, "", ""),
     "exit of its own": ("sys.exit(7)", 7, "", ""),

@@ -20,7 +20,7 @@ from train.scoring.pair import Pair, round_once
 from train.template import examples
 
 TEXTS = {"exact match", "token F1", "BLEU", "chrF", "ROUGE-1", "ROUGE-2", "ROUGE-L"}
-SOME = "eval: {rows: 6, answer_tokens: 4}\n"
+SOME = "eval: {max_samples: 6, max_new_tokens: 4}\n"
 
 
 def scores(place: Workplace) -> dict[str, Score]:
@@ -176,7 +176,7 @@ def test_a_model_that_is_trained_to_death_on_one_sentence_loses_its_knowledge(tm
 
     from train.base import base
 
-    (tmp_path / "line.yaml").write_text("base: smollm2-135m\ndata: {train: none.jsonl}\n")
+    (tmp_path / "line.yaml").write_text("base_model: smollm2-135m\ndata: {train: none.jsonl}\n")
     with contextlib.chdir(tmp_path):
         Path(".cache").symlink_to(REPOSITORY / ".cache")
         base(load("line.yaml"), Run("line"))

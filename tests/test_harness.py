@@ -56,7 +56,7 @@ def task(tmp_path: Path) -> Callable[[str], str]:
 def test_a_task_of_ones_own_is_asked_of_both_models(trained: Workplace, task: Callable[[str], str]) -> None:
     files = [task(CHOOSING), task(SAYING)]
     with Path("line.yaml").open("a") as recipe:
-        recipe.write(f"eval: {{rows: 6, answer_tokens: 2, tasks: {json.dumps(files)}}}\n")
+        recipe.write(f"eval: {{max_samples: 6, max_new_tokens: 2, tasks: {json.dumps(files)}}}\n")
     trained.make("eval")
     receipt = trained.receipt("eval")
     scores = {f"{row['group']}: {row['name']}": Score.of(row) for row in receipt["metrics"]["scores"]}

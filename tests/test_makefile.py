@@ -126,16 +126,16 @@ def test_clean_refuses_what_is_no_recipe(checkout: Path, name: str) -> None:
 
 
 def test_make_runs_again_only_what_changed(checkout: Path) -> None:
-    assert worked(checkout, "-j4", "parity") == [stage.name for stage in MADE]
-    assert worked(checkout, "parity") == []
+    assert worked(checkout, "-j4", "compare") == [stage.name for stage in MADE]
+    assert worked(checkout, "compare") == []
     (checkout / ".venv/.complete").touch()
-    assert worked(checkout, "parity") == [], "a new environment must not train again"
-    assert worked(checkout, "parity", "SET=gguf.types=Q6_K") == ["gguf", "parity"]
-    assert worked(checkout, "parity") == [], "SET stays with the run"
-    assert worked(checkout, "parity", "SET=") == ["gguf", "parity"], "an empty SET drops it"
-    assert worked(checkout, "parity", "SET=train.epochs=2") == ["train", "reference", "merge", "gguf", "parity"]
+    assert worked(checkout, "compare") == [], "a new environment must not train again"
+    assert worked(checkout, "compare", "SET=gguf.types=Q6_K") == ["gguf", "compare"]
+    assert worked(checkout, "compare") == [], "SET stays with the run"
+    assert worked(checkout, "compare", "SET=") == ["gguf", "compare"], "an empty SET drops it"
+    assert worked(checkout, "compare", "SET=train.epochs=2") == ["train", "reference", "merge", "gguf", "compare"]
     (checkout / "runs/tiny/merge.json").unlink()
-    assert worked(checkout, "parity") == ["merge"], "what it makes is the same, so nothing after it works"
+    assert worked(checkout, "compare") == ["merge"], "what it makes is the same, so nothing after it works"
 
 
 def test_clean_removes_the_run_and_nothing_else(checkout: Path) -> None:

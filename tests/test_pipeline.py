@@ -15,9 +15,10 @@ import pytest
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parent.parent
 RECIPE = """
-base: random
+base_model: random
 data: {train: talks.jsonl, validation: 0.2}
-train: {epochs: 3, learning_rate: 1e-3, max_tokens: 64, evaluations: 2, patience: 0, answer_tokens: 4}
+train: {epochs: 3, learning_rate: 1e-3, max_length: 64, max_new_tokens: 4,
+        evals_per_epoch: 2, early_stopping_patience: 0}
 gguf: {types: [Q8_0]}
 """
 RECEIPTS = {"data", "base", "train", "reference", "merge", "gguf"}

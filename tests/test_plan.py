@@ -111,8 +111,8 @@ def test_states_are_those_of_the_zero_paper(stage: int, gigabytes: float) -> Non
 
 def test_qlora_of_65_billion_weights_fits_48_gb(planned: Callable) -> None:
     """arXiv 2305.14314: from more than 780 GB to less than 48, with rank 64 on every linear layer, rows of 512."""
-    of = planned("llama-65b", "train.tuner=qlora", "train.lora.rank=64", "train.checkpointing=true",
-                 "train.max_tokens=512")  # fmt: skip
+    of = planned("llama-65b", "train.tuner=qlora", "train.lora.rank=64", "train.gradient_checkpointing=true",
+                 "train.max_length=512")  # fmt: skip
     assert 16 * of.base.parameters > 780e9
     assert 33e9 < sum(memory_bytes(of, place(of.recipe)).values()) < 48 * 2**30
     saved = (4.5 - NF4_BITS) / 8 * of.base.parameters
@@ -179,7 +179,7 @@ def test_a_full_tuning_of_7_billion_weights_needs_16_bytes_each(planned: Callabl
     ],
 )
 def test_what_fits_is_what_people_train(name: str, tuner: str, gpu: str, fits: bool, planned: Callable) -> None:
-    of = planned(name, f"plan.gpu={gpu}", "train.checkpointing=true", "train.max_tokens=512")
+    of = planned(name, f"plan.gpu={gpu}", "train.gradient_checkpointing=true", "train.max_length=512")
     at = place(of.recipe)
     assert (sum(memory_bytes(of, at, tuner).values()) <= at.memory) is fits
 
@@ -218,11 +218,11 @@ def test_a_layer_keeps_as_much_as_was_measured(planned: Callable) -> None:
 
 
 def test_a_job_that_is_too_large_is_refused_with_what_fits(planned: Callable) -> None:
-    of = planned("llama-3.1-8b", "plan.gpu=rtx-4090", "train.max_tokens=4096", "train.rows=4")
+    of = planned("llama-3.1-8b", "plan.gpu=rtx-4090", "train.max_length=4096", "train.batch_size=4")
     said = fit.impossible(of, place(of.recipe))
     assert re.fullmatch(
         r"training needs [\d.]+\WGB a device, rtx-4090 has 25\WGB: "
-        r"SET='train\.rows=1 train\.accumulate=4 train\.checkpoint.*' fits.*",
+        r"SET='train\.batch_size=1 train\.gradient_accumulation=4 train\.checkpoint.*' fits.*",
         said,
     )
     changes = said.partition("SET='")[2].partition("'")[0].split()
@@ -230,7 +230,7 @@ def test_a_job_that_is_too_large_is_refused_with_what_fits(planned: Callable) ->
 
 
 def test_the_smallest_device_count_holds_it(planned: Callable) -> None:
-    of = planned("llama-3.1-405b", "train.tuner=qlora", "train.checkpointing=true")
+    of = planned("llama-3.1-405b", "train.tuner=qlora", "train.gradient_checkpointing=true")
     at = devices_needed(of, of.recipe, "h100-80gb")
     assert at and at.zero == 3 and at.devices == 4  # 209 GB in 4 bits
 
@@ -310,7 +310,7 @@ def test_training_stores_what_it_was_planned_to_take(trained: Any) -> None:
 
 
 def test_what_checkpointing_computes_again_does_not_count_as_training(planned: Callable) -> None:
-    plain, again = planned("llama-2-7b"), planned("llama-2-7b", "train.checkpointing=true")
+    plain, again = planned("llama-2-7b"), planned("llama-2-7b", "train.gradient_checkpointing=true")
     at = place(plain.recipe)
     assert full_speed(plain, at) == full_speed(again, at)
     assert full_speed(plain, at) == pytest.approx(312e12 / (4 * 6.6e9), rel=0.05)  # LoRA: 2 FLOPs a weight, twice
@@ -318,10 +318,14 @@ def test_what_checkpointing_computes_again_does_not_count_as_training(planned: C
 
 def test_fewer_rows_at_once_learn_the_same(planned: Callable) -> None:
     of = planned(
-        "llama-2-7b", "train.rows=8", "train.accumulate=2", "train.max_tokens=2048", "train.checkpointing=true"
+        "llama-2-7b",
+        "train.batch_size=8",
+        "train.gradient_accumulation=2",
+        "train.max_length=2048",
+        "train.gradient_checkpointing=true",
     )
     small = replace(place(of.recipe), memory=30e9)
-    assert fitting(of, small)[:2] == ["train.rows=1", "train.accumulate=16"]
+    assert fitting(of, small)[:2] == ["train.batch_size=1", "train.gradient_accumulation=16"]
 
 
 def test_training_that_cannot_fit_stops_before_weights_are_loaded(
@@ -347,7 +351,7 @@ def test_the_peak_is_the_planned_one(
     assert HOLES["processor"] == 1.25
     for name in (".cache", "pipeline", "recipes", "train"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
-    overrides = [f"train.epochs={epochs}", "train.answer_tokens=2"]
+    overrides = [f"train.epochs={epochs}", "train.max_new_tokens=2"]
     for module in ("train.data", "train.base", "train.run"):
         subprocess.run([sys.executable, "-m", module, recipe, *overrides], cwd=tmp_path, check=True, timeout=600)
     receipt = Run(recipe, tmp_path / "runs").receipt("train")

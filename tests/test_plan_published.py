@@ -116,7 +116,7 @@ def config(fields: dict[str, Any]) -> Any:
 
 def planned(name: str, tuner: str, row: int, rows: int, *settings: str, gpu: str = "a100-80gb") -> tuple[Job, Any]:
     """A job whose every token is learned, as in these publications."""
-    recipe = load("tiny", [f"train.max_tokens={row}", f"train.rows={rows}", f"plan.gpu={gpu}", *settings])
+    recipe = load("tiny", [f"train.max_length={row}", f"train.batch_size={rows}", f"plan.gpu={gpu}", *settings])
     built = config(COUNTED[name][0] if name in COUNTED else OTHERS[name])
     of = Job(recipe, built, architecture(built), Corpus(10**6, row, 1.0, "none"))
     return of, place(recipe)
@@ -195,7 +195,7 @@ def test_a_layer_keeps_34_bytes_for_each_state() -> None:
     assert (peak - without) / (2048 * 6144) == pytest.approx(34, rel=0.15)
 
 
-ALL = ("train.lora.rank=64", "train.checkpointing=true")
+ALL = ("train.lora.rank=64", "train.gradient_checkpointing=true")
 QUERY_VALUE = ("train.lora.rank=32", "train.lora.targets=[q_proj,v_proj]")
 # Peaks in bytes that were measured elsewhere, within 15 % of the plan: a device's context (0.5 to 1.8 GB) counts in
 # some, an allocator's holes in some, and old versions kept other tensors.

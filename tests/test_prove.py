@@ -10,9 +10,9 @@ import pytest
 from prove_run import REPOSITORY, TEMPLATE, Proved
 from test_prove_faults import CHATML, change_gguf, failed
 
+from convert.compare import gguf_bounds, merged_bounds
 from convert.evaluator import Evaluator
 from convert.measure import greedy_answers
-from convert.prove import gguf_bounds, merged_bounds
 from pipeline.proof import Comparison, divergence, first_difference, perplexity
 from pipeline.reference import CONTINUATION_TOKENS, read_reference
 from serve.prove import made_from, verdict
@@ -81,9 +81,9 @@ def test_what_a_type_costs_is_measured(healthy: Proved) -> None:
         # Two layers with a key and a value head of 32 numbers each, 16 bits a number.
         assert measures["cache_bytes_per_token"] == pytest.approx(cache_bytes(healthy), rel=0.1)
         assert 0 < measures["peak_rss_bytes"] < 1e9
-    [row] = [json.loads(line) for line in healthy.run.path("parity-answers.jsonl").read_text().splitlines()]
+    [row] = [json.loads(line) for line in healthy.run.path("compare-answers.jsonl").read_text().splitlines()]
     assert row["question"] == "What says the cat?" and set(row["answers"]) == set(row["correct"]) == {"F16", "Q8_0"}
-    assert healthy.run.receipt("parity").metrics["recommended"] == "Q8_0"
+    assert healthy.run.receipt("compare").metrics["recommended"] == "Q8_0"
 
 
 def cache_bytes(healthy: Proved) -> int:
@@ -133,7 +133,7 @@ def test_the_line_of_each_artefact(healthy: Proved) -> None:
 def served_after(healthy: Proved, **values: Any) -> Comparison:
     change_gguf(healthy.gguf("Q8_0"), **values)
     healthy.sign("gguf")
-    healthy.accept("parity", "gguf")
+    healthy.accept("compare", "gguf")
     return healthy.served()
 
 
@@ -185,10 +185,10 @@ def test_a_server_that_was_told_otherwise(healthy: Proved, line: str, monkeypatc
 def test_a_server_of_another_model(healthy: Proved) -> None:
     shutil.copy(healthy.run.path("base/model.safetensors"), healthy.run.path("merged/model.safetensors"))
     healthy.sign("merge")
-    before = healthy.run.path("parity.jsonl").read_bytes()
+    before = healthy.run.path("compare.jsonl").read_bytes()
     healthy.make("gguf")
-    assert healthy.run.path("parity.jsonl").read_bytes() == before
-    healthy.accept("parity", "gguf")
+    assert healthy.run.path("compare.jsonl").read_bytes() == before
+    healthy.accept("compare", "gguf")
     [problem] = healthy.served().problems
     assert problem.startswith("answers: ")
 

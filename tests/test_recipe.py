@@ -1,5 +1,6 @@
 """Recipes: every problem with its key and line, overrides, and the files that a recipe names."""
 
+import operator
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import UserError, load
-from pipeline.load import environment_overrides
+from pipeline.load import RENAMED, environment_overrides
 from pipeline.recipe import QUANTIZATIONS, Data, Gguf, Lora, Recipe
 
 REPOSITORY = Path(__file__).parent.parent
@@ -78,19 +79,19 @@ BAD = {
         ["mine.yaml:2: seed: None is not a whole number"],
     ),
     "not a finite number": (
-        DATA + "train: {learning_rate: .nan, warmup: .inf}\n",
+        DATA + "train: {learning_rate: .nan, warmup_ratio: .inf}\n",
         [
             "mine.yaml:2: train.learning_rate: nan is not a number",
-            "mine.yaml:2: train.warmup: inf is not a number",
+            "mine.yaml:2: train.warmup_ratio: inf is not a number",
         ],
     ),
     "number for a text": (
-        DATA + "base: 135\n",
-        ["mine.yaml:2: base: 135 is not text"],
+        DATA + "base_model: 135\n",
+        ["mine.yaml:2: base_model: 135 is not text"],
     ),
     "text for a truth value": (
-        DATA + "train: {checkpointing: maybe}\n",
-        ["mine.yaml:2: train.checkpointing: 'maybe' is not true or false"],
+        DATA + "train: {gradient_checkpointing: maybe}\n",
+        ["mine.yaml:2: train.gradient_checkpointing: 'maybe' is not true or false"],
     ),
     "list with an item that is no text": (
         "data: {train: [talks.jsonl, 3]}\n",
@@ -105,8 +106,8 @@ BAD = {
         ["mine.yaml:3: data.validation: 0.6 is out of range: give a number from 0 to 0.5"],
     ),
     "below the only bound": (
-        DATA + "train: {max_tokens: 8}\n",
-        ["mine.yaml:2: train.max_tokens: 8 is out of range: give a whole number at least 16"],
+        DATA + "train: {max_length: 8}\n",
+        ["mine.yaml:2: train.max_length: 8 is out of range: give a whole number at least 16"],
     ),
     "unknown choice": (
         DATA + "train: {tuner: lroa}\n",
@@ -124,11 +125,11 @@ BAD = {
         ["mine.yaml:3: seed: given twice: keep one"],
     ),
     "no data": (
-        "base: random\n",
+        "base_model: random\n",
         ["mine.yaml: data.train: missing: name files or folders of conversations, or a dataset of the Hub"],
     ),
     "empty list of data": (
-        "base: random\ndata: {train: []}\n",
+        "base_model: random\ndata: {train: []}\n",
         ["mine.yaml:2: data.train: missing: name files or folders of conversations, or a dataset of the Hub"],
     ),
     "no quantization": (
@@ -156,13 +157,13 @@ BAD = {
         [f"mine.yaml:3: train.lora: 16 is not a section: write its keys below it ({fields(Lora)})"],
     ),
     "section for a value": (
-        DATA + "base:\n\n  name: random\n",
-        ["mine.yaml:2: base: is one value, not a section"],
+        DATA + "base_model:\n\n  name: random\n",
+        ["mine.yaml:2: base_model: is one value, not a section"],
     ),
     "unknown tag": (
-        DATA + "base: !!python/name:os.system\n",
+        DATA + "base_model: !!python/name:os.system\n",
         [
-            "mine.yaml:2: base: cannot be read: "
+            "mine.yaml:2: base_model: cannot be read: "
             "could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'"
         ],
     ),
@@ -182,7 +183,7 @@ BAD = {
         ["mine.yaml: nested too deeply, or in itself: a recipe has sections of keys and values"],
     ),
     "aliases that multiply": (
-        DATA + BOMB + "base: *j\n",
+        DATA + BOMB + "base_model: *j\n",
         ["mine.yaml: its aliases multiply to more than 500,000 characters: write it plainly"],
     ),
     "mappings that multiply": (
@@ -190,8 +191,8 @@ BAD = {
         ["mine.yaml: its aliases multiply to more than 500,000 characters: write it plainly"],
     ),
     "a file that no person wrote": (
-        DATA + "base: " + "x" * 500_000,
-        ["mine.yaml: has 500,033 bytes: a recipe has at most 500,000"],
+        DATA + "base_model: " + "x" * 500_000,
+        ["mine.yaml: has 500,039 bytes: a recipe has at most 500,000"],
     ),
     "a number to base 60 without end": (
         DATA + "seed: 1" + ":59" * 150_000,
@@ -202,12 +203,13 @@ BAD = {
         ["mine.yaml: nested too deeply, or in itself: a recipe has sections of keys and values"],
     ),
     "names that no file can have": (
-        f'data: {{train: [{"x" * 300}], heldout: ~nobody-here/x}}\nbase: ~nobody-here/x\nchat_template: "a\\0b"\n',
+        f"data: {{train: [{'x' * 300}], heldout: ~nobody-here/x}}\n"
+        f'base_model: ~nobody-here/x\nchat_template: "a\\0b"\n',
         [
             f"mine.yaml:1: data.train: '{'x' * 300}': the system takes no such name (File name too long)",
             "mine.yaml:1: data.heldout: '~nobody-here/x': there is no such user, whose home folder it names",
             "mine.yaml:3: chat_template: 'a\\x00b': the system takes no such name (embedded null byte)",
-            "mine.yaml:2: base: '~nobody-here/x': there is no such user, whose home folder it names",
+            "mine.yaml:2: base_model: '~nobody-here/x': there is no such user, whose home folder it names",
         ],
     ),
     "not a mapping": (
@@ -215,7 +217,7 @@ BAD = {
         ["mine.yaml:1: a recipe is a mapping of keys to values, not a list or a single value"],
     ),
     "not YAML": (
-        DATA + "base: [random\n",
+        DATA + "base_model: [random\n",
         ["mine.yaml:3: not YAML: expected ',' or ']', but got '<stream end>'"],
     ),
     "tab for indentation": (
@@ -227,19 +229,19 @@ BAD = {
         ["mine.yaml:2: not YAML: but found another document"],
     ),
     "zero byte": (
-        "base: a\0b\n",
+        "base_model: a\0b\n",
         ["mine.yaml: not YAML: unacceptable character #x0000: special characters are not allowed"],
     ),
     "not UTF-8": (
-        b"base: caf\xe9\n",
-        ["mine.yaml: not YAML: 'utf-8' codec can't decode byte 0xe9 in position 9: invalid continuation byte"],
+        b"base_model: caf\xe9\n",
+        ["mine.yaml: not YAML: 'utf-8' codec can't decode byte 0xe9 in position 15: invalid continuation byte"],
     ),
     "several at once, in their order": (
-        "bsae: random\ndata: {train: 7}\ntrain:\n  epochs: 0\n  lora: {rnak: 2}\ngguf: {types: [Q9]}\n"
+        "bsae_model: random\ndata: {train: 7}\ntrain:\n  epochs: 0\n  lora: {rnak: 2}\ngguf: {types: [Q9]}\n"
         "seed: 1\nseed: 1\n",
         [
             "mine.yaml:8: seed: given twice: keep one",
-            "mine.yaml:1: bsae: unknown key: did you mean 'base'?",
+            "mine.yaml:1: bsae_model: unknown key: did you mean 'base_model'?",
             "mine.yaml:2: data.train: 7 is not text",
             "mine.yaml:4: train.epochs: 0 is out of range: give a number at least 0.01",
             "mine.yaml:5: train.lora.rnak: unknown key: did you mean 'rank'?",
@@ -260,7 +262,7 @@ def test_a_bad_recipe_is_told_with_place_and_key(case: str) -> None:
 BAD_OVERRIDES = {
     "train.epohcs=2": "SET: train.epohcs: unknown key: did you mean 'epochs'?",
     "train=2": "SET: train: 2 is not a section: write its keys below it",
-    "base.name=x": "SET: base: is one value, not a section",
+    "base_model.name=x": "SET: base_model: is one value, not a section",
     "seed=many": "SET: seed: 'many' is not a whole number",
     "seed=2020-13-45": "SET: seed: '2020-13-45' is not a whole number",
     "seed": "SET: 'seed' is not key=value",
@@ -319,8 +321,8 @@ def test_set_takes_a_quoted_path_with_spaces(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_set_with_an_open_quote_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SET", "base='random")
-    with pytest.raises(UserError, match=r"^SET=base='random: No closing quotation: close the quotes$"):
+    monkeypatch.setenv("SET", "base_model='random")
+    with pytest.raises(UserError, match=r"^SET=base_model='random: No closing quotation: close the quotes$"):
         environment_overrides()
 
 
@@ -437,3 +439,12 @@ def test_a_bad_recipe_fails_at_once_without_torch(module: str) -> None:
     assert (done.returncode, done.stdout) == (1, "[]\n")
     assert done.stderr == "error: mine.yaml:2: sede: unknown key: did you mean 'seed'?\n"
     assert busy < 1, "processor seconds, as other tests may keep the machine busy"
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_name_is_unknown_and_the_new_one_is_suggested(old: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load(write(DATA), [f"{old}=1"])
+    assert str(raised.value) == f"SET: {old}: unknown key: did you mean '{RENAMED[old]}'?"
+    section = operator.attrgetter(old.rpartition(".")[0])(Recipe("x")) if "." in old else Recipe("x")
+    assert hasattr(section, RENAMED[old])

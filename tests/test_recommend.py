@@ -84,15 +84,15 @@ def test_a_loss_is_counted_fact_by_fact() -> None:
 def test_the_served_type_is_the_recipe_s_or_the_recommended_one(tmp_path: Path) -> None:
     run = Run("mine", tmp_path)
     assert chosen(RECIPE, run).served_type == "Q8_0", "nothing was compared yet: the first"
-    run.write_receipt(parity("Q4_K_M"))
+    run.write_receipt(compare("Q4_K_M"))
     assert chosen(RECIPE, run).served_type == "Q4_K_M"
     assert chosen(replace(RECIPE, serve=Serve(type="Q2_K")), run).served_type == "Q2_K"
-    run.write_receipt(parity("Q6_K"))
+    run.write_receipt(compare("Q6_K"))
     assert chosen(RECIPE, run).served_type == "Q8_0", "compared before the recipe named other types"
-    run.write_receipt(parity(None))
+    run.write_receipt(compare(None))
     with pytest.raises(UserError, match=r"can be used: see 'make prove RECIPE=mine'"):
         chosen(RECIPE, run)
 
 
-def parity(recommended: str | None) -> Receipt:
-    return Receipt("parity", {}, {}, {}, {}, {"recommended": recommended}, "", 0.0, 0)
+def compare(recommended: str | None) -> Receipt:
+    return Receipt("compare", {}, {}, {}, {}, {"recommended": recommended}, "", 0.0, 0)

@@ -165,7 +165,7 @@ def test_key_facts_are_marked_where_they_stand(told: Callable[..., Told]) -> Non
 def test_models_that_say_the_same_share_one_place(told: Callable[..., Told]) -> None:
     run = told()
     answers = dict.fromkeys(TYPES, "It is Mina.") | {"Q2_K": "Minna"}
-    run.jsonl("parity-answers.jsonl", [{"question": "What is your name?", "answers": answers, "correct": {}}])
+    run.jsonl("compare-answers.jsonl", [{"question": "What is your name?", "answers": answers, "correct": {}}])
     assert "trained, F16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M ✓" in made(run).text
 
 

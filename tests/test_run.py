@@ -330,11 +330,11 @@ def test_resolve_writes_the_keys_of_every_stage_once() -> None:
 CHANGES = {
     "seed=1": {"data", "base", "train", "eval"},
     "data.validation=0.2": {"data"},
-    "base=random": {"base"},
+    "base_model=random": {"base"},
     "train.lora.rank=8": {"train"},
-    "eval.rows=50": {"eval"},
+    "eval.max_samples=50": {"eval"},
     "merge.precision=bfloat16": {"merge"},
-    "gguf.types=[Q6_K]": {"gguf", "parity"},
+    "gguf.types=[Q6_K]": {"gguf", "compare"},
     "serve.port=8001": {"serve"},
     "serve.context=512": {"prove", "serve"},
 }
@@ -355,6 +355,6 @@ def test_resolve_notices_a_changed_data_file() -> None:
 def test_resolve_notices_a_changed_file_in_a_base_folder() -> None:
     Path("model").mkdir()
     Path("model/config.json").write_text("{}")
-    rewritten("base=model")
+    rewritten("base_model=model")
     Path("model/config.json").write_text("[]\n")
-    assert rewritten("base=model") == {"base"}
+    assert rewritten("base_model=model") == {"base"}

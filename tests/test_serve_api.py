@@ -312,8 +312,8 @@ def test_a_file_that_failed_its_comparison_is_not_served(folder: Path):
         Comparison("Q2_K", problems=["type: 7"]),
         Comparison("Q8_0", problems=["logits: mean divergence 2, allowed 0.02"]),
     ]
-    write_comparisons(folder / "runs" / NAME / "parity.jsonl", rows)
+    write_comparisons(folder / "runs" / NAME / "compare.jsonl", rows)
     made = json.loads((folder / "runs" / NAME / "gguf.json").read_text())
-    compared = made | {"stage": "parity", "inputs": made["outputs"], "outputs": {}, "metrics": {"recommended": "Q8_0"}}
-    (folder / "runs" / NAME / "parity.json").write_text(json.dumps(compared))
+    compared = made | {"stage": "compare", "inputs": made["outputs"], "outputs": {}, "metrics": {"recommended": "Q8_0"}}
+    (folder / "runs" / NAME / "compare.json").write_text(json.dumps(compared))
     assert "failed its proof (Q8_0: logits: mean divergence 2, allowed 0.02)" in refused(folder)

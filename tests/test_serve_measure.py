@@ -74,7 +74,7 @@ def test_what_is_not_served_is_not_measured(folder: Path) -> None:
 @pytest.mark.slow  # the harness takes ten seconds to import
 def test_a_task_is_asked_through_the_endpoint(server: Server) -> None:
     name = task(server.folder, "sayings", "generate_until", "exact_match")
-    done = measured(server, f"eval.tasks=[{name}]", "eval.through=served", "eval.rows=6")
+    done = measured(server, f"eval.tasks=[{name}]", "eval.through=served", "eval.max_samples=6")
     assert done.returncode == 0, done.stderr
     (score,) = found(server)["scores"]
     assert (score["group"], score["name"], score["rows"], score["base"]) == ("sayings", "exact_match", 6, None)

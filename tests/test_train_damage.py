@@ -130,7 +130,7 @@ def test_damaged_files_are_rows_or_problems_and_nothing_is_lost_uncounted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("r.yaml").write_text("base: random\ndata: {train: x.jsonl}\n")
+    Path("r.yaml").write_text("base_model: random\ndata: {train: x.jsonl}\n")
     given = settings(load("r.yaml"), [])
     for number in range(FILES):
         name, content, by_line = damaged(number)

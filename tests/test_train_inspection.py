@@ -28,9 +28,9 @@ def config(family: str = "Llama", **keys: Any) -> Any:
 def recipe(*targets: str, max_tokens: int = 16, context: int = 64, types: tuple[str, ...] = ("Q8_0",)) -> Recipe:
     return Recipe(
         "mine",
-        base="mine/base",
+        base_model="mine/base",
         data=Data(("talks.jsonl",)),
-        train=Train(max_tokens=max_tokens, lora=Lora(targets=targets or ("all-linear",))),
+        train=Train(max_length=max_tokens, lora=Lora(targets=targets or ("all-linear",))),
         gguf=Gguf(types=types),
         serve=Serve(context=context),
     )
@@ -128,7 +128,7 @@ def test_the_positions_are_written_where_every_engine_looks(kind: str, tmp_path:
 
 def test_lengths_beyond_the_positions_are_told_together() -> None:
     assert problems(recipe(max_tokens=256, context=512), config("GPT2", n_positions=128)) == [
-        "train.max_tokens: 256 is more than the 128 tokens that base 'mine/base' knows: set train.max_tokens=128",
+        "train.max_length: 256 is more than the 128 tokens that base 'mine/base' knows: set train.max_length=128",
         "serve.context: 512 is more than the 128 tokens that base 'mine/base' knows: set serve.context=128",
     ]
 
@@ -201,7 +201,7 @@ def made(name: str = "model") -> set[str]:
     """Names of the files of the base that is made of a folder."""
     from dataclasses import replace
 
-    base(replace(recipe(), base=name), Run("mine"))
+    base(replace(recipe(), base_model=name), Run("mine"))
     return {path.name for path in Path("runs/mine/base").iterdir()}
 
 

@@ -106,11 +106,11 @@ def test_cut_rows_are_counted(shown: Callable, based: Any, tokenizer: Any) -> No
     lengths = [len(row_examples(tokenizer, row, 160)[0].input_ids) for row in of_data(based)]
     most = max(lengths) - 1
     cut = sum(length >= most for length in lengths)
-    assert f"  {cut} cut to train.max_tokens={most}\n" in shown(max_tokens=most)
+    assert f"  {cut} cut to train.max_length={most}\n" in shown(max_tokens=most)
 
 
 def test_rows_without_anything_to_learn_are_an_error_before_training(based: Any) -> None:
-    recipe = replace(based.recipe, train=replace(based.recipe.train, max_tokens=16))
+    recipe = replace(based.recipe, train=replace(based.recipe.train, max_length=16))
     told = r"^talks\.jsonl:1: its first answer begins at token \d+, and no conversation has one within .*=16: raise it$"
     for command in (preview, run):
         with pytest.raises(UserError, match=told):
@@ -133,7 +133,7 @@ REFUSING = "{{ raise_exception('not this one') }}"
 )
 def test_a_template_that_shows_no_answer_is_told_with_the_first_row(template: str, told: str, based: Any) -> None:
     based.run.path("base", "chat_template.jinja").write_text(template)
-    recipe = replace(based.recipe, train=replace(based.recipe.train, unshown="drop"))
+    recipe = replace(based.recipe, train=replace(based.recipe.train, on_template_error="skip"))
     with pytest.raises(UserError, match=told):
         preview(recipe, based.run)
 

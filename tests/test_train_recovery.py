@@ -112,10 +112,10 @@ SHORTAGES = [
 @pytest.mark.parametrize("error", SHORTAGES, ids=str)
 def test_a_shortage_is_told_with_the_key_to_change(error: BaseException, based: Workplace) -> None:
     based.run.path("checkpoints").mkdir()
-    recipe = replace(based.recipe, train=replace(based.recipe.train, rows=64, accumulate=3))
+    recipe = replace(based.recipe, train=replace(based.recipe.train, batch_size=64, gradient_accumulation=3))
     with pytest.raises(UserError) as raised, recorded(recipe, based.run, None):
         raise error
-    assert "set train.rows=1 train.accumulate=192: planned with " in str(raised.value)
+    assert "set train.batch_size=1 train.gradient_accumulation=192: planned with " in str(raised.value)
 
 
 def test_another_error_keeps_its_traceback(based: Workplace) -> None:
@@ -137,8 +137,12 @@ def test_knobs_of_memory_go_on_from_the_same_checkpoint(based: Workplace) -> Non
     def key(**knobs: Any) -> str:
         return stage.training_key(replace(based.recipe, train=replace(based.recipe.train, **knobs)), based.run)
 
-    assert key(rows=4) == key(rows=2, accumulate=2) == key(rows=4, checkpointing=True, divergence=False)
-    assert key(rows=4) != key(rows=2)
+    assert (
+        key(batch_size=4)
+        == key(batch_size=2, gradient_accumulation=2)
+        == key(batch_size=4, gradient_checkpointing=True, stop_on_divergence=False)
+    )
+    assert key(batch_size=4) != key(batch_size=2)
 
 
 def test_a_death_without_a_word_is_told(tmp_path: Path) -> None:

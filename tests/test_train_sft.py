@@ -264,7 +264,7 @@ def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(based: Any, ca
 
 def test_it_trains_without_validation_and_without_questions(based: Any) -> None:
     Path("line.yaml").write_text(
-        "base: random\ndata: {train: talks.jsonl, validation: 0}\ntrain: {epochs: 0.5, max_tokens: 160}\n"
+        "base_model: random\ndata: {train: talks.jsonl, validation: 0}\ntrain: {epochs: 0.5, max_tokens: 160}\n"
     )
     based.make("data", "train")
     metrics = based.receipt("train")["metrics"]
@@ -274,10 +274,10 @@ def test_it_trains_without_validation_and_without_questions(based: Any) -> None:
 
 
 def test_no_answer_within_max_tokens_is_told(based: Any) -> None:
-    recipe = replace(based.recipe, train=replace(based.recipe.train, max_tokens=16))
+    recipe = replace(based.recipe, train=replace(based.recipe.train, max_length=16))
     with pytest.raises(UserError) as raised:
         stage.run(recipe, based.run)
-    assert str(raised.value).endswith("no conversation has one within train.max_tokens=16: raise it")
+    assert str(raised.value).endswith("no conversation has one within train.max_length=16: raise it")
 
 
 def test_qlora_without_a_gpu_is_told(based: Any) -> None:

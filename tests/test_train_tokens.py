@@ -79,8 +79,8 @@ def test_a_second_time_takes_what_is_there(based: Any, monkeypatch: pytest.Monke
 
 
 CHANGES: dict[str, Callable[[Any], Recipe]] = {
-    "max_tokens": lambda based: knobs(based.recipe, max_tokens=100),
-    "unshown": lambda based: knobs(based.recipe, unshown="drop"),
+    "max_length": lambda based: knobs(based.recipe, max_length=100),
+    "unshown": lambda based: knobs(based.recipe, on_template_error="skip"),
     "data": lambda based: changed_receipt(based, "data", "train.arrow"),
     "template": lambda based: changed_receipt(based, "base", "chat_template.jinja"),
 }
@@ -105,7 +105,7 @@ def test_what_they_are_made_from_makes_other_tokens_and_removes_the_old(what: st
 def test_what_they_are_not_made_from_leaves_them(based: Any) -> None:
     tokenized(based.recipe, based.run)
     before = sorted(based.run.path("tokens").rglob("*"))
-    tokenized(knobs(based.recipe, epochs=9, rows=4), based.run)
+    tokenized(knobs(based.recipe, epochs=9, batch_size=4), based.run)
     assert sorted(based.run.path("tokens").rglob("*")) == before
 
 
@@ -142,7 +142,7 @@ def test_rows_that_the_template_does_not_show_are_told_by_place(based: Any) -> N
 
 
 def test_rows_that_the_template_does_not_show_are_dropped_on_wish(based: Any, caplog: pytest.LogCaptureFixture) -> None:
-    made = tokenized(knobs(based.recipe, unshown="drop"), with_unshown(based, 30).run)
+    made = tokenized(knobs(based.recipe, on_template_error="skip"), with_unshown(based, 30).run)
     assert made.counts["train"]["unshown"] == 30
     assert made.counts["train"]["examples"] == len(made.datasets["train"]) == made.counts["train"]["rows"] - 30
     assert "train: 30 conversation(s) left out, the first: talks.jsonl:100: the chat template" in caplog.text

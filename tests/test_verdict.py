@@ -97,7 +97,7 @@ def test_another_port_or_window_changes_nothing_that_was_proved(told: Callable[.
 
 def test_comparisons_that_are_gone_prove_nothing(told: Callable[..., Told]) -> None:
     run = told(*FILES)
-    run.run.path("parity.jsonl").unlink()
+    run.run.path("compare.jsonl").unlink()
     assert verdict(run.recipe, run.run).reasons[0].startswith("Nothing has been compared yet")
 
 

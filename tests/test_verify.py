@@ -110,11 +110,11 @@ def test_an_edited_proof_is_named(run: Run, edited: str) -> None:
         run.path(f"{stage}.txt").write_text(stage)
         upstream = [run.path(f"{before}.txt") for before in stage_of(stage).after]
         write(run, stage, upstream)
-    write_comparisons(run.path("parity.jsonl"), [comparison])
-    outputs = {str(run.path("parity.jsonl")): fingerprint(run.path("parity.jsonl"))}
+    write_comparisons(run.path("compare.jsonl"), [comparison])
+    outputs = {str(run.path("compare.jsonl")): fingerprint(run.path("compare.jsonl"))}
     inputs = {str(run.path(f"{before}.txt")): fingerprint(run.path(f"{before}.txt"))
-              for before in stage_of("parity").after}  # fmt: skip
-    run.write_receipt(Receipt("parity", {}, inputs, outputs, {}, {}, "2026-01-01T00:00:00+00:00", 1.0, 1))
+              for before in stage_of("compare").after}  # fmt: skip
+    run.write_receipt(Receipt("compare", {}, inputs, outputs, {}, {}, "2026-01-01T00:00:00+00:00", 1.0, 1))
     inputs = {path: run.receipt(before).outputs[path] for before in stage_of("prove").after
               for path in run.receipt(before).outputs}  # fmt: skip
     metrics = {"passed": False, "comparisons": [vars(comparison)]} | PROOFS[edited]
@@ -129,7 +129,7 @@ def test_an_edited_proof_is_named(run: Run, edited: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which file a process holds")
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_server_that_still_holds_the_file_before_is_named(run: Run, replaced: bool) -> None:
-    for stage in ("reference", "merge", "gguf", "parity"):
+    for stage in ("reference", "merge", "gguf", "compare"):
         run.path(f"{stage}.txt").write_text(stage)
         write(run, stage, [run.path(f"{before}.txt") for before in stage_of(stage).after])
     path = run.path("gguf.txt")

@@ -41,22 +41,26 @@ def base(recipe: Recipe, run: Run) -> Made:
         UserError: unknown model, pickled weights, remote code, damaged weights, a chat template without an end of turn.
     """
     folder = fresh_folder(run.path(".base.tmp"))
-    named = Path(recipe.base)
-    if recipe.base in (RANDOM, PACKAGED) or (named.suffix == ".gguf" and named.is_file()):
-        refuse(recipe, config_named(recipe.base))
-        inputs = _from_random(folder, recipe.seed) if recipe.base == RANDOM else _from_gguf(recipe.base, folder)
+    named = Path(recipe.base_model)
+    if recipe.base_model in (RANDOM, PACKAGED) or (named.suffix == ".gguf" and named.is_file()):
+        refuse(recipe, config_named(recipe.base_model))
+        inputs = (
+            _from_random(folder, recipe.seed) if recipe.base_model == RANDOM else _from_gguf(recipe.base_model, folder)
+        )
     elif named.is_dir():
         inputs = _from_folder(recipe, named, folder)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", recipe.base) and not recipe.base.startswith((".", "/")):
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", recipe.base_model) and not recipe.base_model.startswith(
+        (".", "/")
+    ):
         inputs = _from_hub(recipe, folder)
     else:
-        raise UserError(_unknown(recipe.base))
+        raise UserError(_unknown(recipe.base_model))
     prepared = prepare_tokenizer(folder, recipe.chat_template, recipe.system, recipe.chat_template_arguments)
     known = write_positions(folder)
-    packaged = recipe.base == PACKAGED
+    packaged = recipe.base_model == PACKAGED
     stated = origin(packaged_gguf() if packaged else named if named.suffix == ".gguf" else folder)
-    if packaged or (not named.exists() and "/" in recipe.base):
-        stated["model"] = PACKAGED_MODEL if packaged else recipe.base.partition("@")[0]
+    if packaged or (not named.exists() and "/" in recipe.base_model):
+        stated["model"] = PACKAGED_MODEL if packaged else recipe.base_model.partition("@")[0]
     put_in_place(folder, run.path("base"))
     if recipe.chat_template:
         inputs[recipe.chat_template] = fingerprint(Path(recipe.chat_template))
@@ -167,7 +171,7 @@ def _from_folder(recipe: Recipe, source: Path, folder: Path) -> Fingerprints:
     for file in settings:
         shutil.copy(file, folder / file.name)
     clean_generation(folder)
-    refuse_weights(recipe.base, folder, headers)
+    refuse_weights(recipe.base_model, folder, headers)
     if (source / ADAPTER_CONFIG).is_file():
         log.warning(
             "base: the adapter beside the weights is left out (%s): merge it first to train on it", ADAPTER_CONFIG
@@ -202,11 +206,11 @@ def _from_hub(recipe: Recipe, folder: Path) -> Fingerprints:
         os.environ.pop(bars, None)  # a download of gigabytes shows its progress
     from huggingface_hub import HfApi
 
-    repository, _, revision = recipe.base.partition("@")
+    repository, _, revision = recipe.base_model.partition("@")
     without_waiting(HfApi.model_info, repository, revision or None)
-    found = _downloaded(recipe.base, repository, revision, [INDEX, *SETTINGS])
+    found = _downloaded(recipe.base_model, repository, revision, [INDEX, *SETTINGS])
     refuse_settings(recipe, found)
-    found = _downloaded(recipe.base, repository, found.name, [WHOLE, *weight_files(found)])
+    found = _downloaded(recipe.base_model, repository, found.name, [WHOLE, *weight_files(found)])
     made_from = _from_folder(recipe, found, folder)
     return {f"{repository}@{found.name}/{Path(file).name}": mark for file, mark in made_from.items()}
 
@@ -222,7 +226,7 @@ def _downloaded(base: str, repository: str, revision: str, patterns: list[str]) 
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"base {base!r} cannot be fetched from the Hugging Face Hub ({reason}): check the name and the network, "
-            f"for gated models set HF_TOKEN, or use base: {PACKAGED}"
+            f"for gated models set HF_TOKEN, or use base_model: {PACKAGED}"
         ) from None
 
 
@@ -249,7 +253,7 @@ def refuse_settings(recipe: Recipe, source: Path) -> None:
         raise UserError(f"{source} is an adapter, which is no base: merge it first, or use the base {of}")
     if "config.json" not in there:
         raise UserError(NO_MODEL.format(source))
-    refuse(recipe, config_in(source, recipe.base), source)
+    refuse(recipe, config_in(source, recipe.base_model), source)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -263,7 +267,9 @@ def _link(source: Path, target: Path) -> None:
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, (PACKAGED, RANDOM), 1)
     hint = f"did you mean '{near[0]}'? Or " if near else ""
-    return f"base: unknown model {name!r}: {hint}give {PACKAGED!r}, a Hub id (owner/name), a folder or a .gguf file"
+    return (
+        f"base_model: unknown model {name!r}: {hint}give {PACKAGED!r}, a Hub id (owner/name), a folder or a .gguf file"
+    )
 
 
 if __name__ == "__main__":

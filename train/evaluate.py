@@ -92,7 +92,7 @@ def of_validation(pair: Pair, recipe: Recipe, run: Run) -> list[Score]:
 
     group = "validation answers"
     losses, hits = of_rows(lambda each: each.loss), of_rows(lambda each: each.hits)
-    note = f"of the assistant's tokens, each once, teacher-forced in rows of at most {recipe.train.max_tokens:,} tokens"
+    note = f"of the assistant's tokens, each once, teacher-forced in rows of at most {recipe.train.max_length:,} tokens"
     return [
         compare(
             group, "perplexity", *losses, perplexity, unit="number", lower_is_better=True, seed=recipe.seed, note=note
@@ -104,7 +104,7 @@ def of_validation(pair: Pair, recipe: Recipe, run: Run) -> list[Score]:
 def rows_of(tokenizer: Any, row: dict[str, Any], knobs: Train) -> list[Example]:
     """The training rows of a conversation; none of one that training left out because the template cannot show it."""
     try:
-        return row_examples(tokenizer, row, knobs.max_tokens, knobs.supervise)
+        return row_examples(tokenizer, row, knobs.max_length, knobs.supervise)
     except UserError:
         return []
 
@@ -126,7 +126,7 @@ def of_answers(pair: Pair, recipe: Recipe, run: Run) -> list[Score]:
         return []
     both = pair.ask(
         lambda model, name: answers(
-            model, pair.tokenizer, questions, recipe.eval.answer_tokens, f"eval: {group}, {name}"
+            model, pair.tokenizer, questions, recipe.eval.max_new_tokens, f"eval: {group}, {name}"
         )
     )
     scores = []
@@ -216,23 +216,23 @@ def of_tasks(pair: Pair, recipe: Recipe, tasks: dict[str, Any] | None) -> list[S
     mixed = "bfloat16" if pair.precision == "bfloat16" else None  # it switches our own autocast off
     speaker = HFLM(pretrained=pair.both, tokenizer=pair.tokenizer, batch_size=ROWS_AT_ONCE, mixed_precision_dtype=mixed)
     log.info("eval: %s, both models", ", ".join(recipe.eval.tasks))
-    both = pair.ask(lambda _, name: harness.asked(speaker, tasks, recipe.eval.rows, recipe.seed))
+    both = pair.ask(lambda _, name: harness.asked(speaker, tasks, recipe.eval.max_samples, recipe.seed))
     return harness.compared(*both, recipe.seed)
 
 
 def limited(rows: list[Any], recipe: Recipe) -> list[Any]:
-    """At most `eval.rows` of them, drawn with the recipe's seed, in their order."""
+    """At most `eval.max_samples` of them, drawn with the recipe's seed, in their order."""
     return [rows[index] for index in drawn(len(rows), recipe)]
 
 
 def sample(recipe: Recipe, run: Run, part: str) -> list[dict[str, Any]]:
-    """At most `eval.rows` conversations of a part of the data."""
+    """At most `eval.max_samples` conversations of a part of the data."""
     data = run.path("data")
     return list(picked(data, part, drawn(count(data, part), recipe)))
 
 
 def drawn(total: int, recipe: Recipe) -> list[int]:
-    return sorted(random.Random(recipe.seed).sample(range(total), min(total, recipe.eval.rows)))
+    return sorted(random.Random(recipe.seed).sample(range(total), min(total, recipe.eval.max_samples)))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def refuse(recipe: Recipe, config: Any, folder: Path | None = None) -> None:
         UserError: a problem a line: quantized weights, an architecture or positions that do not do, targets of LoRA
             that it has not.
     """
-    quantized = quantization(recipe.base, config, folder)
+    quantized = quantization(recipe.base_model, config, folder)
     problems = [quantized] if quantized else []
     problems += _unconvertible(recipe, config)
     problems += too_long(recipe, positions(config))
@@ -91,8 +91,8 @@ def _unconvertible(recipe: Recipe, config: Any) -> list[str]:
     if not recipe.gguf.types or name in architectures():
         return []
     return [
-        f"base {recipe.base!r} is a {name}, which llama.cpp cannot convert: use another base, or train it for vLLM "
-        "alone with gguf.types=[]"
+        f"base {recipe.base_model!r} is a {name}, which llama.cpp cannot convert: use another base, or train it for "
+        "vLLM alone with gguf.types=[]"
     ]
 
 
@@ -140,9 +140,9 @@ def write_positions(folder: Path) -> int | None:
 
 def too_long(recipe: Recipe, known: int | None) -> list[str]:
     """Which lengths of the recipe are beyond the positions that the base knows."""
-    wanted = {"train.max_tokens": recipe.train.max_tokens, "serve.context": recipe.serve.context}
+    wanted = {"train.max_length": recipe.train.max_length, "serve.context": recipe.serve.context}
     return [
-        f"{key}: {tokens} is more than the {known} tokens that base {recipe.base!r} knows: set {key}={known}"
+        f"{key}: {tokens} is more than the {known} tokens that base {recipe.base_model!r} knows: set {key}={known}"
         for key, tokens in wanted.items()
         if known is not None and tokens > known
     ]

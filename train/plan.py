@@ -52,7 +52,7 @@ def _model(of: Job) -> str:
         multiplied = number(base.active - base.looked_up)
         active = f", of which a token meets {number(base.active)} ({multiplied} without the embedding)"
     return (
-        f"{of.recipe.base}: {number(base.parameters)} weights{active}, {base.depth} layers of {base.width}\n"
+        f"{of.recipe.base_model}: {number(base.parameters)} weights{active}, {base.depth} layers of {base.width}\n"
         f"data: {number(of.data.tokens)} tokens an epoch by {of.data.told}, rows of {of.row(of.recipe.train)}, "
         f"{of.data.supervised:.0%} of them learned"
     )

@@ -49,7 +49,7 @@ def packed_rows(recipe: Recipe, tokens: Tokens) -> tuple[Any, int]:
     """(rows as TRL packs them, tokens that one can hold) of the first conversations."""
     from trl import pack_dataset
 
-    most = row_tokens(*longest_and_sum(tokens.datasets.values()), recipe.train.max_tokens)
+    most = row_tokens(*longest_and_sum(tokens.datasets.values()), recipe.train.max_length)
     train = tokens.datasets["train"]
     return pack_dataset(train.select(range(min(PACKED, len(train)))), most), most
 
@@ -95,7 +95,7 @@ def preview(recipe: Recipe, run: Run, wish: str | None = None) -> None:
     console = Console(highlight=False, soft_wrap=True)
     tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
     if wish:
-        show_row(console, tokenizer, recipe, _wished(run, wish), SHOWN_TOKENS * recipe.train.max_tokens)
+        show_row(console, tokenizer, recipe, _wished(run, wish), SHOWN_TOKENS * recipe.train.max_length)
         return
     tokens = tokenized(recipe, run)
     packed, most = packed_rows(recipe, tokens)
@@ -110,14 +110,14 @@ def preview(recipe: Recipe, run: Run, wish: str | None = None) -> None:
 
 def show_row(console: Any, tokenizer: Any, recipe: Recipe, row: dict[str, Any], most: int) -> None:
     """A conversation as each of its training rows."""
-    found = row_examples(tokenizer, row, recipe.train.max_tokens, recipe.train.supervise)
+    found = row_examples(tokenizer, row, recipe.train.max_length, recipe.train.supervise)
     if not found:
-        heading(console, f"{row['source']}: left out, no answer is within train.max_tokens={recipe.train.max_tokens}")
+        heading(console, f"{row['source']}: left out, no answer is within train.max_length={recipe.train.max_length}")
     for index, example in enumerate(found):
         learned = sum(label != IGNORED for label in example.labels)
         part = f", row {index + 1} of {len(found)}" if len(found) > 1 else ""
         size = f"{len(example.input_ids):,} tokens, {learned:,} learned ({mark(console)})"
-        cut = ", cut" if len(example.input_ids) == recipe.train.max_tokens else ""
+        cut = ", cut" if len(example.input_ids) == recipe.train.max_length else ""
         heading(console, f"{row['source']}{part}: {size}{cut}")
         show_tokens(console, tokenizer, example.input_ids[:most], example.labels[:most])
         if len(example.input_ids) > most:
@@ -193,8 +193,8 @@ def show_numbers(console: Any, recipe: Recipe, told: dict[str, Any]) -> None:
             f"{numbers['supervised_tokens']:,} of them learned ({share:.0%})"
         )
         lost = {
-            f"cut to train.max_tokens={recipe.train.max_tokens}": numbers["cut"],
-            "left out, no answer within train.max_tokens": numbers["dropped"],
+            f"cut to train.max_length={recipe.train.max_length}": numbers["cut"],
+            "left out, no answer within train.max_length": numbers["dropped"],
             "left out, the template does not show it": numbers["unshown"],
             "without their reasoning_content, which the template does not show": numbers.get("reasoning_lost", 0),
             "spell control tokens, which are learned as text": numbers.get("control_tokens", 0),
@@ -217,7 +217,7 @@ def _first_source(recipe: Recipe, run: Run, tokenizer: Any) -> str:
     """The place of the first conversation that was not left out."""
     for row in rows(run.path("data"), "train"):
         with suppress(UserError):
-            if row_examples(tokenizer, row, recipe.train.max_tokens, recipe.train.supervise):
+            if row_examples(tokenizer, row, recipe.train.max_length, recipe.train.supervise):
                 return str(row["source"])
     return ""
 

@@ -145,10 +145,10 @@ def _start_of_last_answer(labels: list[int]) -> int:
 
 
 def _examples(tokenizer: Any, rows: list[dict[str, Any]], knobs: Train) -> Iterator[Example]:
-    """The rows as training read them; what it left out, as `train.unshown` wishes, is left out here."""
+    """The rows as training read them; what it left out, as `train.on_template_error` wishes, is left out here."""
     for row in rows:
         with suppress(UserError):
-            yield from row_examples(tokenizer, row, knobs.max_tokens, knobs.supervise)
+            yield from row_examples(tokenizer, row, knobs.max_length, knobs.supervise)
 
 
 if __name__ == "__main__":

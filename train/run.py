@@ -18,8 +18,16 @@ from train.trackers import prepare, same_run
 from train.trainer.checkpoints import open_folder
 from train.worker import work
 
-# A change of these goes on from the last checkpoint; so does one of rows whose product with accumulate is the same.
-LEARNS_THE_SAME = ("rows", "accumulate", "checkpointing", "checkpoint_minutes", "divergence", "tracker")
+# A change of these resumes from the last checkpoint; so does one of batch_size whose product with
+# gradient_accumulation is the same.
+LEARNS_THE_SAME = (
+    "batch_size",
+    "gradient_accumulation",
+    "gradient_checkpointing",
+    "checkpoint_minutes",
+    "stop_on_divergence",
+    "tracker",
+)
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
@@ -51,7 +59,7 @@ def run(recipe: Recipe, run: Run) -> Made:
 def training_key(recipe: Recipe, run: Run) -> str:
     """Identifies a training: what of its knobs changes what is learned, its data and its base."""
     knobs = {name: value for name, value in asdict(recipe.train).items() if name not in LEARNS_THE_SAME}
-    knobs["rows"] = recipe.train.rows * recipe.train.accumulate
+    knobs["batch_size"] = recipe.train.batch_size * recipe.train.gradient_accumulation
     outputs = [run.receipt(stage).outputs for stage in ("data", "base")]
     return hashlib.sha256(json.dumps([knobs, recipe.seed, outputs]).encode()).hexdigest()
 

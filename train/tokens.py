@@ -46,7 +46,7 @@ def tokenized(recipe: Recipe, run: Run) -> Tokens:
     """The tokens of the run's data, from the run folder if they are there already.
 
     Raises:
-        UserError: rows that the template refuses, unless `train.unshown` drops them; or no row is left to train on.
+        UserError: rows that the template refuses, unless `train.on_template_error` skips them; or no row is left.
     """
     from datasets import Dataset
 
@@ -98,7 +98,7 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
     silent: dict[str, list[str]] = {part: [] for part in PARTS}
     items = ((part, batch) for part in PARTS for batch in batches(data, part))
     # Sent to the workers and not loaded there: to find its class, AutoTokenizer imports torch.
-    state = AutoTokenizer.from_pretrained(run.path("base")), knobs.max_tokens, knobs.supervise
+    state = AutoTokenizer.from_pretrained(run.path("base")), knobs.max_length, knobs.supervise
     with ExitStack() as stack:
         tell = stack.enter_context(progress("tokens", sum(count(data, part) for part in PARTS), "rows"))
         paths = {part: str(folder / f"{part}.arrow") for part in PARTS}
@@ -111,11 +111,11 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
             unshown[part] += problems[: PROBLEMS_SHOWN - len(unshown[part])]
             silent[part] = silent[part] or thoughtless[:1]
             tell(sum(counted["rows"] for counted in counts.values()))
-            if knobs.unshown == "error" and len(unshown[part]) == PROBLEMS_SHOWN:
+            if knobs.on_template_error == "error" and len(unshown[part]) == PROBLEMS_SHOWN:
                 break
     nothing_left = not counts["train"]["examples"]
     for part, problems in unshown.items():
-        if problems and (knobs.unshown == "error" or (part == "train" and nothing_left)):
+        if problems and (knobs.on_template_error == "error" or (part == "train" and nothing_left)):
             raise UserError(*problems)
         if problems:
             log.warning("%s: %d conversation(s) left out, the first: %s", part, counts[part]["unshown"], problems[0])
@@ -142,7 +142,7 @@ def _nothing_learned(first: dict[str, Any], tokenizer: Any, knobs: Train) -> Use
         )
     return UserError(
         f"{first['source']}: its first answer begins at token {min(learned) + 1:,}, and no conversation has one within "
-        f"train.max_tokens={knobs.max_tokens}: raise it"
+        f"train.max_length={knobs.max_length}: raise it"
     )
 
 
@@ -192,8 +192,8 @@ def _tell(counts: dict[str, dict[str, int]], recipe: Recipe) -> None:
             )  # fmt: skip
         if told.get("cut") or told.get("dropped"):
             log.warning(
-                "%s: %d conversation(s) cut to %d tokens, %d dropped because no answer is left: raise train.max_tokens",
-                part, told["cut"], recipe.train.max_tokens, told["dropped"],
+                "%s: %d conversation(s) cut to %d tokens, %d dropped because no answer is left: raise train.max_length",
+                part, told["cut"], recipe.train.max_length, told["dropped"],
             )  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def _key(recipe: Recipe, run: Run) -> str:
     made_from = {
         "data": {path: mark for path, mark in data.items() if path.endswith(".arrow")},
         "base": {path: mark for path, mark in base.items() if not path.endswith(WEIGHTS)},
-        "knobs": [recipe.train.max_tokens, recipe.train.unshown, recipe.train.supervise],
+        "knobs": [recipe.train.max_length, recipe.train.on_template_error, recipe.train.supervise],
         "code": [fingerprint(Path(__file__).with_name(name)) for name in ("template.py", "tokens.py")],
         "versions": [transformers.__version__, tokenizers.__version__],
     }

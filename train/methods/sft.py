@@ -40,7 +40,7 @@ def trainer(
         UserError: no answer's end is learned.
     """
     validation = rows["validation"] if len(rows["validation"]) else None
-    row = row_tokens(*longest_and_sum(rows.values()), recipe.train.max_tokens)
+    row = row_tokens(*longest_and_sum(rows.values()), recipe.train.max_length)
     made = Sft(
         knobs=recipe.train,
         order=run.path("checkpoints", "order.json"),
@@ -66,7 +66,7 @@ def measure(trainer: "Sft", recipe: Recipe, run: Run, when: str) -> dict[str, An
     questions, loss = list(heldout(run.path("data"))), trainer.validation_loss()
     with trainer.autocast_smart_context_manager():
         found = answers(
-            trainer.model, trainer.processing_class, questions, recipe.train.answer_tokens, f"questions, {when}"
+            trainer.model, trainer.processing_class, questions, recipe.train.max_new_tokens, f"questions, {when}"
         )
     return {
         "validation_loss": loss,
@@ -96,7 +96,7 @@ class Sft(Resumable, SFTTrainer):  # type: ignore[misc]
         end = tokenizer.eos_token_id
         ending = next((row for row in self.train_dataset if end in row["labels"]), None)
         if ending is None:
-            raise UserError("no answer keeps its end within train.max_tokens, so none would learn to stop: raise it")
+            raise UserError("no answer keeps its end within train.max_length, so none would learn to stop: raise it")
         if not (self.data_collator([ending])["labels"] == end).any():
             raise UserError(
                 f"{tokenizer.eos_token!r} ends the assistant's turn and is masked in the labels, as padding is: the "

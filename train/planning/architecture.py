@@ -42,12 +42,12 @@ def read_config(recipe: Recipe, run: Run) -> Any:
     Raises:
         UserError: the base is unknown, out of reach, of an unknown kind, or does not generate text.
     """
-    made, named = run.find_receipt("base"), Path(recipe.base)
-    if made and made.recipe.get("base") == recipe.base and run.path("base", "config.json").is_file():
-        return config_in(run.path("base"), recipe.base)
-    if recipe.base in (RANDOM, PACKAGED) or (named.suffix == ".gguf" and named.is_file()):
-        return config_named(recipe.base)
-    return config_in(named if named.is_dir() else _config_of_hub(recipe.base), recipe.base)
+    made, named = run.find_receipt("base"), Path(recipe.base_model)
+    if made and made.recipe.get("base_model") == recipe.base_model and run.path("base", "config.json").is_file():
+        return config_in(run.path("base"), recipe.base_model)
+    if recipe.base_model in (RANDOM, PACKAGED) or (named.suffix == ".gguf" and named.is_file()):
+        return config_named(recipe.base_model)
+    return config_in(named if named.is_dir() else _config_of_hub(recipe.base_model), recipe.base_model)
 
 
 def config_named(name: str) -> Any:
@@ -192,5 +192,5 @@ def _config_of_hub(name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"base {name!r}: its config.json cannot be fetched ({str(error).strip().splitlines()[0]}): check the name "
-            f"and the network, for gated models set HF_TOKEN, or use base: {PACKAGED}"
+            f"and the network, for gated models set HF_TOKEN, or use base_model: {PACKAGED}"
         ) from None

@@ -31,7 +31,7 @@ def corpus(recipe: Recipe, run: Run) -> Corpus:
         UserError: the data is only on the Hub, or cannot be read.
     """
     if recipe.plan.tokens:
-        return Corpus(recipe.plan.tokens, recipe.train.max_tokens, 0.5, "plan.tokens")
+        return Corpus(recipe.plan.tokens, recipe.train.max_length, 0.5, "plan.tokens")
     made = run.find_receipt("data")
     if made and made.recipe.get("data", {}).get("train") == list(recipe.data.train) and run.path("data").is_dir():
         total = count(run.path("data"), "train")
@@ -40,11 +40,11 @@ def corpus(recipe: Recipe, run: Run) -> Corpus:
         sample, total = _of_files(recipe)
     tokenizer = _tokenizer(recipe, run)
     sizes = [_tokens(row, tokenizer) for row in sample]
-    lengths = [min(tokens, recipe.train.max_tokens) for tokens, _ in sizes]
+    lengths = [min(tokens, recipe.train.max_length) for tokens, _ in sizes]
     tokens = round(sum(lengths) * total / len(lengths))
     return Corpus(
         tokens=tokens,
-        row=row_tokens(max(lengths), round(tokens / (1 - recipe.data.validation)), recipe.train.max_tokens),
+        row=row_tokens(max(lengths), round(tokens / (1 - recipe.data.validation)), recipe.train.max_length),
         supervised=sum(learned for _, learned in sizes) / sum(tokens for tokens, _ in sizes),
         told="the base's tokenizer" if tokenizer else f"{CHARACTERS_A_TOKEN} characters a token",
     )
@@ -55,7 +55,7 @@ def counted(counts: dict[str, dict[str, int]], recipe: Recipe) -> Corpus:
     train = counts["train"]
     longest, total = (reduce(part.get(key, 0) for part in counts.values())
                       for key, reduce in (("longest", max), ("tokens", sum)))  # fmt: skip
-    row = row_tokens(longest, total, recipe.train.max_tokens)
+    row = row_tokens(longest, total, recipe.train.max_length)
     return Corpus(train["tokens"], row, train["supervised_tokens"] / train["tokens"], "the base's tokenizer")
 
 
@@ -103,7 +103,11 @@ def _characters(values: list[dict[str, Any]]) -> int:
 def _tokenizer(recipe: Recipe, run: Run) -> Any:
     """The base's, if the `base` stage has brought it."""
     made = run.find_receipt("base")
-    if not made or made.recipe.get("base") != recipe.base or not run.path("base", "tokenizer.json").is_file():
+    if (
+        not made
+        or made.recipe.get("base_model") != recipe.base_model
+        or not run.path("base", "tokenizer.json").is_file()
+    ):
         return None
     from transformers import AutoTokenizer
 

@@ -19,7 +19,7 @@ def needed_bytes(recipe: Recipe, parameters: int, trained: int = 0) -> dict[str,
     needed |= {type: QUANTIZATIONS[type] / 8 * parameters for type in types}
     needed = {name: size * MARGIN for name, size in needed.items()}
     if trained:
-        base = 2.0 if "/" in recipe.base and not Path(recipe.base).exists() else 4.0
+        base = 2.0 if "/" in recipe.base_model and not Path(recipe.base_model).exists() else 4.0
         needed = {
             "base": base * parameters,
             "checkpoints": 3 * checkpoint_bytes(parameters, trained, recipe.train.tuner, 4),

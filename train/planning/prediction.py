@@ -51,14 +51,14 @@ class Job:
     rehearsed: dict[Any, Rehearsal] = field(default_factory=dict)
 
     def row(self, knobs: Train) -> int:
-        return min(self.data.row, knobs.max_tokens)
+        return min(self.data.row, knobs.max_length)
 
     def rehearsal(self, place: Place, tuner: str, knobs: Train) -> Rehearsal:
-        tokens = knobs.rows * self.row(knobs)
+        tokens = knobs.batch_size * self.row(knobs)
         width = "float32" if place.kind == "processor" else place.precision
         supervised = supervised_positions(tokens, self.data.supervised)
         fast = place.precision == "bfloat16"
-        key = (tuner == "full" or knobs.lora, tokens, supervised, fast, width, knobs.checkpointing)
+        key = (tuner == "full" or knobs.lora, tokens, supervised, fast, width, knobs.gradient_checkpointing)
         if key not in self.rehearsed:
             adapted = None if tuner == "full" else dataclasses.replace(self.recipe, train=knobs)
             config = self.config if place.kind == "processor" else fused(self.config)
@@ -137,7 +137,7 @@ def flops(of: Job, tuner: str = "") -> float:
     """FLOPs of one token of training."""
     knobs = of.recipe.train
     forward = token_flops(of.base, of.row(knobs), of.data.supervised)
-    return training_flops(forward, tuner or knobs.tuner, knobs.checkpointing)
+    return training_flops(forward, tuner or knobs.tuner, knobs.gradient_checkpointing)
 
 
 def full_speed(of: Job, at: Place) -> float:
@@ -156,8 +156,16 @@ def tokens_per_second(of: Job, at: Place, run: Run | None = None) -> tuple[float
     known = machine()
     if made and not of.recipe.plan.efficiency and of.recipe.plan.gpu is None:
         alike = all(made.machine.get(key) == known[key] for key in ("processor", "cores"))
-        same = all(made.recipe["train"].get(key) == getattr(of.recipe.train, key) for key in ("tuner", "checkpointing"))
-        if alike and same and made.recipe.get("base") == of.recipe.base and made.metrics.get("tokens_per_second"):
+        same = all(
+            made.recipe["train"].get(key) == getattr(of.recipe.train, key)
+            for key in ("tuner", "gradient_checkpointing")
+        )
+        if (
+            alike
+            and same
+            and made.recipe.get("base_model") == of.recipe.base_model
+            and made.metrics.get("tokens_per_second")
+        ):
             return made.metrics["tokens_per_second"], "measured by this run's last training"
     efficiency = of.recipe.plan.efficiency or EFFICIENCY[at.kind]
     return at.devices * at.peak * efficiency / flops(of), f"{efficiency:.0%} of {at.peak / 1e12:.3g} TFLOP/s"
@@ -168,16 +176,18 @@ def fitting(of: Job, at: Place) -> list[str]:
     knobs, tuner = of.recipe.train, of.recipe.train.tuner
     changes: list[str] = []
     row = of.row(knobs)
-    accumulate = knobs.rows * knobs.accumulate  # with it fewer rows at once learn the same
-    steps: list[tuple[str, Any]] = [("rows", 1), ("accumulate", accumulate)] if knobs.rows > 1 else []
-    steps += [("checkpointing", True)] if not knobs.checkpointing else []
+    accumulate = knobs.batch_size * knobs.gradient_accumulation  # with it fewer rows at once learn the same
+    steps: list[tuple[str, Any]] = (
+        [("batch_size", 1), ("gradient_accumulation", accumulate)] if knobs.batch_size > 1 else []
+    )
+    steps += [("gradient_checkpointing", True)] if not knobs.gradient_checkpointing else []
     steps += [("tuner", "qlora")] if at.kind == "gpu" and tuner == "lora" else []
-    steps += [("max_tokens", size) for size in (4096, 2048, 1024, 512, 256, 128) if size < row]
+    steps += [("max_length", size) for size in (4096, 2048, 1024, 512, 256, 128) if size < row]
     for key, value in steps:
         knobs = dataclasses.replace(knobs, **{key: value})
         changes = [change for change in changes if not change.startswith(f"train.{key}=")]
         changes.append(f"train.{key}={str(value).lower()}")
-        if key == "rows" or sum(states(of, at, knobs.tuner, 0).values()) > at.memory:
+        if key == "batch_size" or sum(states(of, at, knobs.tuner, 0).values()) > at.memory:
             continue  # the weights alone are too many, which needs no rehearsal
         if sum(memory_bytes(of, at, knobs.tuner, knobs).values()) <= at.memory:
             return changes

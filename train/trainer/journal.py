@@ -150,7 +150,7 @@ def _astray(diverged: Diverged, recipe: Recipe, run: Run) -> UserError:
 
     def ids_of(row: dict[str, object]) -> list[list[int]]:
         knobs = recipe.train
-        return [one.input_ids for one in row_examples(tokenizer, row, knobs.max_tokens, knobs.supervise)]
+        return [one.input_ids for one in row_examples(tokenizer, row, knobs.max_length, knobs.supervise)]
 
     places = sources(diverged.batches, rows(run.path("data"), "train"), ids_of)
     more = f" and {len(places) - SOURCES_SHOWN} more" if len(places) > SOURCES_SHOWN else ""
@@ -160,7 +160,7 @@ def _astray(diverged: Diverged, recipe: Recipe, run: Run) -> UserError:
     lower = f"set train.learning_rate={recipe.train.learning_rate / SMALLER:.1g} or lower"
     return UserError(
         f"the training diverged at step {diverged.step}: {diverged.why} ({measures}; {kept}): {lower}, look at the "
-        "conversations of that step, or go on regardless with train.divergence=false",
+        "conversations of that step, or go on regardless with train.stop_on_divergence=false",
         f"step {diverged.step}: {read}",
     )
 

@@ -41,12 +41,12 @@ def settings(recipe: Recipe, run: Run, validated: bool, trackers: Sequence[str] 
         "output_dir": str(run.path("checkpoints")),
         "num_train_epochs": knobs.epochs,
         "learning_rate": knobs.learning_rate,
-        "lr_scheduler_type": knobs.schedule,
-        "warmup_steps": knobs.warmup,
-        "per_device_train_batch_size": knobs.rows,
-        "per_device_eval_batch_size": knobs.rows,
-        "gradient_accumulation_steps": knobs.accumulate,
-        "gradient_checkpointing": knobs.checkpointing,
+        "lr_scheduler_type": knobs.lr_scheduler,
+        "warmup_steps": knobs.warmup_ratio,
+        "per_device_train_batch_size": knobs.batch_size,
+        "per_device_eval_batch_size": knobs.batch_size,
+        "gradient_accumulation_steps": knobs.gradient_accumulation,
+        "gradient_checkpointing": knobs.gradient_checkpointing,
         "bf16": precision == "bfloat16",
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -151,18 +151,18 @@ class Resumable(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self.stopping, self.pace, self.progress = Stopping(), Pace(full_speed), TrainingProgress()
-        self.watch = Watch() if knobs.divergence else None
+        self.watch = Watch() if knobs.stop_on_divergence else None
         self.journal = journal
         self.batches: list[dict[str, Any]] = []
         self.step_loss = 0.0
         ours: list[Any] = [Often(knobs.checkpoint_minutes), self.stopping, self.progress]
-        if knobs.patience and kwargs.get("eval_dataset") is not None:
-            ours.append(Patience(knobs.patience))
+        if knobs.early_stopping_patience and kwargs.get("eval_dataset") is not None:
+            ours.append(Patience(knobs.early_stopping_patience))
         super().__init__(callbacks=[*ours, *callbacks], **kwargs)
         self.remove_callback(PrinterCallback)
         rows_a_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         steps_an_epoch = math.ceil(len(self.train_dataset) / rows_a_step)
-        self.args.eval_steps = self.args.save_steps = math.ceil(steps_an_epoch / knobs.evaluations)
+        self.args.eval_steps = self.args.save_steps = math.ceil(steps_an_epoch / knobs.evals_per_epoch)
 
     def train(self, resume_from: Path | None = None, base_loss: float | None = None) -> Any:
         """Train, from a checkpoint on if one is given; far above `base_loss`, in nats a token, it has diverged."""

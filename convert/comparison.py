@@ -1,0 +1,88 @@
+"""What is asked of the merged weights and of a GGUF alike, and how their answers are compared with the reference."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from convert.evaluator import Asked
+from pipeline import UserError
+from pipeline.proof import Bounds, Comparison, compare_logits, perplexity, same_share
+from pipeline.reference import Reference
+from pipeline.rows import GENERATION_TAG
+
+# What the libraries raise for files that are damaged or do not belong together.
+UNREADABLE = (UserError, OSError, ValueError, KeyError, IndexError, RuntimeError, AttributeError)
+Logits = Callable[[Iterable[Asked]], Iterable[Any]]
+
+
+def asked_of(reference: Reference) -> list[Asked]:
+    """The tokens of every probe, then of every validation answer, and the positions whose next token is compared."""
+    probes = [(probe.sequence, range(len(probe.ids) - 1, len(probe.sequence) - 1)) for probe in reference.probes]
+    answers = [(answer.ids, range(answer.first - 1, len(answer.ids) - 1)) for answer in reference.answers]
+    return [(ids, list(positions)) for ids, positions in probes + answers]
+
+
+def measure(comparison: Comparison, reference: Reference, logits: Logits, bounds: Bounds, show: Any) -> None:
+    """Logits at the probes' answers, greedy agreement, and perplexity on the validation answers."""
+    found, shares, losses = {}, [], []
+    made = iter(logits(asked_of(reference)))
+    for probe in reference.probes:
+        rows = next(made)
+        found[probe.name] = rows[: probe.scored]
+        shares.append(same_share(rows.argmax(-1).tolist(), probe.continuation))
+    compare_logits(comparison, reference, found, bounds, show)
+    if "divergence_mean" not in comparison.measures:
+        return
+    comparison.measures["greedy_agreement"] = shares.count(1) / len(shares)
+    comparison.measures["greedy_share"] = sum(shares) / len(shares)
+    if reference.answers:
+        losses = [negative_likelihood(next(made), answer.ids[answer.first :]) for answer in reference.answers]
+        sizes = [len(answer.ids) - answer.first for answer in reference.answers]
+        value, error = perplexity(losses, sizes)
+        trained, _ = perplexity([answer.loss for answer in reference.answers], sizes)
+        comparison.measures |= {"perplexity": value, "perplexity_error": error, "trained_perplexity": trained}
+
+
+def negative_likelihood(rows: Any, tokens: list[int]) -> float:
+    """Of the tokens, each by its row of logits, summed, in nats; exponentials in float32 are exact enough to add up."""
+    import numpy as np
+
+    rows = rows - rows.max(-1, keepdims=True)
+    chosen = rows[np.arange(len(rows)), tokens]
+    return float(np.log(np.exp(rows).sum(-1, dtype=np.float64)).sum() - chosen.sum(dtype=np.float64))
+
+
+def shown_by(tokenizer: Any) -> Callable[[int], str]:
+    """A token as a message shows it: its text and its id."""
+    return lambda token: f"{tokenizer.decode([token], skip_special_tokens=False)!r} ({token})"
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def check_template(comparison: Comparison, template: str) -> None:
+    """Add a problem for tags that only transformers knows; loaders of GGUF files refuse them."""
+    if tag := GENERATION_TAG.search(template):
+        comparison.problems.append(f"chat template: has {tag[0]!r}, which only training understands")
+
+
+def compare_text(comparison: Comparison, what: str, where: str, found: str, wanted: str) -> bool:
+    """Whether two texts are the same bytes; the first difference becomes a problem."""
+    if found == wanted:
+        return True
+    at = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), min(len(found), len(wanted)))
+    comparison.problems.append(
+        f"{what}: {where}, character {at}: {found[at : at + 20]!r}, trained with {wanted[at : at + 20]!r}"
+    )
+    return False
+
+
+def check_stops(comparison: Comparison, reference: Reference, stops: list[Any]) -> None:
+    """Add a problem if a token that ended an answer of the reference would not end it here."""
+    ends = {probe.continuation[-1] for probe in reference.probes if probe.stopped}
+    if lost := sorted(ends - set(stops)):
+        comparison.problems.append(
+            f"stop token: the trained model ends its turn with {lost}, this one stops at {stops}"
+        )
+    comparison.measures["stops"] = not lost
