@@ -114,11 +114,11 @@ report: | .venv/.complete ## Write the run's page, report.html, and its model ca
 
 verify: | .venv/.complete ## Recompute every hash from the receipts, from the data to what is served
 	@$(PYTHON) -m report.verify $(FILE)
-	@test ! -f $(RUN)/register.json || $(PYTHON) -m serve.registered $(FILE)
+	@test ! -f $(RUN)/register.json || $(PYTHON) -m serve.register $(FILE) --check
 
 # Before the stages: a taken port is told, and Open WebUI installed, now and not after minutes of training.
 ready: resolve
-	@$(PYTHON) -m serve.ready $(FILE)
+	@$(PYTHON) -m serve.api $(FILE) --check
 
 # vLLM loads the merged weights themselves.
 serve: ready $(RUN)/$(if $(filter vllm,$(ENGINE)),merge,compare).json ## Open a chat window with the trained model, and serve its API, on 127.0.0.1

@@ -20,8 +20,7 @@ import httpx
 from pipeline import Run, UserError, load
 from pipeline.command import boundary
 from serve.asking.key import read_key
-from serve.running.session import Session, find
-from serve.status import memory_bytes
+from serve.running.session import Session, find, memory_bytes
 
 HUNG_SECONDS = 600
 # How many of a hundred chats are of this kind.

@@ -1,4 +1,4 @@
-"""Serve the model until Ctrl-C, in a chat window and over an OpenAI-compatible API:  python -m serve.api RECIPE
+"""Serve the model until Ctrl-C, in a chat window and over OpenAI's API:  python -m serve.api RECIPE [--check]
 
 The model that is served is proved to be the one that was trained, and to answer, before its address is printed.
 `ENGINE`, `PORT`, `UI` and `UI_PORT` in the environment override the keys of `serve` that are named like them.
@@ -16,15 +16,14 @@ from pipeline.command import boundary, peak_rss_bytes, recipe_of_arguments, vers
 from pipeline.error import UserError
 from pipeline.load import as_dict
 from pipeline.machine import cores
-from pipeline.proof import read_comparisons
 from pipeline.recipe import Recipe
 from pipeline.recommend import chosen
 from pipeline.run import Receipt, Run
 from pipeline.stages import stage
 from serve.asking.endpoint import port_problem, url_of, with_environment
 from serve.asking.key import KEY_FILE
-from serve.running.backend import Backend, Service
-from serve.running.session import Session, held, refuse_second, tell
+from serve.running.backend import Backend, Service, backend_of, refuse_disproved
+from serve.running.session import Session, held, refuse_second, report
 from serve.running.supervisor import Supervisor
 
 OPENWEBUI = """
@@ -76,7 +75,7 @@ def api(recipe: Recipe) -> None:
             backend = backend_of(recipe, run)
             services = [*backend.services, *chat_window(recipe, run, backend)]
             supervisor = ending.enter_context(Supervisor(services))
-            supervisor.on_change = lambda: tell(run, session_of(recipe, backend, supervisor))
+            supervisor.on_change = lambda: report(run, session_of(recipe, backend, supervisor))
             run.write_receipt(start(recipe, backend, supervisor))
         with suppress(KeyboardInterrupt):
             sys.stdout.write(welcome(recipe, backend))
@@ -95,47 +94,10 @@ def refuse_taken_ports(recipe: Recipe) -> None:
         if problem := port_problem(port):
             taken = ports.values()
             free = next((n for n in range(port + 1, 65536) if n not in taken and not port_problem(n)), 8000)
-            mend = f"stop the other program or choose another with '{variable}={free} make serve'"
-            problems.append(f"port {port} {problem}: {mend}")
+            fix = f"stop the other program or choose another with '{variable}={free} make serve'"
+            problems.append(f"port {port} {problem}: {fix}")
     if problems:
         raise UserError(*problems)
-
-
-def refuse_disproved(recipe: Recipe, run: Run) -> None:
-    """What was found not to be the trained model is not served, unless FORCE=1 says so."""
-    # Another quantization's fault is not the served one's.
-    line = ("merge",) if recipe.serve.engine == "vllm" else ("merge", recipe.gguf.full, recipe.served_type)
-    rows = read_comparisons(run.path("compare.jsonl")) if judged(run, "compare") else []
-    problems = [f"{row.name}: {problem}" for row in rows if row.name in line for problem in row.problems]
-    proof = judged(run, "prove")
-    if proof and not proof.metrics["passed"]:
-        problems += [problem for row in proof.metrics["comparisons"] for problem in row["problems"]]
-    if not problems:
-        return
-    if os.environ.get("FORCE") == "1":
-        log.warning("WARNING: serving what is NOT the model that was trained (FORCE=1): %s", problems[0])
-        return
-    raise UserError(f"{run.folder} failed its proof ({problems[0]}): mend it, or serve it all the same with FORCE=1")
-
-
-def judged(run: Run, name: str) -> Receipt | None:
-    """The receipt of a comparison, if what it compared is what stands there now."""
-    receipt, files, merge = (run.find_receipt(stage) for stage in (name, "gguf", "merge"))
-    if receipt is None or files is None or not files.outputs.items() <= receipt.inputs.items():
-        return None
-    return None if merge and not merge.outputs.items() <= files.inputs.items() else receipt
-
-
-def backend_of(recipe: Recipe, run: Run) -> Backend:
-    """The engine that the recipe names."""
-    match recipe.serve.engine:
-        case "llamacpp":
-            from serve.engines.llamacpp import backend
-        case "vllm":
-            from serve.engines.vllm import backend
-        case "ollama":
-            from serve.register import backend
-    return backend(recipe, run)
 
 
 def chat_window(recipe: Recipe, run: Run, backend: Backend) -> list[Service]:
@@ -228,12 +190,27 @@ def open_browser(recipe: Recipe) -> None:
         webbrowser.open(ui_url(recipe))
 
 
+def check(recipe: Recipe) -> None:
+    """Before minutes of training, not after: what serving would stumble over; environments are made now."""
+    from serve import openwebui
+    from serve.engines import vllm
+
+    refuse_second(Run(recipe.name))
+    refuse_taken_ports(recipe)
+    if recipe.serve.ui == "openwebui":
+        openwebui.python()
+    if recipe.serve.engine == "vllm":
+        vllm.python()
+
+
 def main() -> None:
-    """`make serve`."""
-    this = stage("serve")
+    """`make serve`, and what it does first."""
+    this, checks = stage("serve"), "--check" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--check"]
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal ends all, `nohup` does not
         signal.signal(signal.SIGHUP, signal.default_int_handler)
-    api(with_environment(recipe_of_arguments(this.module, this.does)))
+    recipe = with_environment(recipe_of_arguments(this.module, this.does))
+    (check if checks else api)(recipe)
 
 
 if __name__ == "__main__":

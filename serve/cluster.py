@@ -1,5 +1,9 @@
 """Print the commands that serve the model on several machines:  make cluster HOSTS="10.0.0.1 10.0.0.2" [WAY=...]
 
+`.venv-vllm/bin/python -m serve.cluster --route PORT URL ...` is one of them: vllm-router over several servers. It needs
+no key of its own: a client's is good if a server behind it takes it. Without that, which vllm-router's command line
+cannot ask for, anyone who reaches the port could add a server that reads what is asked.
+
 One model over all machines, by vLLM's own processes (`nodes`) or by Ray (`ray`), or a copy of it on each behind
 vllm-router (`replicas`). The commands are printed, not run: they belong on other machines, in a checkout with this run.
 """
@@ -9,6 +13,7 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.command import boundary, recipe_of_arguments
 from pipeline.error import UserError
@@ -20,6 +25,7 @@ from serve.engines.vllm import Machine, Model, model_arguments, model_of
 WAYS = ("replicas", "nodes", "ray")
 PROGRAMS = ".venv-vllm/bin"
 MASTER_PORT, RAY_PORT = 29501, 6379
+METRICS_PORT_OFFSET = 1000
 KEY = f'export VLLM_API_KEY="$(cat {KEY_FILE})"'
 BEFORE = """\
 # On each machine: this checkout, runs/{name} and {key}, and 'make vllm' run once, which makes .venv-vllm.
@@ -47,7 +53,7 @@ def replicas(recipe: Recipe, model: Model, hosts: list[str]) -> list[Step]:
     port = recipe.serve.port
     servers = [Step(host, (KEY, server(recipe, model, host))) for host in hosts]
     workers = [f"http://{host}:{port}" for host in hosts]
-    return [*servers, Step(hosts[0], (f"{PROGRAMS}/python -m serve.router {port + 1} {' '.join(workers)}",))]
+    return [*servers, Step(hosts[0], (f"{PROGRAMS}/python -m serve.cluster --route {port + 1} {' '.join(workers)}",))]
 
 
 def nodes(recipe: Recipe, model: Model, hosts: list[str]) -> list[Step]:
@@ -103,7 +109,45 @@ def text(recipe: Recipe, steps: list[Step]) -> str:
     )
 
 
+def router_settings(port: int, servers: list[str]) -> dict[str, Any]:
+    """What the router is told.
+
+    A server is out after two failures and tried again after ten seconds; a request that found it dead goes to another
+    before its client sees anything. A stream that has begun ends with the server that wrote it.
+    """
+    return {
+        "worker_urls": servers,
+        "host": "127.0.0.1",
+        "port": port,
+        "api_key_validation_urls": [f"{server}/v1/models" for server in servers],
+        "worker_startup_check_interval": 1,
+        "retry_max_retries": 5,
+        "retry_initial_backoff_ms": 50,
+        "cb_failure_threshold": 2,
+        "cb_success_threshold": 1,
+        "cb_timeout_duration_secs": 10,
+        "health_check_interval_secs": 5,
+        "health_failure_threshold": 2,
+        "health_success_threshold": 1,
+        "max_payload_size": 4_000_000,
+        "request_timeout_secs": 600,
+        "log_level": "warn",
+        "prometheus_host": "127.0.0.1",
+        "prometheus_port": port + METRICS_PORT_OFFSET,
+    }
+
+
+def route(port: int, servers: list[str]) -> None:
+    """Be the router until a signal."""
+    from vllm_router_rs import PolicyType, Router
+
+    Router(policy=PolicyType.PowerOfTwo, **router_settings(port, servers)).start()
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--route"]:
+        route(int(sys.argv[2]), sys.argv[3:])
+        sys.exit()
     with boundary():
         recipe = recipe_of_arguments("serve.cluster", "Print the commands that serve the model on several machines")
         hosts, way = os.environ.get("HOSTS", "").split(), os.environ.get("WAY") or WAYS[0]

@@ -4,25 +4,34 @@
 `train`. Docker Compose's own progress goes to standard error, where to find what it started to standard output.
 """
 
+import os
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pipeline.command import boundary, recipe_of_arguments
 from pipeline.error import UserError
+from pipeline.files import write_whole
 from pipeline.load import find
 from pipeline.recipe import Recipe
 from pipeline.recommend import chosen
 from pipeline.run import Run
-from serve.api import refuse_disproved
-from serve.asking.endpoint import port_problem, url_of, with_environment
+from serve.asking.endpoint import port_of_environment, port_problem, url_of, with_environment
 from serve.asking.key import KEY_FILE, make_key
-from serve.containers import stack
 from serve.engines.llamacpp import refuse_long_context, served_file
-from serve.openwebui import EMAIL, PASSWORD_FILE
+from serve.engines.vllm import END_SECONDS, Model, machine_for, model_arguments
+from serve.openwebui import EMAIL, PASSWORD_FILE, SECRET_FILE
+from serve.running.backend import refuse_disproved
 
 DOES = "Start the stack in containers; with --down, stop it"
 READY_SECONDS = 1800
+SETTINGS = Path(".env")
+PLAYGROUND_TOKEN = Path(".secrets/playground-token")
+# Who the containers are where root starts them: none of them runs as root.
+NOBODY = 10001
 OLDEST_COMPOSE = (2, 20)  # the first with dependencies that may be absent
 
 STARTED = """
@@ -44,9 +53,25 @@ PLAYGROUND = """
 """
 
 
+@dataclass(frozen=True)
+class Engine:
+    """Where the gateway finds an engine, and which of its addresses tells its health."""
+
+    address: str
+    health: str
+
+
+ENGINES = {
+    "ollama": Engine("ollama:11434", "/api/version"),
+    "gpu": Engine("ollama:11434", "/api/version"),
+    "llamacpp": Engine("llamacpp:8000", "/health"),
+    "vllm": Engine("vllm:8000", "/health"),
+}
+
+
 def up(recipe: Recipe, file: str, profiles: list[str]) -> None:
     """Prove the model's file, write what the containers need, start them, wait until all are healthy, tell."""
-    run, published = Run(recipe.name), stack.ports(recipe, profiles)
+    run, published = Run(recipe.name), ports(recipe, profiles)
     with run.lock():
         recipe = chosen(recipe, run)
         refuse_disproved(recipe, run)
@@ -54,12 +79,12 @@ def up(recipe: Recipe, file: str, profiles: list[str]) -> None:
         refuse_long_context(recipe.serve.context, path)
         if "vllm" in profiles:
             run.verified("merge")
-        for secret in stack.secrets(recipe, profiles):
+        for secret in secrets(recipe, profiles):
             make_key(secret)
-            stack.hand_over(secret)
-        stack.hand_over(run.folder)
-        stack.write_settings(stack.settings(recipe, find(file), profiles, path, str(known["sha256"])))
-    started = stack.services(recipe, profiles)
+            hand_over(secret)
+        hand_over(run.folder)
+        write_settings(settings(recipe, find(file), profiles, path, str(known["sha256"])))
+    started = services(recipe, profiles)
     compose("build", "--with-dependencies", *started)  # `create --build` would take old images of what these need
     compose("create", *started)  # what cannot be fetched or built leaves what runs alone
     stop_others({*answer("config", "--services")} - ({"openwebui", "playground"} - {*started}))
@@ -79,15 +104,15 @@ def told(recipe: Recipe, published: dict[str, int]) -> str:
     if "UI_PORT" in urls:
         windows += WINDOW.format(url=urls["UI_PORT"], email=EMAIL, password=PASSWORD_FILE)
     if "PLAYGROUND_PORT" in urls:
-        windows += PLAYGROUND.format(url=urls["PLAYGROUND_PORT"], token=stack.PLAYGROUND_TOKEN)
+        windows += PLAYGROUND.format(url=urls["PLAYGROUND_PORT"], token=PLAYGROUND_TOKEN)
     served, url = recipe.served_type, urls["PORT"]
     return STARTED.format(name=recipe.name, type=served, windows=windows, url=url, key=KEY_FILE)
 
 
 def train(recipe: Recipe, file: str, profiles: list[str]) -> None:
     """Run `make train` in a container, on the GPU where PROFILE says so; its progress goes to this terminal."""
-    stack.write_settings(stack.machine())
-    stack.hand_over(Run(recipe.name).folder)
+    write_settings(machine())
+    hand_over(Run(recipe.name).folder)
     compose("run", "--rm", "--build", "train-gpu" if "gpu" in profiles else "train", "train", f"RECIPE={file}")
 
 
@@ -100,7 +125,7 @@ def check(recipe: Recipe, profiles: list[str]) -> None:
     refuse_without_docker()
     if "train" in profiles or answer("ps", "--quiet", "gateway"):
         return  # nothing is published, or what holds the ports is about to be replaced
-    for variable, port in stack.ports(recipe, profiles).items():
+    for variable, port in ports(recipe, profiles).items():
         if problem := port_problem(port):
             raise UserError(f"port {port} {problem}: stop the other program or choose another, {variable}={port + 1}")
 
@@ -149,6 +174,114 @@ def answer(*arguments: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.strip()]
 
 
+def profiles_of_environment() -> list[str]:
+    """`PROFILE` of the environment: one engine and perhaps the playground, or `train` and perhaps `gpu`.
+
+    Raises:
+        UserError: a name is unknown, or they do not go together.
+    """
+    named = (os.environ.get("PROFILE") or "ollama").replace(",", " ").split()
+    known = [*ENGINES, "playground", "train"]
+    if unknown := [name for name in named if name not in known]:
+        raise UserError(f"PROFILE={unknown[0]!r} is unknown: choose from {', '.join(known)}")
+    if "train" in named:
+        if set(named) - {"train", "gpu"}:
+            raise UserError(f"PROFILE={' '.join(named)!r}: 'train' goes alone or with 'gpu'; start the rest after it")
+        return named
+    engines = [name for name in named if name in ENGINES]
+    if len(engines) > 1:
+        raise UserError(f"PROFILE={' '.join(named)!r} has {len(engines)} engines: choose one of {', '.join(ENGINES)}")
+    return named if engines else ["ollama", *named]
+
+
+def settings(recipe: Recipe, file: Path, profiles: list[str], model: Path, sha256: str) -> dict[str, str]:
+    """What compose.yaml asks for to serve this model, by name."""
+    engine = next(ENGINES[name] for name in profiles if name in ENGINES)
+    return {
+        **machine(),
+        "COMPOSE_PROFILES": ",".join(profiles),
+        "TRUETUNE_ENGINE": engine.address,
+        "TRUETUNE_HEALTH": engine.health,
+        "TRUETUNE_NAME": recipe.name,
+        "TRUETUNE_RECIPE": os.path.relpath(file),
+        "TRUETUNE_MODEL": str(model),
+        "TRUETUNE_MODEL_SHA256": sha256,
+        "TRUETUNE_CONTEXT": str(recipe.serve.context),
+        "TRUETUNE_SLOTS": str(recipe.serve.slots),
+        "TRUETUNE_QUEUE": str(recipe.serve.queue),
+        "TRUETUNE_THREADS": str(recipe.serve.threads),
+        "TRUETUNE_TEMPERATURE": str(recipe.serve.temperature),
+        "TRUETUNE_VLLM": vllm_arguments(recipe),
+        "TRUETUNE_GRACE": str(recipe.serve.vllm.grace + END_SECONDS),
+        **{f"TRUETUNE_{variable}": str(port) for variable, port in ports(recipe, profiles).items()},
+    }
+
+
+def vllm_arguments(recipe: Recipe) -> str:
+    """What `make vllm` tells vLLM of the merged weights on GPUs, as a shell would read it."""
+    return shlex.join(model_arguments(recipe, Model(Path("/model")), replace(machine_for(recipe), gpus=1)))
+
+
+def machine() -> dict[str, str]:
+    """Who the containers are, and the most memory that an engine or a training may take: three quarters of it all."""
+    user = f"{os.getuid()}:{os.getgid()}" if os.getuid() else f"{NOBODY}:{NOBODY}"
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"TRUETUNE_USER": user, "TRUETUNE_MEMORY": f"{total * 3 // 4 // 2**20}m"}
+
+
+def ports(recipe: Recipe, profiles: list[str]) -> dict[str, int]:
+    """What is published on 127.0.0.1, by the variable that chooses it.
+
+    Raises:
+        UserError: one is no port, or two are the same.
+    """
+    found = {"PORT": recipe.serve.port}
+    if has_window(recipe):
+        found["UI_PORT"] = recipe.serve.ui_port
+    if "playground" in profiles:
+        found["PLAYGROUND_PORT"] = port_of_environment(recipe.serve.playground_port, "PLAYGROUND_PORT")
+    if len(set(found.values())) < len(found):
+        raise UserError(f"{' and '.join(found)} are the same port, {found['PORT']}: change one")
+    return found
+
+
+def services(recipe: Recipe, profiles: list[str]) -> list[str]:
+    """What is started by name; what these depend on comes with them."""
+    return ["gateway", *["openwebui"] * has_window(recipe), *["playground"] * ("playground" in profiles)]
+
+
+def secrets(recipe: Recipe, profiles: list[str]) -> list[Path]:
+    """The files that the started containers read their secrets from; each has one."""
+    window, playground = has_window(recipe), "playground" in profiles
+    return [KEY_FILE, *[PASSWORD_FILE, SECRET_FILE] * window, *[PLAYGROUND_TOKEN] * playground]
+
+
+def has_window(recipe: Recipe) -> bool:
+    """Whether Open WebUI is wanted; `UI=none` does without.
+
+    Raises:
+        UserError: it is another window, which the gateway would not let through.
+    """
+    if recipe.serve.ui == "builtin":
+        raise UserError("UI=builtin is no window of the containers: choose openwebui or none")
+    return recipe.serve.ui == "openwebui"
+
+
+def write_settings(values: dict[str, str]) -> None:
+    """Put them into `.env`, which only its owner reads; the lines that the user added stay."""
+    kept = SETTINGS.read_text(encoding="utf-8").splitlines() if SETTINGS.is_file() else []
+    others = [line for line in kept if line.partition("=")[0] not in values]
+    write_whole(SETTINGS, "\n".join([*others, *(f"{name}={value}" for name, value in values.items())]) + "\n")
+    SETTINGS.chmod(0o600)
+
+
+def hand_over(place: Path) -> None:
+    """Where root starts the containers, which are another user: give that one this file or folder."""
+    if os.getuid() == 0:
+        for path in (place, *place.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+
+
 def main() -> None:
     wanted = {argument for argument in sys.argv[1:] if argument in ("--check", "--down")}
     sys.argv = [argument for argument in sys.argv if argument not in wanted]
@@ -157,7 +290,7 @@ def main() -> None:
         compose("--profile", "*", "down", "--remove-orphans")
         return
     recipe = with_environment(recipe_of_arguments("serve.compose", DOES))
-    profiles = stack.profiles_of_environment()
+    profiles = profiles_of_environment()
     if "--check" in wanted:
         check(recipe, profiles)
     elif "train" in profiles:

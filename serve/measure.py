@@ -16,9 +16,8 @@ from pipeline.files import write_whole
 from pipeline.progress import progress
 from pipeline.rows import heldout
 from pipeline.scores import show
-from serve.chat import Answer, connect, failures, reason
-from serve.running.session import Session, find
-from serve.status import memory_bytes
+from serve.asking.client import Answer, connect, failures, reason
+from serve.running.session import Session, find, memory_bytes
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -43,7 +42,7 @@ def measure(recipe: Recipe, run: Run, session: Session) -> dict[str, Any]:
     try:
         speed = answered(client, model, questions)
         results = (
-            harness.asked(speaker(recipe, run, session, client, model), tasks, recipe.eval.max_samples, recipe.seed)
+            harness.asked(evaluated(recipe, run, session, client, model), tasks, recipe.eval.max_samples, recipe.seed)
             if tasks
             else None
         )
@@ -97,7 +96,7 @@ def served_tasks(recipe: Recipe, session: Session) -> dict[str, Any]:
     return tasks
 
 
-def speaker(recipe: Recipe, run: Run, session: Session, client: "OpenAI", model: str) -> Any:
+def evaluated(recipe: Recipe, run: Run, session: Session, client: "OpenAI", model: str) -> Any:
     """The harness's own client of the endpoint; the key travels in a header, not in arguments or the environment."""
     from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 

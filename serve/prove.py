@@ -16,12 +16,11 @@ from pipeline.proof import Comparison, read_comparisons
 from pipeline.recommend import chosen
 from pipeline.reference import Reference, read_reference
 from pipeline.stages import stage
-from serve.api import backend_of
 from serve.asking.endpoint import ERRORS, free_port, with_environment
 from serve.asking.probe import Engine, LlamaCpp, Vllm, ask_probes
+from serve.engines.ollama.registration import row as registered_row
 from serve.openwebui import port_of, proved_windows
-from serve.register import row as registered_row
-from serve.running.backend import Backend
+from serve.running.backend import Backend, backend_of
 from serve.running.session import find
 from serve.running.supervisor import Supervisor
 

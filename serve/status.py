@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pipeline.command import boundary, recipe_of_arguments
 from pipeline.error import UserError
 from pipeline.run import Run
-from serve.running.session import Session, find
+from serve.running.session import Session, find, memory_bytes
 
 DOES = "Show what serves the run: its services, their ports, processes, restarts and memory"
 TEXTS, NUMBERS = ("service", "state"), ("port", "process", "restarts", "memory", "since")
@@ -27,20 +27,6 @@ def status(session: Session) -> None:
     console.print(f"{session.model} is served at {session.url} by {session.engine}, process {session.pid},", end=" ")
     console.print(f"for {ago(session.since)}" + (f"; chat window at {session.ui_url}" if session.ui_url else ""))
     console.print(table)
-
-
-def memory_bytes(pid: int) -> int:
-    """Resident memory of a process and of those that it started."""
-    import psutil
-
-    total = 0
-    try:
-        process = psutil.Process(pid)
-        for each in (process, *process.children(recursive=True)):
-            total += each.memory_info().rss
-    except psutil.Error:
-        pass  # it ends just now
-    return total
 
 
 def ago(moment: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import go_text_template
 import llama_cpp
 
-from serve.engines.ollama.jinja import renderer
+from serve.engines.ollama.template import renderer
 
 TEMPLATES = json.loads(Path(__file__).with_name("ollama_templates.json").read_text(encoding="utf-8"))
 NATIVE = (0, 30)  # from here on, Ollama renders a GGUF's own template

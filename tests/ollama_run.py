@@ -17,7 +17,7 @@ from pipeline import Recipe, Run, load
 from pipeline.files import files_below, fingerprint
 from pipeline.reference import CONTINUATION_TOKENS, FORMAT, Probe
 from pipeline.run import Receipt
-from serve.engines.ollama.jinja import renderer
+from serve.engines.ollama.template import renderer
 
 NAME = f"truetune-test-{os.getpid()}"
 CONTEXT = 512

@@ -17,10 +17,9 @@ import yaml
 
 from pipeline import UserError, load
 from pipeline.command import SILENT
-from serve import openwebui
+from serve import compose, openwebui
 from serve.asking.endpoint import with_environment
 from serve.compose import check, refuse_without_docker
-from serve.containers import stack
 from serve.engines import vllm
 from serve.running.backend import Endpoint
 from setup import environment
@@ -41,7 +40,9 @@ def variables(text: str) -> set[str]:
 
 
 def settings() -> dict[str, str]:
-    return stack.settings(load("tiny", []), Path("recipes/tiny.yaml"), ["llamacpp", "playground"], Path("t.gguf"), "5a")
+    return compose.settings(
+        load("tiny", []), Path("recipes/tiny.yaml"), ["llamacpp", "playground"], Path("t.gguf"), "5a"
+    )
 
 
 def test_the_profiles_are_those_that_the_readme_promises() -> None:
@@ -92,7 +93,7 @@ def test_every_image_is_of_one_version(name: str) -> None:
 
 def test_vllm_is_told_what_make_vllm_tells_it(tmp_path: Path) -> None:
     recipe = load("tiny", ["serve.vllm.tensor=2", "serve.queue=7", "serve.vllm.precision=bfloat16"])
-    told = stack.settings(recipe, Path("recipes/tiny.yaml"), ["vllm"], Path("t.gguf"), "5a")
+    told = compose.settings(recipe, Path("recipes/tiny.yaml"), ["vllm"], Path("t.gguf"), "5a")
     command = re.sub(r"\$\{(\w+):-[^}]*\}", lambda found: told[found[1]], SERVICES["vllm"]["command"])
     wanted = vllm.arguments(recipe, vllm.Model(Path("/model")), vllm.Machine(2, "bfloat16", 1), 8000)
     words = [*SERVICES["vllm"]["entrypoint"][1:], *shlex.split(command)]
@@ -101,7 +102,7 @@ def test_vllm_is_told_what_make_vllm_tells_it(tmp_path: Path) -> None:
     assert SERVICES["vllm"]["environment"].items() >= (silent | vllm.QUIET | {"PYTHONPATH": "/truetune"}).items()
     (template,) = [word for word in wanted if word.endswith(".jinja")]
     assert template == "/model/chat_template.jinja"
-    assert "./serve/gateway/guard.py:/truetune/serve/gateway/guard.py:ro" in SERVICES["vllm"]["volumes"]
+    assert "./serve/gateway/auth.py:/truetune/serve/gateway/auth.py:ro" in SERVICES["vllm"]["volumes"]
 
 
 @pytest.mark.skipif(not shutil.which("docker"), reason="no Docker Compose")
@@ -109,11 +110,11 @@ def test_compose_reads_vllms_arguments_as_a_shell_would(tmp_path: Path, monkeypa
     (tmp_path / "compose.yaml").write_text(TEXT)
     (tmp_path / "serve/containers").mkdir(parents=True)
     (tmp_path / "serve/containers/openwebui.env").touch()
-    told = stack.settings(load("tiny", []), Path("recipes/tiny.yaml"), ["vllm"], Path("t.gguf"), "5a")
+    told = compose.settings(load("tiny", []), Path("recipes/tiny.yaml"), ["vllm"], Path("t.gguf"), "5a")
     monkeypatch.chdir(tmp_path)
-    stack.write_settings(told)
+    compose.write_settings(told)
     done = subprocess.run(["docker", "compose", "config", "--format", "json"], capture_output=True, text=True)
-    if "is not a docker command" in done.stderr:
+    if "is not a docker command" in done.stderr or "unknown flag: --format" in done.stderr:
         pytest.skip("no Docker Compose")
     assert done.returncode == 0, done.stderr
     command = json.loads(done.stdout)["services"]["vllm"]["command"]
@@ -241,7 +242,7 @@ def test_a_profile_is_an_engine_and_what_goes_with_it(
     given: str, profiles: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PROFILE", given)
-    assert stack.profiles_of_environment() == profiles
+    assert compose.profiles_of_environment() == profiles
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_a_profile_is_an_engine_and_what_goes_with_it(
 def test_a_profile_that_cannot_be_is_refused(given: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROFILE", given)
     with pytest.raises(UserError, match=re.escape(problem)):
-        stack.profiles_of_environment()
+        compose.profiles_of_environment()
 
 
 def test_the_settings_are_kept_private_and_the_users_lines_stay(
@@ -264,16 +265,16 @@ def test_the_settings_are_kept_private_and_the_users_lines_stay(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path(".env").write_text("MINE=1\nTRUETUNE_NAME=old\n")
-    stack.write_settings({"TRUETUNE_NAME": "new"})
+    compose.write_settings({"TRUETUNE_NAME": "new"})
     assert Path(".env").read_text() == "MINE=1\nTRUETUNE_NAME=new\n"
     assert stat.S_IMODE(Path(".env").stat().st_mode) == 0o600
 
 
 def test_containers_are_never_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 0)
-    assert stack.machine()["TRUETUNE_USER"] == "10001:10001"
+    assert compose.machine()["TRUETUNE_USER"] == "10001:10001"
     monkeypatch.setattr(os, "getuid", lambda: 1234)
-    assert stack.machine()["TRUETUNE_USER"].startswith("1234:")
+    assert compose.machine()["TRUETUNE_USER"].startswith("1234:")
 
 
 @pytest.mark.parametrize(

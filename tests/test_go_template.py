@@ -9,8 +9,7 @@ import pytest
 from ollama_double import TEMPLATES, collated, distance, nearest
 from ollama_run import CHATML, STRIPPING
 
-from serve.engines.ollama.go_template import compile_shape
-from serve.engines.ollama.jinja import Refused, renderer
+from serve.engines.ollama.template import Refused, compile_shape, renderer
 from serve.engines.ollama.vocabulary import read_vocabulary
 from train.packaged import packaged_gguf
 

@@ -84,7 +84,7 @@ def test_a_fresh_serve_runs_the_stages_in_order(checkout: Path) -> None:
     commands = make("--dry-run", "serve", "RECIPE=tiny", folder=checkout).stdout
     modules = re.findall(r"-m (\S+) recipes/tiny\.yaml", commands)
     needed = [stage.module for stage in STAGES if stage.name not in ("eval", "prove", "register")]
-    assert modules == ["pipeline.resolve", "serve.ready", *needed[:-1], "report.report", "serve.api"]
+    assert modules == ["pipeline.resolve", "serve.api", *needed[:-1], "report.report", "serve.api"]
 
 
 def test_the_receipts_depend_on_those_that_the_stages_read() -> None:

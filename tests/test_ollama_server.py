@@ -4,7 +4,7 @@ import pytest
 from ollama._client import _parse_host
 
 from pipeline import UserError
-from serve.engines.ollama.modelfile import Modelfile
+from serve.engines.ollama.registration import Modelfile
 from serve.engines.ollama.server import is_loopback, refusal, server_url
 
 HOSTS = """

@@ -12,10 +12,9 @@ from data_fixtures import read
 from pipeline.error import UserError
 from pipeline.run import Receipt, Run
 from serve.comparing.artefacts import artefacts
-from serve.comparing.conversation import Conversation, Made, append
-from serve.comparing.door import Door
-from serve.comparing.prompt import Token, _texts, as_html
-from serve.comparing.voices import Said, Sampling, together
+from serve.comparing.conversation import Conversation, Made, Token, _texts, append, as_html
+from serve.comparing.pool import Chunk, Sampling, together
+from serve.playground import TokenAuth
 
 ASKED = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who are you?"}]
 
@@ -185,12 +184,12 @@ def test_only_our_engines_are_told_what_openai_does_not_know() -> None:
 @pytest.mark.parametrize("at_once", [True, False])
 def test_both_answers_arrive_whole_and_a_failure_is_one_panes_own(at_once: bool) -> None:
     def fails() -> Any:
-        yield Said("a", "answering")
+        yield Chunk("a", "answering")
         raise UserError("it broke")
 
-    fine = iter([Said("b", "answering"), Said("bc", "", "2 tokens")])
+    fine = iter([Chunk("b", "answering"), Chunk("bc", "", "2 tokens")])
     said = list(together([fails(), fine], at_once))
-    assert [part for number, part in said if number == 1] == [Said("b", "answering"), Said("bc", "", "2 tokens")]
+    assert [part for number, part in said if number == 1] == [Chunk("b", "answering"), Chunk("bc", "", "2 tokens")]
     assert [str(part) for number, part in said if number == 0][-1] == "it broke"
     assert at_once or [number for number, _ in said] == [0, 0, 1, 1]
 
@@ -204,7 +203,7 @@ def door() -> Any:
     from starlette.testclient import TestClient
 
     inside = Starlette(routes=[Route("/{path:path}", lambda _: PlainTextResponse("inside"))])
-    return TestClient(Door(inside, "sesame", 7860), base_url="http://127.0.0.1:7860", follow_redirects=False)
+    return TestClient(TokenAuth(inside, "sesame", 7860), base_url="http://127.0.0.1:7860", follow_redirects=False)
 
 
 @pytest.mark.parametrize("path", ["/", "/gradio_api/info", "/config", "/?token=", "/?token=wrong", "/?token=%ff"])

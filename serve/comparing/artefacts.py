@@ -7,10 +7,8 @@ from pathlib import Path
 
 from pipeline.error import UserError
 from pipeline.run import Receipt, Run
-from serve.asking.endpoint import HOST
+from serve.asking.client import models_of
 from serve.asking.key import read_key
-
-LIST_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -96,24 +94,3 @@ def _of_environment() -> Iterator[Artefact]:
     key = os.environ.get("OPENAI_API_KEY") or "none"
     for model in models_of(url, key) if url else ():
         yield Artefact(f"{url} {model}", f"{model} at {url}", "endpoint", url, model, key=key)
-
-
-def models_of(url: str, key: str) -> list[str]:
-    """The models that an endpoint lists; none when it does not answer or refuses the key."""
-    import httpx2
-    from openai import OpenAIError
-
-    try:
-        with client_of(url, key) as client:
-            return [model.id for model in client.models.list(timeout=LIST_SECONDS)]
-    except (OpenAIError, httpx2.HTTPError, ValueError):
-        return []
-
-
-def client_of(url: str, key: str):  # type: ignore[no-untyped-def]
-    """The official client of an endpoint, which never hides a failure behind retries."""
-    from openai import DefaultHttpxClient, OpenAI
-
-    # A proxy of the environment must never see what is said to this machine.
-    direct = DefaultHttpxClient(trust_env=f"//{HOST}:" not in url)
-    return OpenAI(base_url=url, api_key=key, http_client=direct, max_retries=0)

@@ -1,11 +1,12 @@
 """The playground's page: one pane or two, one question to both, how fast they answer and what they read."""
 
 import html
+import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from pipeline.error import UserError
 from pipeline.recipe import Recipe
 from pipeline.run import Run
 from serve.comparing.artefacts import Artefact, artefacts
-from serve.comparing.conversation import Conversation
-from serve.comparing.pane import QUIET, Pane, Update, keep, make_pane, read, told, unanswered, whole
-from serve.comparing.voices import Sampling, Voices, together
+from serve.comparing.conversation import Conversation, Made, Messages, append, as_html, tokens
+from serve.comparing.pool import Chunk, ModelPool, Sampling, together
 from setup.environment import device
 
 CSS = Path(__file__).with_suffix(".css")
 QUEUE = 16
 FRAME_SECONDS = 0.05  # a browser shows no more often
 LONGEST_QUESTION = 100_000
+Update = dict[Any, Any]
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,25 @@ class Controls:
     at_once: gr.Checkbox
 
 
-def page(recipe: Recipe, voices: Voices) -> gr.Blocks:
+@dataclass(frozen=True)
+class Pane:
+    """The parts of one side."""
+
+    column: gr.Column
+    choice: gr.Dropdown
+    chat: gr.Chatbot
+    status: gr.HTML
+    prompt: gr.HTML
+    export: gr.DownloadButton
+    conversation: gr.State
+
+    @property
+    def changing(self) -> list[Any]:
+        """What an answer changes."""
+        return [self.chat, self.status, self.prompt, self.export, self.conversation]
+
+
+def page(recipe: Recipe, pool: ModelPool) -> gr.Blocks:
     """The page of one recipe's run; every visitor has conversations of their own."""
     with gr.Blocks(title=f"{recipe.name} · Truetune", fill_width=True, analytics_enabled=False) as blocks:
         blocks.queue(max_size=QUEUE, default_concurrency_limit=4, api_open=False)
@@ -62,7 +82,7 @@ def page(recipe: Recipe, voices: Voices) -> gr.Blocks:
                         pane.prompt.render()
             with gr.Column(scale=1, min_width=250, elem_id="settings"):
                 controls = _controls(recipe)
-        _wire(blocks, recipe, voices, panes, controls, compare, question, stop, clear)
+        _wire(blocks, recipe, pool, panes, controls, compare, question, stop, clear)
     return blocks
 
 
@@ -90,10 +110,10 @@ def _controls(recipe: Recipe) -> Controls:
 
 
 def _wire(
-    blocks: gr.Blocks, recipe: Recipe, voices: Voices, panes: list[Pane], controls: Controls,
+    blocks: gr.Blocks, recipe: Recipe, pool: ModelPool, panes: list[Pane], controls: Controls,
     compare: gr.Checkbox, question: gr.Textbox, stop: gr.Button, clear: gr.Button,
 ) -> None:  # fmt: skip
-    run, stops = Run(recipe.name), {}  # type: ignore[var-annotated]
+    run, stops = Run(recipe.name), {}
     fields = list(vars(controls).values())
     asking = [question, stop, clear, *(part for pane in panes for part in pane.changing)]
 
@@ -127,10 +147,10 @@ def _wire(
             sampling = _sampling(*numbers)
             yield {question: gr.Textbox("", interactive=False), stop: gr.Button(interactive=True),
                    clear: gr.Button(interactive=False)}  # fmt: skip
-            if not (yield from _answers(recipe, voices, shown, text, system, sampling, at_once, ended)):
+            if not (yield from _answers(recipe, pool, shown, text, system, sampling, at_once, ended)):
                 yield {question: text}  # to ask it otherwise, or again
         except UserError as error:
-            yield {pane.status: told(error) for pane, _, _ in shown} | {question: text}
+            yield {pane.status: shown_error(error) for pane, _, _ in shown} | {question: text}
         finally:
             ended.set()
             stops.pop(request.session_hash, None)
@@ -165,7 +185,7 @@ def _wire(
 
 
 def _answers(
-    recipe: Recipe, voices: Voices, shown: list[tuple[Pane, str, Conversation]], text: str, system: str,
+    recipe: Recipe, pool: ModelPool, shown: list[tuple[Pane, str, Conversation]], text: str, system: str,
     sampling: Sampling, at_once: bool, ended: threading.Event,
 ) -> Generator[Update, None, bool]:  # fmt: skip
     """Both answers as they come, and whether there was any; what a pane has when the page is left, it keeps."""
@@ -180,7 +200,7 @@ def _answers(
         yield {side.chat: conversation.turns, side.status: "waiting"}
     asked = [conversation.messages(system) for _, _, conversation in chosen]
     coming = [
-        voices.answer(artefact, messages, sampling, ended)
+        pool.answer(artefact, messages, sampling, ended)
         for (_, artefact, _), messages in zip(chosen, asked, strict=True)
     ]
     waiting, shown_at, answered = set(range(len(chosen))), [0.0] * len(chosen), False
@@ -188,12 +208,12 @@ def _answers(
         side, artefact, conversation = chosen[number]
         if isinstance(said, UserError):
             waiting.discard(number)
-            yield unanswered(side, conversation, told(said))
+            yield unanswered(side, conversation, shown_error(said))
         elif said.speed:
             waiting.discard(number)
             answered = True
             yield whole(side, artefact, conversation, asked[number], sampling, said)
-            yield {side.prompt: read(voices, artefact, asked[number])}
+            yield {side.prompt: read(pool, artefact, asked[number])}
         elif time.monotonic() - shown_at[number] > FRAME_SECONDS:
             shown_at[number] = time.monotonic()
             turns = [*conversation.turns, *([{"role": "assistant", "content": said.text}] if said.text else [])]
@@ -216,3 +236,92 @@ def _sampling(temperature: float, top_p: float, top_k: float, max_tokens: float,
         if not isinstance(value, int | float) or not low <= value <= high:
             raise UserError(f"{name.replace('_', ' ')} is {value}: give a number from {low} to {high}")
     return Sampling(float(temperature), float(top_p), int(top_k), int(max_tokens), int(seed or 0))
+
+
+def make_pane(side: str, visible: bool) -> Pane:
+    """Lay out one side; its `prompt` is rendered where the page wants it."""
+    with gr.Column(visible=visible, min_width=320, elem_id=side, elem_classes="pane") as column:
+        choice = gr.Dropdown([], label=f"Who answers, {side}", show_label=False, container=False, filterable=False)
+        chat = gr.Chatbot(
+            show_label=False, label=f"Conversation, {side}", height="100%", layout="bubble", buttons=["copy"],
+            editable="all", feedback_options=("Like", "Dislike"), allow_tags=False, latex_delimiters=[],
+            placeholder="Its answers appear here. A thumb is kept; an edited turn is exported as edited.",
+            elem_classes="chat",
+        )  # fmt: skip
+        with gr.Row(elem_classes="below"):
+            status = gr.HTML("", elem_classes="status")
+            export = gr.DownloadButton("Export", size="sm", interactive=False, min_width=80, scale=0)
+    shown = gr.HTML(visible=visible, elem_id=f"{side}-prompt", elem_classes="prompt", render=False)
+    return Pane(column, choice, chat, status, shown, export, gr.State(Conversation()))
+
+
+def keep(run: Run, pane: Pane) -> None:
+    """What a person does to an answer: rate it, correct it."""
+
+    def rate(conversation: Conversation, data: gr.LikeData) -> str:
+        rating = {True: "up", False: "down"}.get(data.liked, "none")  # type: ignore[arg-type]
+        try:
+            append(run.path("feedback.jsonl"), conversation.rated(_index(data), rating))
+        except (UserError, OSError) as error:
+            return shown_error(error)
+        return f"thumb {rating}: kept in {html.escape(str(run.path('feedback.jsonl')))}"
+
+    def correct(conversation: Conversation, data: gr.EditData) -> Update:
+        conversation.correct(_index(data), data.value)
+        return {pane.conversation: conversation, pane.export: export(conversation)}
+
+    pane.chat.like(rate, pane.conversation, pane.status, **QUIET)
+    pane.chat.edit(correct, pane.conversation, [pane.conversation, pane.export], **QUIET)
+
+
+def whole(
+    pane: Pane, artefact: Artefact, conversation: Conversation, asked: Messages, sampling: Sampling, said: Chunk
+) -> Update:
+    """What a whole answer changes; the conversation keeps it with what made it."""
+    if said.text:
+        made = Made(artefact.name, asked, said.text, asdict(sampling), said.speed)
+        conversation.add("assistant", said.text, made)
+    else:
+        conversation.turns.pop()  # two questions in a row are no conversation
+    status = f"<b>{html.escape(artefact.model)}</b> {html.escape(said.speed)}"
+    return {
+        pane.chat: conversation.turns,
+        pane.status: status,
+        pane.conversation: conversation,
+        pane.export: export(conversation),
+    }
+
+
+def unanswered(pane: Pane, conversation: Conversation, status: str) -> Update:
+    """Take back a question that got no answer: the next one must not follow it."""
+    conversation.turns.pop()
+    return {pane.chat: conversation.turns, pane.status: status, pane.conversation: conversation}
+
+
+def read(pool: ModelPool, artefact: Artefact, messages: list[dict[str, str]]) -> str:
+    """The prompt that was just answered, in the tokens that were read."""
+    try:
+        endpoint = pool.endpoint(artefact).result()
+        return as_html(tokens(endpoint, messages, Run(artefact.recipe).path("base")))
+    except UserError as error:
+        return shown_error(error)
+
+
+def export(conversation: Conversation) -> gr.DownloadButton:
+    """The button with the conversation as a file, in the folder that Gradio may serve from and that ends with it."""
+    if not (text := conversation.as_data()):
+        return gr.DownloadButton(interactive=False)
+    files = Path(gr.utils.get_upload_folder())
+    files.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=files))
+    (folder / "conversation.jsonl").write_text(text, encoding="utf-8")
+    return gr.DownloadButton(value=str(folder / "conversation.jsonl"), interactive=True)
+
+
+def _index(data: Any) -> int:
+    return int(data.index[0] if isinstance(data.index, list | tuple) else data.index)
+
+
+def shown_error(error: Exception) -> str:
+    """One sentence, as the status shows it."""
+    return f'<span class="error">{html.escape(str(error))}</span>'

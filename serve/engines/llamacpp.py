@@ -1,22 +1,42 @@
-"""llama.cpp behind the chat window: the GGUF that it serves, and what its answers must show before anyone asks."""
+"""llama.cpp behind the chat window: the GGUF that it serves, how, and what its answers must show before anyone asks."""
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.error import UserError
 from pipeline.files import fingerprint
-from pipeline.recipe import Recipe
+from pipeline.gguf_head import read_head
+from pipeline.recipe import Recipe, Serve
 from pipeline.run import Fingerprints, Run
-from serve.asking.endpoint import ERRORS, ask, is_healthy, served_model, url_of
+from serve.asking.endpoint import ERRORS, HOST, ask, is_healthy, served_model, url_of
 from serve.asking.key import KEY_FILE, make_key
-from serve.gateway.context import trained_context
-from serve.gateway.engine import Settings
 from serve.running.backend import Backend, Endpoint, Service
 
 ANSWER_SECONDS = 600
+PROGRAM = "serve.gateway.engine"
+WORDS = "tokenizer.ggml.tokens"
+SPACE = "\u2581".encode()  # how sentencepiece writes one
 PATIENCE_SECONDS = 10  # under load an engine takes seconds to say that it is well
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the engine serves, and how; anyone may see it in the process list, so it names the key's file only."""
+
+    model: str
+    name: str
+    port: int
+    key_file: str
+    context: int
+    slots: int
+    threads: int
+    temperature: float
+    queue: int = Serve.queue
+    ui: bool = False
+    origins: tuple[str, ...] = ()
+    host: str = HOST  # a container's engine listens on its network, which no one outside reaches
 
 
 def backend(recipe: Recipe, run: Run) -> Backend:
@@ -30,7 +50,7 @@ def backend(recipe: Recipe, run: Run) -> Backend:
     settings, key = settings_of(recipe, path), make_key()
     engine = Service(
         name="engine",
-        argv=(sys.executable, "-m", "serve.gateway.engine", json.dumps(asdict(settings))),
+        argv=(sys.executable, "-m", PROGRAM, json.dumps(asdict(settings))),
         log_file=run.path("serve.log"),
         port=settings.port,
         loading=f"loading {path}",
@@ -56,6 +76,29 @@ def refuse_long_context(context: int, path: Path) -> None:
     trained = trained_context(path)
     if trained is not None and context > trained:
         raise UserError(f"serve.context: {context} is more than the {trained} tokens that {path} knows: lower it")
+
+
+def trained_context(path: Path) -> int | None:
+    """`<architecture>.context_length` of a GGUF; None when it does not say.
+
+    Raises:
+        UserError: the file is no GGUF, or ends within its metadata.
+    """
+    key = ".context_length"
+    values = read_head(path, until=key).values
+    return next((value for name, value in values.items() if name.endswith(key) and isinstance(value, int)), None)
+
+
+def longest_token(path: Path) -> int:
+    """The most bytes of text that one of its tokens stands for; byte-level BPE's are counted twice at most.
+
+    Raises:
+        UserError: the file is no GGUF, ends within its metadata, or has no vocabulary.
+    """
+    words = read_head(path, until=WORDS).values.get(WORDS)
+    if not isinstance(words, list) or not all(isinstance(word, bytes) for word in words):
+        raise UserError(f"{path} has no vocabulary: make it again with 'make gguf'")
+    return max((len(word.replace(SPACE, b" ")) for word in words), default=0)
 
 
 def refuse_replaced(path: Path, known: dict[str, str | int]) -> None:

@@ -37,7 +37,7 @@ QUIET = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",
     "VLLM_PLUGINS": "",
     "PYTHONSAFEPATH": "1",
-    "PYTHONPATH": str(ROOT),  # for serve/gateway/guard.py
+    "PYTHONPATH": str(ROOT),  # for serve/gateway/auth.py
 }
 
 
@@ -175,7 +175,7 @@ def model_arguments(recipe: Recipe, model: Model, machine: Machine) -> tuple[str
         *("--generation-config", "vllm"),
         *("--override-generation-config", json.dumps({"temperature": serve.temperature})),
         *("--seed", str(recipe.seed)),
-        *("--middleware", "serve.gateway.guard.ApiKeyAuth", "--allowed-origins", "[]"),
+        *("--middleware", "serve.gateway.auth.ApiKeyAuth", "--allowed-origins", "[]"),
         *("--disable-fastapi-docs", "--disable-access-log-for-endpoints", "/health,/metrics"),
     ]
     if model.adapter:

@@ -8,36 +8,16 @@ in a folder of its owner's, so that there is no way around the gateway.
 import json
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.files import own_folder
 from pipeline.machine import cores
-from pipeline.recipe import Serve
-from serve.asking.endpoint import HOST, url_of
+from serve.asking.endpoint import url_of
 from serve.asking.key import read_key
+from serve.engines.llamacpp import Settings, longest_token
 from serve.gateway.connection import listen
-from serve.gateway.context import longest_token
 from serve.gateway.gateway import Bounds, Gateway
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the engine serves, and how; anyone may see it in the process list, so it names the key's file only."""
-
-    model: str
-    name: str
-    port: int
-    key_file: str
-    context: int
-    slots: int
-    threads: int
-    temperature: float
-    queue: int = Serve.queue
-    ui: bool = False
-    origins: tuple[str, ...] = ()
-    host: str = HOST  # a container's engine listens on its network, which no one outside reaches
 
 
 def engine(settings: Settings) -> int:

@@ -7,14 +7,14 @@ OpenAI's API: `request` and `answer` say how.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve.gateway.answer import event, joined, legacy_logprobs, refusal, total
-from serve.gateway.guard import ApiKeyAuth
+from serve.gateway.auth import ApiKeyAuth
 from serve.gateway.request import CHAT, COMPLETIONS, TEMPLATE, Model, Refusal, answerable, unknown_model
 
 if TYPE_CHECKING:
@@ -220,7 +220,9 @@ class Gateway:
         """
         import httpx
 
-        begun, usages, last = False, [], {}  # type: ignore[var-annotated]
+        begun = False
+        usages: list[dict[str, Any]] = []
+        last: dict[str, Any] = {}
         try:
             async with aclosing(self.chunks(path, questions)) as chunks:
                 async for chunk in chunks:
@@ -245,7 +247,7 @@ class Gateway:
                 await piece(send, b"data: " + error.body + b"\n\n")
                 await send({"type": "http.response.body", "body": b""})
 
-    async def chunks(self, path: str, questions: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, path: str, questions: list[dict[str, Any]]) -> AsyncGenerator[dict[str, Any]]:
         """The chunks of the answers to all questions, as they come."""
         ready: asyncio.Queue[dict[str, Any] | BaseException | None] = asyncio.Queue(maxsize=1)
 
@@ -276,7 +278,7 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*following, return_exceptions=True)
 
-    async def chunks_of_one(self, path: str, question: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def chunks_of_one(self, path: str, question: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         offset = 0
         async with self.turn, aclosing(await self.ask(path, question)) as response:
             async for line in response.aiter_lines():

@@ -37,7 +37,7 @@ VALUES: dict[str, tuple[type, float | None, float | None]] = {
 NAMES = {
     float: "a number", int: "a whole number", bool: "true or false", dict: "an object", list: "a list", str: "a text"
 }  # fmt: skip
-NEUTRAL = (0, False, [], {}, {"type": "text"})  # what asks for nothing
+NEUTRAL: tuple[object, ...] = (0, False, [], {}, {"type": "text"})  # what asks for nothing
 REASONING_FORMATS = ("none", "auto", "deepseek", "deepseek-legacy")
 
 
@@ -109,7 +109,7 @@ def unknown_model(name: object, model: Model) -> Refusal:
 
 
 def _check_value(asked: dict[str, Any], name: str, kind: type, low: float | None, high: float | None) -> None:
-    value = asked.get(name)
+    value: Any = asked.get(name)
     if value is None:
         return
     allowed = (int, float) if kind is float else kind

@@ -1,10 +1,24 @@
-"""What stands behind a chat window: an endpoint of OpenAI's API, and the processes of ours that it takes."""
+"""What stands behind a chat window: an endpoint of OpenAI's API, the processes of ours that it takes, and its proof."""
 
+import importlib
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.run import Fingerprints
+from pipeline.error import UserError
+from pipeline.proof import read_comparisons
+from pipeline.recipe import Recipe
+from pipeline.run import Fingerprints, Receipt, Run
+
+ENGINES = {
+    "llamacpp": "serve.engines.llamacpp",
+    "ollama": "serve.engines.ollama.registration",
+    "vllm": "serve.engines.vllm",
+}
+
+log = logging.getLogger("truetune")
 
 
 @dataclass(frozen=True)
@@ -51,3 +65,34 @@ class Backend:
     services: tuple[Service, ...] = ()
     inputs: Fingerprints = field(default_factory=dict)
     packages: tuple[str, ...] = ()
+
+
+def backend_of(recipe: Recipe, run: Run) -> Backend:
+    """The engine that the recipe names, its files proved to be what their stages wrote."""
+    made: Backend = importlib.import_module(ENGINES[recipe.serve.engine]).backend(recipe, run)
+    return made
+
+
+def refuse_disproved(recipe: Recipe, run: Run) -> None:
+    """What was found not to be the trained model is not served, unless FORCE=1 says so."""
+    # Another quantization's fault is not the served one's.
+    line = ("merge",) if recipe.serve.engine == "vllm" else ("merge", recipe.gguf.full, recipe.served_type)
+    rows = read_comparisons(run.path("compare.jsonl")) if judged(run, "compare") else []
+    problems = [f"{row.name}: {problem}" for row in rows if row.name in line for problem in row.problems]
+    proof = judged(run, "prove")
+    if proof and not proof.metrics["passed"]:
+        problems += [problem for row in proof.metrics["comparisons"] for problem in row["problems"]]
+    if not problems:
+        return
+    if os.environ.get("FORCE") == "1":
+        log.warning("WARNING: serving what is NOT the model that was trained (FORCE=1): %s", problems[0])
+        return
+    raise UserError(f"{run.folder} failed its proof ({problems[0]}): fix it, or serve it all the same with FORCE=1")
+
+
+def judged(run: Run, name: str) -> Receipt | None:
+    """The receipt of a comparison, if what it compared is what stands there now."""
+    receipt, files, merge = (run.find_receipt(stage) for stage in (name, "gguf", "merge"))
+    if receipt is None or files is None or not files.outputs.items() <= receipt.inputs.items():
+        return None
+    return None if merge and not merge.outputs.items() <= files.inputs.items() else receipt

@@ -1,4 +1,4 @@
-"""The session of a run that is being served: who serves it and how, told to other terminals by a file.
+"""The session of a run that is being served: who serves it and how, in a file for other terminals.
 
 The lock on that file ends with the process that holds it, however it ends, so a stale file deceives nobody.
 """
@@ -17,7 +17,7 @@ from pipeline.run import Run
 
 @dataclass(frozen=True)
 class Session:
-    """What `make serve` tells of itself; `services` are their conditions, one a dict."""
+    """What `make serve` reports of itself; `services` are their conditions, one a dict."""
 
     pid: int
     engine: str
@@ -50,7 +50,7 @@ def held(run: Run) -> Iterator[None]:
             run.path("session.json").unlink(missing_ok=True)
 
 
-def tell(run: Run, session: Session) -> None:
+def report(run: Run, session: Session) -> None:
     """Write it for other terminals."""
     write_whole(run.path("session.json"), json.dumps(vars(session), indent=2) + "\n")
 
@@ -80,3 +80,17 @@ def refuse_second(run: Run) -> None:
     if session := find(run):
         stop = f"use it, or stop it with 'make stop RECIPE={run.name}'"
         raise UserError(f"{run.folder} is already being served on {session.url}: {stop}")
+
+
+def memory_bytes(pid: int) -> int:
+    """Resident memory of a process and of those that it started."""
+    import psutil
+
+    total = 0
+    try:
+        process = psutil.Process(pid)
+        for each in (process, *process.children(recursive=True)):
+            total += each.memory_info().rss
+    except psutil.Error:
+        pass  # it ends just now
+    return total

@@ -1,4 +1,4 @@
-"""The supervisor of services: starts them in order, starts each again when it fails, ends them all."""
+"""The supervisor of services: starts them in order, starts each again when it fails, ends them all, killed or not."""
 
 import logging
 import os
@@ -52,14 +52,18 @@ class Supervisor:
 
     def __init__(self, services: Sequence[Service], on_change: Callable[[], None] = lambda: None) -> None:
         self.ended = threading.Event()
-        self.keepers = [Keeper(service, self) for service in services]
+        self.keepers: list[Keeper] = []
         self.on_change = on_change
         self.since = now()
         self._watchdog: subprocess.Popen[str] | None = None
+        for service in services:
+            service.log_file.parent.mkdir(parents=True, exist_ok=True)
+            service.log_file.write_text("", encoding="utf-8")
+            self.add(service)
 
     def __enter__(self) -> Self:
         self._watchdog = subprocess.Popen(
-            [sys.executable, "-m", "serve.running.watchdog"],
+            [sys.executable, "-c", f"from {__name__} import watchdog; watchdog()"],
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,  # neither a terminal's Ctrl-C nor its end reaches it
@@ -67,13 +71,23 @@ class Supervisor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for wish in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a second Ctrl-C must leave nothing behind
-            signal.signal(wish, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a second Ctrl-C must leave nothing behind
+            signal.signal(number, signal.SIG_IGN)
         self.ended.set()
         for keeper in reversed(self.keepers):
             keeper.stop()
         assert self._watchdog
         self._watchdog.communicate()
+
+    def add(self, service: Service) -> "Keeper":
+        """One more service, which is not started yet."""
+        self.keepers.append(Keeper(service, self))
+        return self.keepers[-1]
+
+    def remove(self, keeper: "Keeper") -> None:
+        """End a service, and forget it."""
+        keeper.stop()
+        self.keepers.remove(keeper)
 
     def start(self) -> None:
         """Start the services one after another, each when the one before answers.
@@ -117,8 +131,6 @@ class Keeper:
         self.process: subprocess.Popen[bytes] | None = None
         self.condition = Condition(service.name, service.port)
         self._starting = threading.Lock()
-        service.log_file.parent.mkdir(parents=True, exist_ok=True)
-        service.log_file.write_text("", encoding="utf-8")
 
     def start(self) -> str:
         """Start a process and wait until it answers; what went wrong, or nothing."""
@@ -139,7 +151,9 @@ class Keeper:
                     return problem
                 tick()
                 time.sleep(0.05)
-        return f"did not answer within {self.service.ready_seconds} s"
+        return (
+            "was ended" if self.supervisor.ended.is_set() else f"did not answer within {self.service.ready_seconds} s"
+        )
 
     def keep(self, fail: Callable[[BaseException], None]) -> None:
         """Keep the process that has started answering, or another in its place; what forbids that goes to `fail`."""
@@ -163,6 +177,10 @@ class Keeper:
         process.wait()
         self.supervisor.note(process.pid, started=False)
         self._change("ended")
+
+    def is_running(self) -> bool:
+        """Whether its process has not ended."""
+        return self.process is not None and self.process.poll() is None
 
     def peak_rss_bytes(self) -> int:
         """The process's largest resident memory so far; 0 where the system does not tell."""
@@ -242,6 +260,19 @@ class Keeper:
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
         errors = [match[1] for line in lines if (match := re.match(r"[\d.]+ E (.*)", line))]
         return errors[0] if errors and begin is not None else lines[-1] if lines else "it logged nothing"
+
+
+def watchdog() -> None:
+    """End what a supervisor started when the supervisor itself is killed, which ends this process's standard input.
+
+    That names process groups, one a line: `+123` is started, `-123` has ended.
+    """
+    groups: set[int] = set()
+    for line in sys.stdin:
+        (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
+    for group in groups:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def now() -> str:

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from pipeline.error import UserError
-from pipeline.proof import Comparison, first_difference, same_share
+from pipeline.proof import Comparison, same_share
 from pipeline.reference import CONTINUATION_TOKENS, Probe
+from serve.asking.probe import other_text
 from serve.engines.ollama.server import OllamaServer
 from serve.engines.ollama.vocabulary import Vocabulary
 
@@ -86,13 +87,6 @@ def prove_answers(
 def words(answer: str) -> str:
     """An answer without the marks and white space that a server drops when it parts a model's thoughts from it."""
     return " ".join(answer.replace("<think>", " ").replace("</think>", " ").split())
-
-
-def other_text(probe: Probe, rendered: str) -> str:
-    """Where the rendered text differs."""
-    at = first_difference(list(rendered.encode()), list(probe.prompt.encode())) or 0
-    found, wanted = rendered.encode()[at : at + 20], probe.prompt.encode()[at : at + 20]
-    return f"chat template: probe '{probe.name}', byte {at}: {found!r}, trained with {wanted!r}"
 
 
 def replaced_template(said: list[str]) -> str:

@@ -6,7 +6,7 @@ Runs in vLLM's environment too: standard library and Starlette only. Source: vLL
 
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 OPEN = ("/health",)
@@ -35,10 +35,10 @@ class ApiKeyAuth:
             # A browser asks without the key whether it may ask with it.
             self.checked = CORSMiddleware(self.check, origins, ("GET", "POST"), ("*",), expose_headers=("retry-after",))
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         await self.checked(scope, receive, send)
 
-    async def check(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def check(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
         """Let in whoever has the key."""
 
         async def sending(message: dict[str, Any]) -> None:
