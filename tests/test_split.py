@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.recipe import Clean, Data
-from train.cleaning.duplicates import RUN, equal, joined, near, same_prompt, signatures
-from train.cleaning.split import TEMPLATE_ROWS, held_back, sides
+from train.cleaning.duplicates import RUN, TEMPLATE_ROWS, equal, held_back, joined, near, same_prompt, sides, signatures
 
 REPOSITORY = Path(__file__).parent.parent
 DATA = Data(validation=0.3)

@@ -11,8 +11,7 @@ import pytest
 
 from pipeline import UserError
 from pipeline.rows import RowWriter, picked, row_batch, rows
-from train.pieces import pieces
-from train.preview import CLOSE, OPEN, histogram, preview
+from train.preview import CLOSE, OPEN, histogram, pieces, preview
 from train.run import run
 from train.template import IGNORED, row_examples
 
