@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from setup import environment as env
+from setup.step import SetupError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "llama_cpp_python", "xllamacpp", "bitsandbytes")
 FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")
@@ -94,7 +95,7 @@ def environment_state() -> str:
     try:
         made_by = re.search(r"^version = (\d+)\.(\d+)", Path(".venv/pyvenv.cfg").read_text(encoding="utf-8"), re.M)
         current = made_by and stamp == env.digest(env.device(), (int(made_by[1]), int(made_by[2])))
-    except (OSError, env.SetupError) as error:
+    except (OSError, SetupError) as error:
         return f"unusable: {error}"
     return "complete" if current else "made from other pins: 'make setup' renews it"
 
@@ -179,7 +180,7 @@ def in_use(port: int) -> bool:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except env.SetupError as error:
+    except SetupError as error:
         sys.exit(f"error: {error}")
     except ValueError:
         sys.exit(f"error: PORT={os.environ.get('PORT')}: give a number from 1 to 65535")

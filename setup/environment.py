@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from setup.step import SetupError, run, say
+
 ROOT, CACHE, VERSION = Path(__file__).resolve().parent.parent, Path(".cache"), sys.version.split()[0]
 LOCKS = ROOT / "setup/locks"
 TORCH = "2.13.0"
@@ -31,14 +34,20 @@ LLAMA_CPP_PYTHON_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372
 LLAMA_CPP_WHEELS = "https://abetlen.github.io/llama-cpp-python/whl/cpu"
 CONVERTER = CACHE / f"llama.cpp-{LLAMA_CPP_PYTHON}"
 CONVERTER_PARTS = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
+COMPILED = ROOT / "setup/llama_cpp.cmake"
+LOCKED = ["--no-deps", "--require-hashes", "--requirement"]
+# pip's settings under uv's names for them, which does not read pip's configuration.
+UV_NAMES = {
+    "index-url": "UV_DEFAULT_INDEX",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "trusted-host": "UV_INSECURE_HOST",
+    "cert": "SSL_CERT_FILE",
+}
 ELSEWHERE = ["--retries", "1", "--timeout", "15", "--extra-index-url"]  # out of reach must not cost minutes
 COMPILER_HELP = "Debian/Ubuntu 'apt install build-essential', macOS 'xcode-select --install', or name yours in CXX"
 PYTHON_HELP = "'apt install python3 python3-venv', 'brew install python@3.12' or 'uv python install 3.12'"
-PROGRESS_EVERY_SECONDS, NEEDED_GB = 10, {"cpu": 4, "cuda": 12}
-
-
-class SetupError(Exception):
-    """What is wrong and what mends it."""
+NEEDED_GB = {"cpu": 4, "cuda": 12}
 
 
 @dataclass(frozen=True)
@@ -57,13 +66,12 @@ class Environment:
         """What the environment was made from; written last."""
         return self.folder / ".complete"
 
-    @property
-    def install(self) -> list[str]:
-        return [str(self.python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    def pip(self, *command: str) -> list[str]:
+        return [str(self.python), "-m", "pip", "--no-input", "--disable-pip-version-check", *command]
 
-    @property
-    def install_locked(self) -> list[str]:
-        return [*self.install, "--no-deps", "--require-hashes", "--requirement"]
+    def asked(self, *command: str) -> str:
+        """What pip answers; nothing where it fails."""
+        return subprocess.run(self.pip(*command), capture_output=True, text=True, check=False).stdout.strip()
 
 
 OURS = Environment(Path(".venv"), CACHE / "setup.log")
@@ -89,9 +97,11 @@ def main() -> None:
             shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(prefix="setup-", dir=CACHE) as scratch:
             make_venv(OURS, target)
-            run(OURS, "packages of requirements.lock", [*OURS.install_locked, "requirements.lock"])
+            locked, uv, source = Path("requirements.lock"), Path(scratch, "uv.txt"), Path(scratch, "source.txt")
+            uv.write_text("".join(re.findall(r"^uv==.*(?:\n {4}--hash=.*)*", locked.read_text(encoding="utf-8"), re.M)))
+            run(OURS.log, "uv, which installs the others", OURS.pip("install", *LOCKED, str(uv)))
+            install_locked(OURS, locked)
             install_torch(OURS, target)
-            source = Path(scratch, "source.txt")
             source.write_text(f"llama-cpp-python=={LLAMA_CPP_PYTHON} --hash=sha256:{LLAMA_CPP_PYTHON_SHA256}\n")
             if not CONVERTER.is_dir():
                 unpack_converter(source)
@@ -131,7 +141,7 @@ def make_venv(place: Environment, target: str) -> None:
     usable = works(place, f"import pip, sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})")
     if not usable or other in (place.folder / "pyvenv.cfg").read_text(encoding="utf-8"):
         command = [sys.executable, "-m", "venv", "--clear", "--prompt", f"truetune-{target}", str(place.folder)]
-        if not run(place, f"{place.folder.name} with Python {VERSION}", command, may_fail=True):
+        if not run(place.log, f"{place.folder.name} with Python {VERSION}", command, may_fail=True):
             makes_none = f"{sys.executable} makes no {place.folder.name}"
             raise SetupError(f"{makes_none} (Debian: 'apt install python3-venv'): see {place.log}")
     forget_halves(place)
@@ -168,27 +178,45 @@ def add(requirements: Path) -> None:
         unfinished(requirements).touch()
         OURS.log.touch()
         forget_halves(OURS)
-        run(OURS, f"{requirements.stem}, once", [*OURS.install_locked, str(requirements)])
+        install_locked(OURS, requirements)
         unfinished(requirements).unlink()
+
+
+def install_locked(place: Environment, requirements: Path) -> None:
+    """Install what is locked by uv; where that fails by pip, which looks where uv does not and says what is wrong."""
+    uv, named = ROOT / OURS.folder / "bin/uv", re.findall(r"^\S+==", requirements.read_text(encoding="utf-8"), re.M)
+    what = f"{len(named)} packages of {requirements.name}"
+    by_uv = [str(uv), "pip", "install", "--no-config", "--python", str(place.python), *LOCKED, str(requirements)]
+    if not uv.is_file() or not run(place.log, what, by_uv, may_fail=True, **indexes(place)):
+        run(place.log, f"{what}, by pip", place.pip("install", *LOCKED, str(requirements)))
+
+
+def indexes(place: Environment) -> dict[str, str]:
+    """Where pip is told to look for packages, as uv takes it; with a hash each, it does not matter who has them."""
+    rows = re.findall(r"^(global|install|:env:)\.(\S+)='(.*)'$", place.asked("config", "list"), re.M)
+    rows.sort(key=lambda row: ("global", "install", ":env:").index(row[0]))  # the last one holds
+    named = {UV_NAMES[key]: " ".join(value.replace(r"\n", " ").split()) for _, key, value in rows if key in UV_NAMES}
+    return {"UV_INDEX_STRATEGY": "unsafe-best-match"} | named
 
 
 def install_torch(place: Environment, target: str) -> None:
     """PyPI's build brings CUDA with it; the CPU build comes from the machine's own indexes or from PyTorch's."""
     if target == "cuda":
-        run(place, "torch with CUDA", [*place.install, f"torch=={TORCH}"])
+        run(place.log, "torch with CUDA", place.pip("install", f"torch=={TORCH}"))
         return
-    install = [*place.install, "--no-deps", f"torch=={TORCH}" if sys.platform == "darwin" else f"torch=={TORCH}+cpu"]
-    found = run(place, "torch for the processor", install, may_fail=True)
+    build = TORCH if sys.platform == "darwin" else f"{TORCH}+cpu"
+    install = place.pip("install", "--no-deps", f"torch=={build}")
+    found = run(place.log, "torch for the processor", install, may_fail=True)
     elsewhere = [*install, *ELSEWHERE, TORCH_CPU_INDEX]
-    if not found and not run(place, f"torch from {TORCH_CPU_INDEX}", elsewhere, may_fail=True):
+    if not found and not run(place.log, f"torch from {TORCH_CPU_INDEX}", elsewhere, may_fail=True):
         wheels = f"connect to {TORCH_CPU_INDEX} or take PyPI's larger build with TRUETUNE_DEVICE=cuda"
         raise SetupError(f"no CPU build of torch {TORCH} in reach (see {place.log}): {wheels}")
 
 
 def unpack_converter(source: Path) -> None:
     """llama.cpp's converter out of llama-cpp-python's source, whole or not at all."""
-    get = [*OURS.install[:3], "download", "--no-deps", "--no-binary", "llama-cpp-python", "--require-hashes"]
-    run(OURS, "llama.cpp's converter (77 MB)", [*get, "-r", str(source), "--dest", str(source.parent)])
+    get = OURS.pip("download", "--no-binary", "llama-cpp-python", "--dest", str(source.parent), *kept(), *LOCKED)
+    run(OURS.log, "llama.cpp's converter (77 MB)", [*get, str(source)])
     inside, unpacked = f"llama_cpp_python-{LLAMA_CPP_PYTHON}/vendor/llama.cpp/", source.parent / "unpacked"
     with tarfile.open(source.parent / f"llama_cpp_python-{LLAMA_CPP_PYTHON}.tar.gz") as archive:
         if hasattr(tarfile, "data_filter"):  # Debian 12's Python lacks it; the hash has been checked there too
@@ -202,15 +230,20 @@ def unpack_converter(source: Path) -> None:
 
 def install_llama_cpp_python(source: Path) -> None:
     """A prebuilt wheel where one is in reach, else compiled; pip keeps what it compiled for the next checkout."""
-    wanted = [*OURS.install, "--no-deps", "--only-binary=:all:", f"llama-cpp-python=={LLAMA_CPP_PYTHON}"]
-    if run(OURS, "llama-cpp-python, if prebuilt", [*wanted, *ELSEWHERE, LLAMA_CPP_WHEELS], may_fail=True):
+    wanted = ["--no-deps", "--only-binary=:all:", f"llama-cpp-python=={LLAMA_CPP_PYTHON}", *ELSEWHERE, LLAMA_CPP_WHEELS]
+    if run(OURS.log, "llama-cpp-python, if prebuilt", OURS.pip("install", *wanted), may_fail=True):
         return
     if not find_compiler():
         raise SetupError(f"no C++ compiler, which llama-cpp-python needs: {COMPILER_HELP}")
-    # NATIVE off: the wheel that pip keeps must run on every machine that shares this home.
-    flags = os.environ.get("CMAKE_ARGS", "-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF")
-    compiling = [*OURS.install_locked, str(source), "--verbose"]
-    run(OURS, "llama-cpp-python, compiled unless pip kept it (5 to 15 min)", compiling, CMAKE_ARGS=flags)
+    compiling = OURS.pip("install", "--verbose", *kept(), *LOCKED, str(source))
+    flags = f"-DCMAKE_PROJECT_INCLUDE={shlex.quote(str(COMPILED))} {os.environ.get('CMAKE_ARGS', '')}"
+    run(OURS.log, "llama-cpp-python, compiled unless pip kept it (3 to 8 min)", compiling, CMAKE_ARGS=flags)
+
+
+def kept() -> list[str]:
+    """A part of pip's cache for what is compiled so: pip itself knows a compiled wheel by its source alone."""
+    cache, made_from = OURS.asked("cache", "dir"), COMPILED.read_bytes() + os.environ.get("CMAKE_ARGS", "").encode()
+    return ["--cache-dir", f"{cache}/truetune-{hashlib.sha256(made_from).hexdigest()[:12]}"] if cache else []
 
 
 def find_compiler() -> str | None:
@@ -222,64 +255,10 @@ def find_compiler() -> str | None:
 def verify(target: str) -> None:
     """Everything imports, torch is the right build, and a machine without a GPU has no CUDA package."""
     code = "import llama_cpp, transformers, torch; assert (torch.version.cuda is not None) == " + str(target == "cuda")
-    run(OURS, "check of what was installed", [str(OURS.python), "-c", code])
+    run(OURS.log, "check of what was installed", [str(OURS.python), "-c", code])
     unwanted = sorted(path.name for path in OURS.folder.glob("lib/python*/site-packages/nvidia_*.dist-info"))
     if target == "cpu" and unwanted:
         raise SetupError(f"CUDA packages on a machine without a GPU ({unwanted[0]}): delete .venv and run again")
-
-
-def run(place: Environment, what: str, command: list[str], may_fail: bool = False, **extra: str) -> bool:
-    """Run a step, its output in the log, with a progress line every few seconds; False if it may fail and did."""
-    say(what)
-    start, skip = time.monotonic(), place.log.stat().st_size
-    elsewhere = ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX")
-    clean = {key: value for key, value in os.environ.items() if key not in elsewhere} | extra
-    with place.log.open("ab") as log, open(os.devnull) as none:
-        # In a session of its own, so that Ctrl-C reaches it and its compilers once, from here.
-        process = subprocess.Popen(  # with the lock of `alone`, the one file that is inherited
-            command, stdin=none, stdout=log, stderr=log, env=clean, start_new_session=True, close_fds=False
-        )
-    while process.returncode is None:
-        try:
-            process.wait(PROGRESS_EVERY_SECONDS)
-        except subprocess.TimeoutExpired:
-            say(f"  {time.monotonic() - start:.0f} s{progress(place, skip, time.monotonic() - start)}")
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGINT)
-            process.wait()  # it tidies up; a second Ctrl-C does not wait
-            raise
-    if process.returncode and not may_fail:
-        raise SetupError(reason(what, place, place.log.read_bytes()[skip:].decode(errors="replace")))
-    return process.returncode == 0
-
-
-def reason(what: str, place: Environment, text: str) -> str:
-    """Why a step failed, from its output."""
-    if "No space left on device" in text or "Disk quota exceeded" in text:
-        return f"{what}: the disk is full: free some space and run again (see {place.log})"
-    if re.search(r"from versions: none|ConnectionError|Max retries exceeded|Temporary failure in name", text):
-        return f"{what}: no package index answers: connect to the network and run again (see {place.log})"
-    return "\n  ".join([f"{what}: see {place.log}", *[line for line in text.splitlines() if line.strip()][-6:]])
-
-
-def progress(place: Environment, skip: int, seconds: float) -> str:
-    """How far a step is: ninja's `[12/180]` while compiling, else pip's packages and its last action."""
-    text = place.log.read_bytes()[skip:].decode(errors="replace")
-    if counts := re.findall(r"^\s*\[\s*(\d+)/(\d+)\]", text, re.M):
-        done, total = map(int, counts[-1])
-        left = f"{seconds * (total - done) / done / 60:.0f} min left"
-        return f": {100 * done // total} %, {done} of {total} files, {left}"
-    packages = len(re.findall(r"^Collecting ", text, re.M))
-    if "Installing collected packages" in text:
-        done = len(list(place.folder.glob("lib/python*/site-packages/*.dist-info/INSTALLER")))
-        return f": {done} packages installed"
-    actions = re.findall(r"^\s*((?:Collecting|Downloading|Building|Preparing) \S+)", text, re.M)
-    return f": {packages} packages, {packages / seconds:.1f} a second: {actions[-1]}" if actions else ""
-
-
-def say(line: str) -> None:
-    print(f"set-up: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
 """The environment: its pins agree, its lock is whole, and its failures say what mends them."""
 
 import fcntl
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from setup import environment
+from setup import environment, step
+from setup.environment import Environment
+from setup.step import SetupError
 
 LOCK = Path("requirements.lock").read_text(encoding="utf-8")
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
@@ -26,7 +31,7 @@ ENTRIES = re.findall(r"^([a-z0-9][a-z0-9._-]*)==(\S+)(.*(?:\n {4}--hash=.*)*)", 
 def checkout(tmp_path: Path) -> Path:
     """A folder with the files that the set-up reads, and no environment."""
     (tmp_path / "setup").mkdir()
-    for name in ("pyproject.toml", "requirements.lock", "setup/environment.py", "setup/doctor.py"):
+    for name in ("pyproject.toml", "requirements.lock", "setup/environment.py", "setup/step.py", "setup/doctor.py"):
         (tmp_path / name).write_bytes(Path(name).read_bytes())
     return tmp_path
 
@@ -64,20 +69,13 @@ def test_no_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(environment, "run", lambda *_, **__: False)
-    with pytest.raises(environment.SetupError, match=r"no C\+\+ compiler.*apt install build-essential.*xcode-select"):
+    with pytest.raises(SetupError, match=r"no C\+\+ compiler.*apt install build-essential.*xcode-select"):
         environment.install_llama_cpp_python(tmp_path / "source.txt")
 
 
 def test_a_named_compiler_that_is_not_there_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     assert environment.find_compiler() is None
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> environment.Environment:
-    """An environment of which there is only an empty log."""
-    (tmp_path / "setup.log").touch()
-    return environment.Environment(tmp_path / ".venv", tmp_path / "setup.log")
 
 
 @pytest.mark.parametrize(
@@ -88,19 +86,84 @@ def place(tmp_path: Path) -> environment.Environment:
         ("Could not find a version (from versions: none)", "a step: no package index answers: connect to the network"),
     ],
 )
-def test_a_failed_step_says_why(place: environment.Environment, output: str, told: str) -> None:
+def test_a_failed_step_says_why(tmp_path: Path, output: str, told: str) -> None:
+    (log := tmp_path / "setup.log").touch()
     failing = [sys.executable, "-c", f"print({output!r}); raise SystemExit(1)"]
-    with pytest.raises(environment.SetupError, match=told):
-        environment.run(place, "a step", failing)
-    assert not environment.run(place, "a step", failing, may_fail=True)
+    with pytest.raises(SetupError, match=told):
+        step.run(log, "a step", failing)
+    assert not step.run(log, "a step", failing, may_fail=True)
 
 
-def test_progress_counts_compiled_files_and_packages(place: environment.Environment) -> None:
-    place.log.write_text("before\n  [12/180] Building CXX object ggml.cpp.o\n  [45/180] Building C object\n  more\n")
-    assert environment.progress(place, 7, 120.0) == ": 25 %, 45 of 180 files, 6 min left"
-    place.log.write_text("Collecting numpy==2\nCollecting pandas==3\n  Downloading pandas-3.whl (9 MB)\n")
-    assert environment.progress(place, 0, 4.0) == ": 2 packages, 0.5 a second: Downloading pandas-3.whl"
-    assert environment.progress(place, place.log.stat().st_size, 5.0) == ""
+@pytest.mark.parametrize(
+    ("seconds", "output", "told"),
+    [
+        (120, "  [12/80] Building ggml.cpp.o\n  [20/80] Building C object\n", ": 25 %, 20 of 80 files, 6 min left"),
+        (4, "Collecting numpy==2\nCollecting pandas==3\n", ": 2 packages, 0.5 a second: Collecting pandas==3"),
+        (2, "Downloading scipy (33.0MiB)\n", ": 0 of 33 MB"),
+        (
+            10,
+            "Downloading scipy (33.0MiB)\nDownloading uv (17.0MiB)\n Downloaded uv\n Downloaded small\n",
+            ": 17 of 50 MB, 1.7 MB a second, 19 s left",
+        ),
+        (5, "", ""),
+    ],
+)
+def test_progress_tells_how_far_and_how_long(seconds: int, output: str, told: str) -> None:
+    assert step.progress(output, seconds) == told
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Requirements of one package with its hash, which only the index that pip is told of has."""
+    (folder := tmp_path / "index/probe").mkdir(parents=True)
+    with zipfile.ZipFile(wheel := folder / "probe-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("probe.py", "")
+        archive.writestr("probe-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: probe\nVersion: 1.0\n")
+        archive.writestr("probe-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("probe-1.0.dist-info/RECORD", "")
+    (folder / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+    monkeypatch.setenv("PIP_INDEX_URL", (tmp_path / "index").as_uri())
+    (requirements := tmp_path / "one.txt").write_text(
+        f"probe==1.0 \\\n    --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
+    )
+    return requirements
+
+
+def test_locked_packages_come_from_pips_index_by_uv_and_by_pip_without_it(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Environment(tmp_path / ".venv", tmp_path / "setup.log")
+    place.log.touch()
+    environment.make_venv(place, "cpu")
+    (installer,) = [place.folder / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"]
+    for uv, name in ((environment.ROOT, "uv"), (tmp_path / "nothing", "pip")):
+        monkeypatch.setattr(environment, "ROOT", uv)
+        environment.install_locked(place, index)
+        assert (installer / "probe-1.0.dist-info/INSTALLER").read_text().strip() == name
+        shutil.rmtree(installer / "probe-1.0.dist-info")
+    monkeypatch.undo()
+    index.write_text(index.read_text()[:-5] + "beef\n")
+    with pytest.raises(SetupError, match="by pip: see"):
+        environment.install_locked(place, index)
+
+
+def test_uv_looks_where_pip_is_told_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (settings := tmp_path / "pip.conf").write_text(
+        "[global]\nindex-url = https://general/simple\nextra-index-url =\n    https://one/\n    https://two/\n"
+        "[install]\nindex-url = https://installs/simple\n"
+    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))
+    monkeypatch.setenv("PIP_CERT", "/own.pem")
+    found = environment.indexes(Environment(Path(sys.prefix), tmp_path / "setup.log"))
+    assert (found["UV_DEFAULT_INDEX"], found["SSL_CERT_FILE"]) == ("https://installs/simple", "/own.pem")
+    assert found["UV_INDEX"] == "https://one/ https://two/"
+
+
+def test_what_is_compiled_with_other_flags_is_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Environment, "asked", lambda *_: "/cache")
+    plain = environment.kept()
+    monkeypatch.setenv("CMAKE_ARGS", "-DGGML_CUDA=ON")
+    assert plain[1].startswith("/cache/truetune-") and plain != environment.kept()
 
 
 def test_an_unknown_device_is_refused(checkout: Path) -> None:
@@ -159,11 +222,12 @@ def test_an_installer_that_outlives_its_parent_keeps_others_out(tmp_path: Path) 
     begun = tmp_path / "begun"
     code = f"""
 from pathlib import Path
-from setup.environment import Environment, alone, run
+from setup.environment import Environment, alone
+from setup.step import run
 place = Environment(Path({str(tmp_path)!r}), Path({str(tmp_path / "setup.log")!r}))
 place.log.touch()
 with alone(place):
-    run(place, "a step", ["sh", "-c", "echo $$ > {begun}.pid; mv {begun}.pid {begun}; exec sleep 60"])
+    run(place.log, "a step", ["sh", "-c", "echo $$ > {begun}.pid; mv {begun}.pid {begun}; exec sleep 60"])
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     try:

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from pipeline import Run, UserError
 from pipeline.files import write_whole
-from setup.environment import LOCKS, SetupError, add, unfinished
+from setup.environment import LOCKS, add, unfinished
+from setup.step import SetupError
 
 PROJECT = "truetune"
 

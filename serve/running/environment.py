@@ -18,13 +18,13 @@ from setup.environment import (
     ROOT,
     TORCH,
     Environment,
-    SetupError,
     alone,
     device,
+    install_locked,
     install_torch,
     make_venv,
-    run,
 )
+from setup.step import SetupError
 
 NEEDED_BYTES = {"cpu": 5_000_000_000, "cuda": 15_000_000_000}
 
@@ -66,15 +66,14 @@ def digest(requirements: Path, target: str) -> str:
 def make(place: Environment, requirements: Path, target: str) -> None:
     """Install what the requirements name, and torch, unless they name it, in the build that this machine uses."""
     begin = time.monotonic()
-    named = re.findall(r"^[a-z0-9][a-z0-9._-]*(?===)", requirements.read_text(encoding="utf-8"), re.M)
     if not place.python.exists() and shutil.disk_usage(ROOT).free < NEEDED_BYTES[target]:
         raise SetupError(f"{ROOT} has less than {NEEDED_BYTES[target] / 1e9:.0f} GB of disk free: free some, run again")
     log.info("%s is made on this first use: some minutes, its log is %s", place.folder, place.log)
     place.stamp.unlink(missing_ok=True)
     place.log.write_bytes(b"")
     make_venv(place, target)
-    if "torch" not in named:
+    if not re.search(r"^torch==", requirements.read_text(encoding="utf-8"), re.M):
         install_torch(place, target)
-    run(place, f"{len(named)} packages of {requirements.name}", [*place.install_locked, str(requirements)])
+    install_locked(place, requirements)
     place.stamp.write_text(digest(requirements, target), encoding="utf-8")
     log.info("%s is complete in %.0f s", place.folder, time.monotonic() - begin)

@@ -9,8 +9,7 @@ import unicodedata
 from typing import Any
 
 from pipeline.recipe import Clean
-from train.cleaning import personal
-from train.cleaning.quality import check_language, check_repetition
+from train.cleaning import language, personal, repetition
 from train.cleaning.text import CODE, changed, texts
 from train.reading.row import Rejection
 
@@ -38,9 +37,9 @@ def clean(value: dict[str, Any], settings: Clean) -> tuple[dict[str, Any], list[
         value, by = new, [*by, "empty_turns"]
     _check_length(value, settings)
     if settings.repetition:
-        check_repetition(value)
+        repetition.check(value)
     if settings.languages:
-        check_language(value, settings.languages)
+        language.check(value, settings.languages)
     return value, by
 
 

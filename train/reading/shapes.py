@@ -7,7 +7,24 @@ from collections import Counter
 from contextlib import suppress
 from typing import Any
 
-from train.reading.exports import (
+from train.reading.calls import parsed
+from train.reading.columns import (
+    ANSWERS,
+    CHOICES,
+    CONTEXTS,
+    PAIRS,
+    QUESTIONS,
+    SYSTEMS,
+    TURNS,
+    Record,
+    columns_of_turns,
+    first,
+    is_exchange,
+    is_written_list,
+    label,
+)
+from train.reading.row import Rejection
+from train.reading.transcripts import (
     RENDERED,
     baize_turns,
     glaive_system,
@@ -15,25 +32,18 @@ from train.reading.exports import (
     human_assistant,
     is_human_assistant,
 )
-from train.reading.row import (
-    ANSWERS,
-    CHOICES,
-    CONTEXTS,
-    PAIRS,
-    QUESTIONS,
+from train.reading.turns import (
+    LEARNED,
+    MASKED,
     SPEAKERS,
-    SYSTEMS,
     TRUTHS,
-    TURNS,
-    Record,
-    Rejection,
-    columns_of_turns,
-    first,
-    is_exchange,
-    is_written_list,
-    label,
+    Changes,
+    as_turns,
+    conversation,
+    text,
+    thought_of,
+    without_end,
 )
-from train.reading.turns import LEARNED, MASKED, Changes, as_turns, conversation, parsed, text, thought_of, without_end
 
 Value = dict[str, Any]
 MARKS_WITHIN = 2000  # characters
