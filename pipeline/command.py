@@ -25,7 +25,7 @@ from pipeline.machine import machine, resident_bytes
 from pipeline.progress import AboveBars
 from pipeline.recipe import Recipe
 from pipeline.run import Fingerprints, Receipt, Run
-from pipeline.stages import Stage, stage, value_at
+from pipeline.stages import Stage, stage
 
 USAGE = """usage: python -m {module} RECIPE [key=value ...]
 
@@ -80,9 +80,7 @@ def up_to_date(this: Stage, recipe: Recipe, make: Callable[[Recipe, Run], Made])
 
 def up_to_date_within(run: Run, this: Stage, recipe: Recipe, make: Callable[[Recipe, Run], Made]) -> Receipt:
     """The same for who holds the run folder's lock."""
-    everything = _plain(as_dict(recipe))
-    keys = {key: value_at(everything, key) for key in this.keys}
-    if run.is_current(this.name, keys):
+    if not run.state(this.name, recipe, by_content=True).changed:
         log.info("%s: up to date", this.name)
         run.receipt_path(this.name).touch()
         return run.receipt(this.name)

@@ -37,6 +37,14 @@ class Receipt:
 
 
 @dataclass(frozen=True)
+class State:
+    """A stage's receipt, None before it has run, and what has changed since; None while all of it holds."""
+
+    receipt: Receipt | None
+    changed: str | None = None
+
+
+@dataclass(frozen=True)
 class Run:
     """The folder of one recipe's run."""
 
@@ -95,20 +103,39 @@ class Run:
     def write_receipt(self, receipt: Receipt) -> None:
         write_whole(self.receipt_path(receipt.stage), json.dumps(asdict(receipt), indent=2, ensure_ascii=False) + "\n")
 
-    def is_current(self, name: str, keys: dict[str, Any]) -> bool:
-        """Whether the stage's receipt was made from these keys and these very inputs, and its outputs are there."""
-        found = self.find_receipt(name)
-        if found is None or any(value_at(found.recipe, key) != value for key, value in keys.items()):
-            return False
-        known: Fingerprints = {}
-        for before in stage(name).after:
+    def state(self, name: str, recipe: Recipe | None = None, by_content: bool = False) -> State:
+        """Whether what a stage made still holds: the one answer for Make, report, verify and serving.
+
+        By the receipts: the stage and each that it rests on were made from what those before them wrote last, and with
+        `recipe` from its keys. `by_content` asks this stage alone, and reads its files too.
+        """
+        receipt = self.find_receipt(name)
+        for link in [stage(name)] if by_content else _line(stage(name)):
+            if changed := self._changed(link, recipe):
+                return State(receipt, changed)
+        if receipt and by_content:
+            # Outputs by their hash too: a kill between new outputs and their receipt leaves files of the same size.
+            upstream = {path for before in stage(name).after for path in self.receipt(before).outputs}
+            outside = {path: mark for path, mark in receipt.inputs.items() if path not in upstream}
+            for path, mark in (outside | receipt.outputs).items():
+                if not _is(Path(path), mark):
+                    return State(receipt, f"{path} is not what it was")
+        return State(receipt)
+
+    def _changed(self, link: Stage, recipe: Recipe | None) -> str | None:
+        """What has changed since a stage ran, by the receipts."""
+        receipt = self.find_receipt(link.name)
+        if receipt is None:
+            return f"'{link.name}' has not run"
+        wanted = json.loads(json.dumps(as_dict(recipe))) if recipe else {}  # as the receipt's JSON has it
+        for key in link.keys if recipe else ():
+            if value_at(receipt.recipe, key) != value_at(wanted, key):
+                return f"the recipe's {key} has changed since '{link.name}'"
+        for before in link.after:
             upstream = self.find_receipt(before)
-            if upstream is None or not upstream.outputs.items() <= found.inputs.items():
-                return False
-            known |= upstream.outputs
-        external = {path: mark for path, mark in found.inputs.items() if path not in known}
-        # Outputs by their hash too: a kill between new outputs and their receipt leaves files of the same size.
-        return all(_is(Path(path), mark) for path, mark in (external | found.outputs).items())
+            if upstream is None or not upstream.outputs.items() <= receipt.inputs.items():
+                return f"'{before}' has run again since '{link.name}'"
+        return None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -124,25 +151,6 @@ class Run:
             except BlockingIOError:
                 raise UserError(f"{self.folder} is in use by another make: wait for it or stop it") from None
             yield
-
-
-def outdated(recipe: Recipe, run: Run, name: str) -> str | None:
-    """Why what a stage found is not of the run as it is now: the first link that is missing or was made from other
-    keys or inputs. By the receipts alone; `make verify` recomputes the hashes.
-    """
-    wanted = json.loads(json.dumps(as_dict(recipe)))
-    for link in _line(stage(name)):
-        receipt = run.find_receipt(link.name)
-        if receipt is None:
-            return f"'{link.name}' has not run"
-        for key in link.keys:
-            if value_at(receipt.recipe, key) != value_at(wanted, key):
-                return f"the recipe's {key} has changed since '{link.name}'"
-        for before in link.after:
-            upstream = run.find_receipt(before)
-            if upstream is None or not upstream.outputs.items() <= receipt.inputs.items():
-                return f"'{before}' has run again since '{link.name}'"
-    return None
 
 
 def _line(last: Stage) -> list[Stage]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.confidence import Estimate, Score
 from pipeline.recipe import Recipe
-from pipeline.run import Run, outdated
+from pipeline.run import Run
 from pipeline.units import number, share, size
 
 WIDE = ("measure", "rows", "base", "95 % interval", "trained", "95 % interval", "change", "95 % interval", "verdict")
@@ -68,7 +68,7 @@ def evaluated(recipe: Recipe, run: Run) -> Evaluated | None:
         parts += [told] if told["inputs"] == serving.inputs else []
     scores = [Score.of(row) for part in parts for row in part["scores"]]
     speeds = [(name, speed(row)) for part in parts for name, row in part["speed"].items()]
-    return Evaluated(grouped(scores), speeds, receipt.metrics["method"], outdated(recipe, run, "eval"))
+    return Evaluated(grouped(scores), speeds, receipt.metrics["method"], run.state("eval", recipe).changed)
 
 
 def show(metrics: dict[str, Any]) -> None:

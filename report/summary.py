@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.load import as_dict
 from pipeline.proof import Comparison
 from pipeline.recipe import Recipe
-from pipeline.run import Fingerprints, Receipt, Run, outdated
+from pipeline.run import Fingerprints, Receipt, Run
 from pipeline.score import has_fact
 from pipeline.stages import STAGES
 from report.verdict import Verdict
@@ -66,10 +66,10 @@ def quantizations(recipe: Recipe, run: Run, verdict: Verdict) -> list[Comparison
 
 def recommended(recipe: Recipe, run: Run) -> dict[str, Any]:
     """`recommended` (a type), `rule` and `reasons` by type, of a comparison that still holds."""
-    compare = run.find_receipt("compare")
-    if compare is None or "recommended" not in compare.metrics or outdated(recipe, run, "compare"):
+    compare = run.state("compare", recipe)
+    if compare.receipt is None or "recommended" not in compare.receipt.metrics or compare.changed:
         return {}
-    return compare.metrics
+    return compare.receipt.metrics
 
 
 def served_type(recipe: Recipe, choice: dict[str, Any]) -> str:
@@ -81,11 +81,10 @@ def lineage(recipe: Recipe, run: Run) -> list[Link]:
     """From the data to what is served, as far as the run has come."""
     links = []
     for stage in STAGES:
-        receipt = run.find_receipt(stage.name)
-        if receipt:
-            changed = outdated(recipe, run, stage.name)
+        state = run.state(stage.name, recipe)
+        if receipt := state.receipt:
             for name, files in _files_of(receipt):
-                links.append(Link(name, stage.name, files, receipt, changed))
+                links.append(Link(name, stage.name, files, receipt, state.changed))
     return [link for link in links if link.files]
 
 
@@ -118,7 +117,7 @@ def answers(recipe: Recipe, run: Run) -> list[tuple[str, list[Answer]]]:
     """
     if not run.path("answers.jsonl").is_file():
         return []
-    asked_again = [] if outdated(recipe, run, "compare") else _rows(run.path("compare-answers.jsonl"))
+    asked_again = [] if run.state("compare", recipe).changed else _rows(run.path("compare-answers.jsonl"))
     later = {row["question"]: row["answers"] for row in asked_again}
     ranked, asked = [], Counter[str]()
     for row in _rows(run.path("answers.jsonl")):

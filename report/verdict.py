@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pipeline.proof import Comparison, read_comparisons
 from pipeline.recipe import Recipe
-from pipeline.run import Run, outdated
+from pipeline.run import Run
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ def verdict(recipe: Recipe, run: Run) -> Verdict:
     all_rows = [Comparison(**row) for row in proof.metrics["comparisons"]] if proof else []
     found = run.path("compare.jsonl")
     file_rows = read_comparisons(found) if files and found.is_file() else []
-    changed = outdated(recipe, run, "prove" if proof else "compare")
+    changed = run.state("prove" if proof else "compare", recipe).changed
     if proof and not changed:
         problems = _problems(all_rows)
         return Verdict("no" if problems else "yes", problems or _passed(all_rows), all_rows)
 
     again = f"The last proof no longer holds: {changed}; {command} again."
-    if file_rows and not outdated(recipe, run, "compare"):
+    if file_rows and not run.state("compare", recipe).changed:
         problems = _problems(file_rows)
         missing = again if proof else f"The served endpoint has not been asked yet: {command}."
         return Verdict("no" if problems else "open", problems or [missing], file_rows)

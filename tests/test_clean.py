@@ -245,3 +245,14 @@ def test_no_broken_encoding_that_ftfy_finds_is_passed_over() -> None:
     for branch in branches:
         for text in {matches(branch, dice) for _ in range(1000)}:
             assert BADNESS_RE.search(text) and _suspect().search(text), (text, branch)
+
+
+def test_what_is_only_read_keeps_its_place_when_the_words_before_it_change() -> None:
+    answer = {"role": "assistant", "content": "cafe\u0301\x00 bad good", "only_read": [[7, 11]]}
+    row = {"messages": [{"role": "user", "content": "?"}, answer]}
+    [_, cleaned] = clean(row, Clean())[0]["messages"]
+    assert cleaned["content"] == "caf\u00e9 bad good"
+    [[first, last]] = cleaned["only_read"]
+    assert cleaned["content"][first:last] == "bad "
+    with pytest.raises(Rejection, match="across the bounds of what is learned"):
+        clean({"messages": [row["messages"][0], answer | {"only_read": [[0, 4]]}]}, Clean())

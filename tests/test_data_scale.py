@@ -64,8 +64,7 @@ def test_the_number_of_cores_changes_no_byte(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_stage_is_that_of_each_step_alone() -> None:
     """The same rows by the plain functions: read, clean, sign, decide; in one process, in lists."""
     from train.cleaning.clean import clean
-    from train.cleaning.duplicates import signatures
-    from train.cleaning.split import sides
+    from train.cleaning.duplicates import sides, signatures
     from train.reading.row import Rejection
 
     _, parts = made(talks(300))

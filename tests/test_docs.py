@@ -10,7 +10,7 @@ import pytest
 from pipeline.load import load
 from pipeline.recipe import Recipe
 from setup.documentation import rendered
-from train.heldout import question
+from train.data import checked_question
 from train.reading.shapes import talk
 
 README = Path("README.md").read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def test_the_recipe_of_the_readme_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", [line for block in blocks("json") for line in block.splitlines()])
 def test_the_data_of_the_readme_passes_the_checks(line: str) -> None:
     row = json.loads(line)
-    value = question(row) if "facts" in row else talk(row, Counter())
+    value = checked_question(row) if "facts" in row else talk(row, Counter())
     assert value["messages"] == row["messages"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from pipeline import UserError
 from pipeline.recipe import Clean
 from train.cleaning.clean import clean
-from train.cleaning.language import detect, require_known
+from train.cleaning.quality import detect, require_known
 from train.reading.row import Rejection
 
 SENTENCES = {
@@ -74,10 +74,10 @@ def test_no_network_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("the network was asked")
 
-    from train.cleaning import language
+    from train.cleaning import quality
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    language._detector.cache_clear()
+    quality._detector.cache_clear()
     assert detect(SENTENCES["en"])
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.recipe import Clean
 from train.cleaning.clean import clean
-from train.cleaning.repetition import WORDS, repeats
+from train.cleaning.quality import WORDS, repeats
 from train.reading.row import Rejection
 
 REPOSITORY = Path(__file__).parent.parent

@@ -10,8 +10,7 @@ from data_fixtures import made, read
 from pipeline import Run, UserError, load
 from pipeline.rows import heldout
 from pipeline.rows import rows as written
-from train.data import data
-from train.heldout import read_questions
+from train.data import data, read_questions
 from train.reading.row import Problem, Row, told
 
 REPOSITORY = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_fixtures import read_what_is_right
+from data_fixtures import read, read_what_is_right
 
 from train.reading.row import told
 from train.reading.sources import Source, chunks
@@ -282,3 +282,24 @@ def test_keys_that_arrow_filled_with_null_are_not_in_tools_and_calls() -> None:
     assert [row.value["tools"] for row in rows] == [talk("f", x=1)["tools"], talk("g", y=2)["tools"]]
     called = [row.value["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in rows]
     assert called == [{"x": 1}, {"y": 2}]
+
+
+TURNS = [{"role": b"user", "content": b"ping"}, {"role": b"assistant", "content": "pöng".encode()}]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_bytes_that_are_utf_8_are_text_at_any_depth(ending: str) -> None:
+    name, table = f"talks.{ending}", pyarrow.table({"messages": [TURNS], "thumb": [b"\xff\xd8"]})
+    if ending == "parquet":
+        pyarrow.parquet.write_table(table, name)
+    else:
+        with pyarrow.ipc.new_file(name, table.schema) as file:
+            file.write_table(table)
+    [row] = read(name)
+    assert [turn["content"] for turn in row.value["messages"]] == ["ping", "pöng"]
+
+
+def test_a_column_of_other_bytes_is_named() -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "completion": [b"\xff"]}), "talks.parquet")
+    _, [problem] = read_what_is_right("talks.parquet")
+    assert str(problem).startswith("talks.parquet: the column 'completion' holds bytes that are not UTF-8 text")

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 from data_fixtures import found_in
 
-from train.reading.columns import spread
 from train.reading.formats import format_of
+from train.reading.row import spread
 
 USER, ASSISTANT = {"role": "user", "content": "ping"}, {"role": "assistant", "content": "pong"}
 SYSTEM = {"role": "system", "content": "Be brief."}

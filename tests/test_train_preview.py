@@ -11,8 +11,7 @@ import pytest
 
 from pipeline import UserError
 from pipeline.rows import RowWriter, picked, row_batch, rows
-from train.pieces import pieces
-from train.preview import CLOSE, OPEN, histogram, preview
+from train.preview import CLOSE, OPEN, histogram, pieces, preview
 from train.run import run
 from train.template import IGNORED, row_examples
 
@@ -106,7 +105,7 @@ def test_cut_rows_are_counted(shown: Callable, based: Any, tokenizer: Any) -> No
     lengths = [len(row_examples(tokenizer, row, 160)[0].input_ids) for row in of_data(based)]
     most = max(lengths) - 1
     cut = sum(length >= most for length in lengths)
-    assert f"  {cut} cut to train.max_length={most}\n" in shown(max_tokens=most)
+    assert f"  {cut} cut to train.max_length={most}\n" in shown(max_length=most)
 
 
 def test_rows_without_anything_to_learn_are_an_error_before_training(based: Any) -> None:

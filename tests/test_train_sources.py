@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_fixtures import read_what_is_right
+from data_fixtures import made, read_what_is_right
 
 from pipeline import Run, UserError, load
 from pipeline.recipe import Data
@@ -228,3 +228,27 @@ def test_a_set_of_the_hub_is_read_by_name_configuration_and_split_then_from_the_
     cached, never = ask_hub("http://127.0.0.1:9", "owner/sums:main", "owner/never")
     assert json.loads(cached) == questions[0]
     assert never.startswith("owner/never: neither a file here nor a set that the Hugging Face Hub gives (")
+
+
+def test_the_recipe_names_the_columns_of_a_file() -> None:
+    first = {"frage": "Who?", "antwort": "Ada.", "question": "another", "sys": "Be brief."}
+    lines = [json.dumps(row) for row in (first, {"frage": "a", "antwort": "b"})]
+    _, parts = made(lines, validation=0, columns={"prompt": "frage", "answer": "antwort", "system": "sys"})
+    said = [[(turn["role"], turn["content"]) for turn in row["messages"]] for row in parts["train"]]
+    assert said == [
+        [("system", "Be brief."), ("user", "Who?"), ("assistant", "Ada.")],
+        [("user", "a"), ("assistant", "b")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"prompt": "frage", "answer": "antwrt"}, "talks.jsonl:1: has no column 'antwrt', which data.columns names"),
+        ({"prompt": "frage", "answer": "antwort", "system": "sys"}, "data.columns: no row has a column 'sys'"),
+    ],
+)
+def test_a_column_that_is_named_and_not_there_is_told(columns: dict[str, str], problem: str) -> None:
+    with pytest.raises(UserError) as raised:
+        made([json.dumps({"frage": "Who?", "antwort": "Ada."})], validation=0, columns=columns)
+    assert raised.value.problems[0].startswith(problem)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from report_run import EVERY, NAME, RECIPE, Told, comparisons
 
-from report.verdict import outdated, verdict
+from report.verdict import verdict
 
 pytest_plugins = ["report_fixtures"]
 FILES = EVERY[:-1]  # all but the proof of the endpoint
@@ -103,5 +103,5 @@ def test_comparisons_that_are_gone_prove_nothing(told: Callable[..., Told]) -> N
 
 def test_a_stage_that_has_not_run_is_named(told: Callable[..., Told]) -> None:
     run = told("data", "base", "train")
-    assert outdated(run.recipe, run.run, "train") is None
-    assert outdated(run.recipe, run.run, "merge") == "'merge' has not run"
+    assert run.run.state("train", run.recipe).changed is None
+    assert run.run.state("merge", run.recipe).changed == "'merge' has not run"

@@ -2,7 +2,7 @@
 
 What may be read, and in which formats: train/reading. The sources stream through workers on all cores, which clean
 and sign each row alone (train/cleaning/prepare.py), into a file of all rows; by the signatures, all that has to be in
-memory, it is decided which rows repeat others and which are held back (train/cleaning/split.py).
+memory, it is decided which rows repeat others and which are held back (train/cleaning/duplicates.py).
 """
 
 import json
@@ -21,11 +21,12 @@ from pipeline.machine import cores
 from pipeline.progress import progress
 from pipeline.rows import RowWriter, batches
 from train.cleaning.prepare import Prepared, Settings, Work, line_of, prepared, settings
-from train.heldout import read_questions
 from train.pool import in_order
+from train.reading.chunks import records
 from train.reading.formats import Detected, detect, whole_chunks
 from train.reading.row import Problem, Rejection, Row, told
-from train.reading.sources import Source, sources
+from train.reading.sources import Source, chunks, sources
+from train.reading.turns import text, turns
 
 log = logging.getLogger("truetune")
 PROBLEMS_KEPT = 10_000
@@ -122,8 +123,7 @@ def divide(intake: Intake, recipe: Recipe, folder: Path) -> dict[str, int]:
     """
     import numpy as np
 
-    from train.cleaning.duplicates import SIGNATURE
-    from train.cleaning.split import sides
+    from train.cleaning.duplicates import SIGNATURE, sides
 
     first, held = sides(np.fromfile(folder / "signatures", SIGNATURE), recipe.data)
     times = np.fromfile(folder / "copies", np.int64)
@@ -230,6 +230,42 @@ def _counted(steps: Counter[str]) -> str:
     """`5 (duplicates 4, length 1)`."""
     each = ", ".join(f"{step} {count}" for step, count in steps.most_common())
     return f"{steps.total()} ({each})" if each else "0"
+
+
+def read_questions(name: str, problems: list[Problem | str]) -> list[Row]:
+    """The held-out questions of a file; what is wrong is appended to `problems`."""
+    found: list[Row] = []
+    try:
+        for chunk in chunks(Source(name)):
+            for place, record in records(chunk):
+                try:
+                    if isinstance(record, Problem):
+                        problems.append(record)
+                    else:
+                        found.append(Row(checked_question(record), place))
+                except (ValueError, Rejection) as error:
+                    problems.append(Problem(place, str(error)))
+    except UserError as error:
+        problems += error.problems
+    return found
+
+
+def checked_question(row: Any) -> dict[str, Any]:
+    """The checked messages of a held-out row, which end with a question, its reference answer and key facts.
+
+    Raises:
+        ValueError: what is wrong with the row.
+    """
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
+        raise ValueError('not a question: a held-out row is {"messages": [{"role": ..., "content": ...}, ...], ...}')
+    messages = turns(row["messages"], Counter())
+    if messages[-1]["role"] != "user":
+        raise ValueError(f"ends with role {messages[-1]['role']!r}: a held-out row ends with the user's question")
+    facts = row.get("facts")
+    if not isinstance(facts, list) or not facts or not all(isinstance(fact, str) and fact.strip() for fact in facts):
+        raise ValueError("'facts' must be a list of strings that a right answer contains, like [\"make serve\"]")
+    answer = text(row.get("answer"), "'answer'")
+    return {"messages": messages, "answer": answer, "facts": [text(fact, "'facts'") for fact in facts]}
 
 
 if __name__ == "__main__":

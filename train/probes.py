@@ -96,6 +96,8 @@ def probe_cases(tokenizer: Any, own: list[dict[str, Any]]) -> dict[str, Case]:
         systems = [message["content"] for message in case.messages if message["role"] == "system"]
         return (known.tools or not case.tools) and all(system.strip() in prompt for system in systems)
 
+    if not is_shown(cases["system"]):  # then an empty one only looks as if it were
+        cases = {name: case for name, case in cases.items() if case.messages[0]["role"] != "system"}
     return {name: case for name, case in cases.items() if is_shown(case)}
 
 

@@ -9,7 +9,8 @@ import unicodedata
 from typing import Any
 
 from pipeline.recipe import Clean
-from train.cleaning import language, personal, repetition
+from train.cleaning import personal
+from train.cleaning.quality import check_language, check_repetition
 from train.cleaning.text import CODE, changed, texts
 from train.reading.row import Rejection
 
@@ -37,9 +38,9 @@ def clean(value: dict[str, Any], settings: Clean) -> tuple[dict[str, Any], list[
         value, by = new, [*by, "empty_turns"]
     _check_length(value, settings)
     if settings.repetition:
-        repetition.check(value)
+        check_repetition(value)
     if settings.languages:
-        language.check(value, settings.languages)
+        check_language(value, settings.languages)
     return value, by
 
 

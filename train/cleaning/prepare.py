@@ -8,8 +8,9 @@ from typing import Any
 from pipeline import Recipe
 from pipeline.recipe import Clean
 from pipeline.rows import row_batch
-from train.cleaning import contamination, language
+from train.cleaning import contamination
 from train.cleaning.clean import clean
+from train.cleaning.quality import require_known
 from train.reading.chunks import Chunk
 from train.reading.formats import Detected, rows
 from train.reading.row import Problem, Rejected, Rejection, Row
@@ -66,7 +67,7 @@ def settings(recipe: Recipe, questions: list[Row]) -> Settings:
     """
     knobs = recipe.data.clean
     if knobs.languages:  # its model takes longer to load than a small set to clean
-        language.require_known(knobs.languages)
+        require_known(knobs.languages)
     held_out = contamination.questions(questions if knobs.contamination else [], knobs.similarity)
     return Settings(knobs, held_out, recipe.seed)
 

@@ -8,20 +8,24 @@ from typing import Any
 from pipeline import UserError
 from train.reading import exports, shapes
 from train.reading.chunks import Chunk, records
-from train.reading.columns import (
+from train.reading.row import (
     ANSWERS,
     PAIRS,
     QUESTIONS,
     Names,
+    Problem,
     Record,
+    Rejected,
+    Rejection,
+    Row,
     are_objects,
     columns_of_turns,
     is_exchange,
     label,
     require_words,
     spread,
+    told,
 )
-from train.reading.row import Problem, Rejected, Rejection, Row, told
 from train.reading.sources import Source, chunks
 from train.reading.turns import Changes
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from pipeline import UserError
-from train.reading.columns import KNOWN
+from train.reading.row import KNOWN
 
 CHARACTERS = 1 << 20
 TURN_KEYS = (

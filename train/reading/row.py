@@ -1,10 +1,36 @@
-"""One row of training data with its place, and the two ways in which a row does not become one."""
+"""One row of training data: its place, why one does not become a row, and the columns of public sets."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pipeline.recipe import Columns
+
 PROBLEMS_SHOWN, ALIKE_SHOWN = 20, 3
+Record = Mapping[str, Any]
+Names = tuple[tuple[str, str], ...]  # (name that formats know, name of a column here)
+COLUMNS = {"prompt": "prompt", "answer": "completion", "reasoning": "reasoning_content"}
+TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "contents", "turns", "data")
+# Columns of a question and of its answer, where a set has just one of each.
+QUESTIONS = ("prompt", "question", "query", "input", "inputs", "text_input", "problem", "user", "human")
+ANSWERS = ("completion", "response", "answer", "output", "target", "targets", "solution", "assistant")
+CONTEXTS = ("input", "context")
+# Columns of a better and a worse answer.
+PAIRS = (
+    ("chosen", "rejected"),
+    ("chosen_messages", "rejected_messages"),
+    ("chosen_response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"),
+    ("response_j", "response_k"),
+)
+SPEAKERS = ("role", "from", "speaker")
+REASONING = ("reasoning_content", "reasoning", "thinking", "complex_cot")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+TRUTHS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+SYSTEMS = ("system", "system_prompt", "system_instruction", "systeminstruction")
+CHOICES = ("choices", "options")
+OTHERS = ("instruction", "context", "history", "tools", "answers", "text", "label")
+KNOWN = frozenset((*QUESTIONS, *ANSWERS, *TURNS, *SYSTEMS, *MEDIA, *CHOICES, *REASONING, *OTHERS)).union(*PAIRS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +40,8 @@ class Row:
     `value` is one of
     - a conversation `{"messages": [...]}` with `tools` where given. It ends with an assistant's turn. A message has
       `role` (system, user, assistant, tool), `content` (text, possibly empty) and where given `reasoning_content`,
-      `tool_calls` (OpenAI's form with `arguments` as an object), `tool_call_id`, `name`, and `weight` 0 for an answer
-      that is not to be learned;
+      `tool_calls` (OpenAI's form with `arguments` as an object), `tool_call_id`, `name`, and of what is not to be
+      learned `weight` 0 for a whole answer, or `only_read`, [from, to) of characters of its content;
     - a preference pair, with `rejected` beside `messages`: the same opening with the worse answer;
     - a judged answer, with `label` beside `messages`: whether it is a good one;
     - plain text `{"text": ...}`, of a pair without a prompt with `rejected`, the worse text.
@@ -68,3 +94,92 @@ def told(problems: Sequence[Problem | str]) -> list[str]:
         lines += [many] if len(same) > ALIKE_SHOWN else same
     more = len(lines) - PROBLEMS_SHOWN
     return lines[:PROBLEMS_SHOWN] + ([f"and {more} more problems like these"] if more > 0 else [])
+
+
+def named_columns(columns: Columns) -> Names:
+    """The names that a recipe gives to columns, each with the one that formats know."""
+    given = {name: getattr(columns, name) for name in vars(columns) if getattr(columns, name)}
+    return tuple((COLUMNS.get(name, name), column) for name, column in given.items())
+
+
+def renamed(record: Record, names: Names) -> Record:
+    """The record with those of its columns that the recipe names, and no others; as it is if it has none of them.
+
+    Raises:
+        ValueError: it has an answer without its prompt, or the other way round.
+    """
+    found = {known: record[name] for known, name in names if name in record}
+    missing = [name for known, name in names if known in ("prompt", "completion") and name not in record]
+    if found and missing:
+        raise ValueError(f"has no column {missing[0]!r}, which data.columns names: its columns are {', '.join(record)}")
+    return found or record
+
+
+def spread(record: Any, names: Names = ()) -> Iterator[Any]:
+    """The rows of a record that holds several: Self-Instruct's `instances`, SQuAD's `paragraphs`; else itself.
+
+    Names of columns in capitals are read as if they were not.
+
+    Raises:
+        ValueError: it has not the columns that the recipe names (`renamed`).
+    """
+    if not isinstance(record, dict):
+        yield record
+        return
+    record = renamed(record, names) if names else record
+    if not "".join(record).islower():
+        lowered = {name: name.strip().lower() for name in record if name not in KNOWN}
+        if any(name in KNOWN and name not in record for name in lowered.values()):
+            record = {lowered.get(name, name): value for name, value in record.items()}
+    if "instruction" in record and are_objects(record.get("instances")):
+        yield from ({"instruction": record["instruction"]} | instance for instance in record["instances"])
+    elif are_objects(record.get("paragraphs")) and all(are_objects(one.get("qas")) for one in record["paragraphs"]):
+        for paragraph in record["paragraphs"]:
+            yield from ({"context": paragraph.get("context")} | asked for asked in paragraph["qas"])
+    else:
+        yield record
+
+
+def require_words(record: Any) -> None:
+    """Raises a Rejection if the record is about a picture, film or sound."""
+    if isinstance(record, dict) and (media := [name for name in MEDIA if record.get(name)]):
+        raise Rejection(f"has {media[0]!r}: only text is learned")
+
+
+def columns_of_turns(record: Record) -> list[str]:
+    """The columns that hold a list of turns, also as JSON text."""
+    return [name for name in TURNS if name in record and _holds_turns(name, record[name])]
+
+
+def _holds_turns(name: str, value: Any) -> bool:
+    if name in ("turns", "data"):  # also names of other lists, MT-bench's of questions alone
+        kind = str if name == "data" else dict
+        return isinstance(value, list) and bool(value) and isinstance(value[0], kind)
+    return isinstance(value, list) or is_written_list(value)
+
+
+def is_exchange(turn: Any) -> bool:
+    """Whether it is a question with its answer, such as {"human": ..., "assistant": ...}."""
+    if not isinstance(turn, dict) or set(SPEAKERS) & turn.keys():
+        return False
+    return [sum(name in turn for name in names) for names in (QUESTIONS, ANSWERS)] == [1, 1]
+
+
+def first(record: Record, names: tuple[str, ...]) -> Any:
+    """The first of these columns that is not null."""
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def label(record: Record) -> bool | None:
+    """Whether the record is labelled as good or bad, in any spelling of true and false."""
+    return TRUTHS.get(str(record.get("label", record.get("kto_tag"))).strip().lower())
+
+
+def is_written_list(value: Any) -> bool:
+    """Whether it is a list as JSON text, as in a table's cell."""
+    return isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]")
+
+
+def are_objects(value: Any) -> bool:
+    """Whether it is a list of at least one object, and of nothing else."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)

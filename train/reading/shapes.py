@@ -7,24 +7,7 @@ from collections import Counter
 from contextlib import suppress
 from typing import Any
 
-from train.reading.calls import parsed
-from train.reading.columns import (
-    ANSWERS,
-    CHOICES,
-    CONTEXTS,
-    PAIRS,
-    QUESTIONS,
-    SYSTEMS,
-    TURNS,
-    Record,
-    columns_of_turns,
-    first,
-    is_exchange,
-    is_written_list,
-    label,
-)
-from train.reading.row import Rejection
-from train.reading.transcripts import (
+from train.reading.exports import (
     RENDERED,
     baize_turns,
     glaive_system,
@@ -32,18 +15,25 @@ from train.reading.transcripts import (
     human_assistant,
     is_human_assistant,
 )
-from train.reading.turns import (
-    LEARNED,
-    MASKED,
+from train.reading.row import (
+    ANSWERS,
+    CHOICES,
+    CONTEXTS,
+    PAIRS,
+    QUESTIONS,
     SPEAKERS,
+    SYSTEMS,
     TRUTHS,
-    Changes,
-    as_turns,
-    conversation,
-    text,
-    thought_of,
-    without_end,
+    TURNS,
+    Record,
+    Rejection,
+    columns_of_turns,
+    first,
+    is_exchange,
+    is_written_list,
+    label,
 )
+from train.reading.turns import LEARNED, MASKED, Changes, as_turns, conversation, parsed, text, thought_of, without_end
 
 Value = dict[str, Any]
 MARKS_WITHIN = 2000  # characters

@@ -201,7 +201,7 @@ def prove(server: OllamaServer, name: str, vocabulary: Vocabulary, recipe: Recip
 
 
 def measured(run: Run, kind: str) -> dict[str, Any]:
-    """How much of the greedy answers the same file gives when it is read directly, if `make compare` has measured it."""
+    """How much of the greedy answers the same file gives when read directly, if `make compare` has measured it."""
     if run.find_receipt("compare") is None:
         return {}
     rows = (row for row in read_comparisons(run.path("compare.jsonl")) if row.name == kind)
