@@ -178,7 +178,7 @@ lint: | .venv/.complete ## Check style and types
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m mypy
 
-format: | .venv/.complete ## Put the code in its one format, and the README's generated parts in step
+format: | .venv/.complete ## Put the code in its one format, and the generated pages of docs in step
 	@$(PYTHON) -m ruff check --fix-only --select I
 	@$(PYTHON) -m ruff format
 	@$(PYTHON) -m setup.documentation

@@ -83,7 +83,7 @@ def value_at(recipe: Mapping[str, Any], key: str) -> Any:
 
 
 def mermaid() -> str:
-    """The line as a Mermaid flowchart, for the README."""
+    """The line as a Mermaid flowchart, for docs/architecture.md."""
     nodes = [f'    {s.name}["<b>{s.name}</b><br>{s.does}"]' for s in STAGES]
     edges = [f"    {before} --> {s.name}" for s in STAGES for before in s.after]
     return "\n".join(["flowchart LR", *nodes, *edges, "    serve --> chat([chat])"])

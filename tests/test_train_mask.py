@@ -242,7 +242,7 @@ def test_what_a_template_leaves_out_is_told_with_row_and_template(what: str, wit
         row_examples(tokenizer, {"messages": messages, "tools": tools, "source": "talks.jsonl:7"}, LONG)
     [said] = str(raised.value).splitlines()
     assert said.startswith(f"talks.jsonl:7: the chat template of {tokenizer.name_or_path} {reason} which this ")
-    assert said.endswith("name one in chat_template, or set train.on_template_error=drop")
+    assert said.endswith("name one in chat_template, or set train.on_template_error=skip")
 
 
 def test_a_refusal_names_the_row(with_template: Callable) -> None:

@@ -377,7 +377,7 @@ def _check_shown(tokenizer: Any, messages: list[Message], tools: Any, whole: str
     if lost := [name for name, is_lost in has.items() if is_lost]:
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} shows no {', no '.join(lost)}, which this conversation "
-            "has: use a base whose template does, name one in chat_template, or set train.on_template_error=drop"
+            "has: use a base whose template does, name one in chat_template, or set train.on_template_error=skip"
         )
 
 
