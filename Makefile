@@ -65,10 +65,10 @@ plan: | .venv/.complete ## Tell what training takes, what fits here and which GP
 # before it is newer, or when resolve rewrote its keys, which it does only if they changed.
 data: $(RUN)/data.json ## Read, check and split the conversations
 base: $(RUN)/base.json ## Bring the base model into one plain folder
-train: $(RUN)/train.json $(RUN)/reference.json ## Fine-tune a LoRA adapter on the assistant's words
+train: $(RUN)/train.json $(RUN)/reference.json ## Train the base by the recipe's method and tuner
 	@$(PYTHON) -m report.report $(FILE)
 reference: $(RUN)/reference.json ## Let the trained model answer the probes
-merge: $(RUN)/merge.json ## Add the adapter to the full-precision base
+merge: $(RUN)/merge.json ## Make one set of full-precision weights of what was trained
 gguf: $(RUN)/gguf.json ## Convert to GGUF and quantize
 compare: $(RUN)/compare.json ## Compare merged weights and GGUF files with the trained model
 

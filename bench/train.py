@@ -14,7 +14,6 @@ from typing import Any
 
 from pipeline import Recipe, Run, load
 from pipeline.command import boundary
-from pipeline.model import load_base
 
 ROUNDS, STEPS = 2, 4
 
@@ -61,21 +60,26 @@ def steps(trainer: Any) -> tuple[list[float], list[float]]:
 
 def truetune(recipe: Recipe, run: Run) -> Any:
     """The trainer of `make train`, on the run's rows."""
-    from train.methods.sft import trainer
+    from transformers import AutoTokenizer
 
-    tokenizer, model = load_base(recipe, run)
-    return prepared(trainer(recipe, run, tokenizer, model, rows(recipe, run)))
+    from train.methods.sft import trainer
+    from train.tuners import model_to_train
+
+    tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
+    return prepared(trainer(recipe, run, tokenizer, model_to_train(recipe, run), rows(recipe, run)))
 
 
 def trl(recipe: Recipe, run: Run, tuned: bool) -> Any:
     """TRL's trainer with the same rows, packing and adapter."""
     import torch
     from peft import LoraConfig
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     from pipeline.machine import fast_precision
+    from train.tuners import base_to_train
 
-    tokenizer, model = load_base(recipe, run)
+    tokenizer, model = AutoTokenizer.from_pretrained(run.path("base")), base_to_train(recipe, run)
     knobs = recipe.train
     common = {
         "output_dir": str(run.path("bench")),

@@ -16,10 +16,10 @@ from convert.comparison import UNREADABLE, Logits, check_stops, check_template, 
 from convert.evaluator import Asked
 from convert.llamacpp import quantize
 from convert.measure import Found, Task, measured
-from convert.model import load
 from pipeline import Made, Recipe, Run, UserError, command
 from pipeline.files import fresh_folder, remove, write_whole
 from pipeline.machine import cores, free_bytes
+from pipeline.model import load, logits, precision_to_ask
 from pipeline.proof import Bounds, Comparison, compare_tokens, write_comparisons
 from pipeline.recipe import NEEDS_IMATRIX, QUANTIZATIONS
 from pipeline.recommend import loss, recommend
@@ -150,7 +150,6 @@ def gguf_bounds(recipe: Recipe, kind: str) -> Bounds:
 
 def compare_merged(recipe: Recipe, run: Run, reference: Reference) -> Comparison:
     """The merged folder in transformers: template, token ids, logits, perplexity, where it stops."""
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
@@ -159,8 +158,7 @@ def compare_merged(recipe: Recipe, run: Run, reference: Reference) -> Comparison
     comparison = Comparison("merge")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        # A GPU may hold the rounded weights only; a processor computes in float32, whatever the files have.
-        model = load(folder, recipe.merge.precision if torch.cuda.is_available() else "float32")
+        model = load(folder, precision_to_ask(recipe))
         show = shown_by(tokenizer)
         check_template(comparison, tokenizer.chat_template or "")
         if len(tokenizer) > model.config.get_text_config().vocab_size:
@@ -181,17 +179,14 @@ def compare_merged(recipe: Recipe, run: Run, reference: Reference) -> Comparison
 
 
 def logits_of(model: Any) -> Logits:
-    """The model's logits at the positions asked for; those before the first one are never computed."""
-    import torch
+    """The model's logits at the positions asked for."""
 
-    def logits(asked: Iterable[Asked]) -> Iterator[Any]:
+    def asked_for(asked: Iterable[Asked]) -> Iterator[Any]:
         for ids, positions in asked:
-            last = len(ids) - positions[0]
-            with torch.inference_mode():
-                found = model(torch.tensor([ids], device=model.device), logits_to_keep=last).logits[0].cpu()
-            yield found[[position - len(ids) for position in positions]].float().numpy()
+            found = logits(model, ids, positions[0])
+            yield found[[position - positions[0] for position in positions]].numpy()
 
-    return logits
+    return asked_for
 
 
 if __name__ == "__main__":

@@ -1,38 +1,186 @@
-"""The base model in transformers: the one place that loads it, in the type and on the device that fit the purpose."""
+"""A model in transformers: the one place that loads base or trained model, takes logits and answers greedily.
 
+Training loads the base in what its tuner trains on. A model that is asked is in float32; on a GPU in the precision of
+the merge, since its memory may hold no more, and on the processor where the GPU has no room.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.error import UserError
+from pipeline.files import write_whole
+from pipeline.methods import METHODS
+from pipeline.progress import progress
 from pipeline.recipe import Recipe
 from pipeline.run import Run
 
+HEADS = {"causal": "AutoModelForCausalLM"}
+KIND = "kind.json"
+# GPU memory by the weights' bytes on disk: 16-bit files double in float32, a short sequence needs a little more.
+ROOM = {"float32": 2.2, "bfloat16": 1.2}
+PROMPTS_AT_ONCE = 32  # a step of so many costs little more than of one
+MOST_PADDING = 2  # times the shortest prompt of a group, so that a long one is not computed for all
 
-def load_base(recipe: Recipe, run: Run) -> tuple[Any, Any]:
-    """(tokenizer, model) of the run's base folder, in the type that the tuner trains on.
+
+@dataclass(frozen=True)
+class Trained:
+    """What lies in `trained/`, as its `kind.json` says: an `adapter` for the base or the whole `weights`."""
+
+    kind: str
+    tuner: str
+    mergeable: bool
+
+    def write(self, folder: Path) -> None:
+        write_whole(folder / KIND, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Trained":
+        """
+        Raises:
+            UserError: there is nothing, or it is damaged.
+        """
+        try:
+            return cls(**json.loads((folder / KIND).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder / KIND} cannot be read ({error}): run 'make train' for it again") from None
+
+
+def auto_model(recipe: Recipe) -> Any:
+    """transformers' class that loads what the recipe's method trains."""
+    import transformers
+
+    return getattr(transformers, HEADS[METHODS[recipe.train.method].head])
+
+
+def load_base(recipe: Recipe, run: Run, frozen: bool, four_bits: bool) -> Any:
+    """The run's base to train on: float32, on a GPU bfloat16 where that is fast and the base stays `frozen`.
+
+    Args:
+        four_bits: NF4 with scales that are quantized too, as QLoRA has it (arXiv 2305.14314).
 
     Raises:
-        UserError: QLoRA without an NVIDIA GPU.
+        UserError: bitsandbytes cannot quantize here, with its reason.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     from pipeline.machine import fast_precision
 
+    fast = torch.bfloat16 if fast_precision() == "bfloat16" and recipe.train.precision != "float32" else torch.float32
     options: dict[str, Any] = {"dtype": torch.float32}
     if torch.cuda.is_available():
-        options |= {"device_map": {"": torch.cuda.current_device()}}
-        if fast_precision() == "bfloat16" and recipe.train.precision != "float32":
-            options["dtype"] = torch.bfloat16
-    if recipe.train.tuner == "qlora":
-        if not torch.cuda.is_available():
-            raise UserError(
-                "train.tuner=qlora needs an NVIDIA GPU, here is none: use train.tuner=lora or a smaller base"
-            )
+        options = {"dtype": fast if frozen else torch.float32, "device_map": {"": torch.cuda.current_device()}}
+    if not four_bits:
+        return auto_model(recipe).from_pretrained(run.path("base"), **options)
+    from transformers import BitsAndBytesConfig
+
+    try:
         options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=options["dtype"],
+            bnb_4bit_compute_dtype=fast,
         )
-    tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
-    return tokenizer, AutoModelForCausalLM.from_pretrained(run.path("base"), **options)
+        return auto_model(recipe).from_pretrained(run.path("base"), **options)
+    except (ImportError, RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"train.tuner=qlora: bitsandbytes cannot quantize the base here ({reason}): use train.tuner=lora"
+        ) from None
+
+
+def precision_to_ask(recipe: Recipe) -> str:
+    """Of a model that is compared: a GPU may hold the rounded weights only, a processor computes in float32."""
+    import torch
+
+    return recipe.merge.precision if torch.cuda.is_available() else "float32"
+
+
+def load(folder: Path, precision: str, head: str = "causal") -> Any:
+    """The model of a Hugging Face folder, in `float32` or `bfloat16`, ready to be asked."""
+    import torch
+    import transformers
+
+    weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > ROOM[precision] * weights_bytes
+    place = {"device_map": {"": torch.cuda.current_device()}} if fits else {}
+    auto = getattr(transformers, HEADS[head])
+    return auto.from_pretrained(folder, dtype=getattr(torch, precision), **place).eval()
+
+
+def load_trained(run: Run, precision: str, base: Any = None, head: str = "causal") -> Any:
+    """The run's trained model, not merged: its adapter on the `base`, which is loaded if not given, or its weights."""
+    folder = run.path("trained")
+    if Trained.read(folder).kind == "weights":
+        return load(folder, precision, head)
+    return with_adapter(load(run.path("base"), precision, head) if base is None else base, folder)
+
+
+def with_adapter(base: Any, folder: Path) -> Any:
+    """The base with an adapter in it, which `disable_adapter` of what is returned switches off."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, folder).eval()
+
+
+def copy_settings(source: Path, target: Path) -> None:
+    """The tokenizer, its chat template, the stop tokens and the licence, byte for byte; a model wrote its own config.
+
+    The base's card speaks of the base only.
+    """
+    for file in source.iterdir():
+        weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
+        if not weights and file.name not in ("config.json", "README.md", KIND):
+            shutil.copy(file, target / file.name)
+
+
+def logits(model: Any, ids: list[int], first: int = 0) -> Any:
+    """(tokens from `first` on, vocabulary) float32 logits of what follows each; those before are never computed."""
+    import torch
+
+    with torch.inference_mode():
+        asked = torch.tensor([ids], device=model.device)
+        return model(asked, logits_to_keep=len(ids) - first).logits[0].float().cpu()
+
+
+def greedy(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stops: list[int] | None = None,
+    doing: str = "answers",
+) -> list[list[int]]:
+    """The most likely continuation of each prompt's ids, up to and with the first stop token.
+
+    Prompts of like length are asked together, padded on the left. What the base's author advises to sample with is not
+    applied. `stops` are those of the model's generation config if not given.
+    """
+    import torch
+
+    known = stops or model.generation_config.eos_token_id
+    ends = known if isinstance(known, list) else [known]
+    groups: list[list[int]] = []
+    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
+        last = groups[-1] if groups else []
+        if not last or len(last) == PROMPTS_AT_ONCE or len(prompts[index]) > MOST_PADDING * len(prompts[last[0]]):
+            groups.append([])
+        groups[-1].append(index)
+    found: dict[int, list[int]] = {}
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), progress(doing, len(prompts)) as tell:
+        for group in groups:
+            tell(len(found))
+            rows = {"input_ids": [prompts[index] for index in group]}
+            batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
+            made = model.generate(
+                **batch, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, eos_token_id=ends
+            )[:, batch["input_ids"].shape[1] :].tolist()
+            for index, row in zip(group, made, strict=True):
+                end = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
+                found[index] = row[:end]
+    model.train(was_training)
+    return [found[index] for index in range(len(prompts))]

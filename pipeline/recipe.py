@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.methods import METHODS
+
 # Every type that llama.cpp's quantizer writes, with its bits a weight: Llama-3.1-8B's where llama.cpp publishes them
 # (tools/quantize/README), else the type's own.
 QUANTIZATIONS = {
@@ -93,7 +95,10 @@ class Lora:
 
 @dataclass(frozen=True)
 class Train:
-    tuner: Literal["lora", "qlora"] = knob("lora", "`qlora` loads the base in 4 bits; it needs an NVIDIA GPU")
+    method: str = knob("sft", "What is learned from the rows: `sft`, the assistant's words", choices=METHODS)
+    tuner: Literal["full", "lora", "qlora", "dora", "rslora"] = knob(
+        "lora", "`full` trains all weights; the others an adapter, `qlora` on a base in 4 bits"
+    )
     lora: Lora = Lora()
     epochs: float = knob(3.0, "Passes over the training conversations", 0.01)
     learning_rate: float = knob(1e-3, "Peak learning rate", 0)
@@ -244,6 +249,9 @@ class Recipe:
         if not self.gguf.imatrix_tokens and (needing := NEEDS_IMATRIX.intersection(self.gguf.types)):
             types = ", ".join(sorted(needing))
             found.append(("gguf.types", f"{types} needs an importance matrix: set gguf.imatrix_tokens, say to 4096"))
+        if self.serve.vllm.adapter and self.train.tuner in ("full", "dora"):
+            why = "leaves no adapter" if self.train.tuner == "full" else "leaves one that vLLM does not apply"
+            found.append(("serve.vllm.adapter", f"train.tuner={self.train.tuner} {why}: set it to false"))
         if self.serve.type is not None and self.serve.type not in (*self.gguf.types, self.gguf.full):
             found.append(
                 ("serve.type", f"{self.serve.type!r} is not made: add it to gguf.types ({', '.join(self.gguf.types)})")

@@ -25,9 +25,7 @@ STAGES = (
         (),
         ("base_model", "chat_template", "chat_template_arguments", "system", "seed"),
     ),
-    Stage(
-        "train", "train.run", "Fine-tune a LoRA adapter on the assistant's words", ("data", "base"), ("train", "seed")
-    ),
+    Stage("train", "train.run", "Train the base by the recipe's method and tuner", ("data", "base"), ("train", "seed")),
     Stage("reference", "train.reference", "Let the trained model answer the probes", ("data", "base", "train"), ()),
     Stage(
         "eval",
@@ -36,7 +34,13 @@ STAGES = (
         ("data", "base", "train"),
         ("eval", "seed"),
     ),
-    Stage("merge", "convert.merge", "Add the adapter to the full-precision base", ("base", "train"), ("merge",)),
+    Stage(
+        "merge",
+        "convert.merge",
+        "Make one set of full-precision weights of what was trained",
+        ("base", "train"),
+        ("merge",),
+    ),
     Stage("gguf", "convert.gguf", "Convert to GGUF and quantize", ("data", "merge"), ("gguf",)),
     Stage(
         "compare",

@@ -48,14 +48,14 @@ def card(recipe: Recipe, run: Run) -> str:
 def metadata(recipe: Recipe, run: Run) -> dict[str, Any]:
     """What the Hub indexes (https://huggingface.co/docs/hub/model-cards); what the base does not state is left out."""
     base, merged = run.find_receipt("base"), run.find_receipt("merge")
-    stated = base.metrics if base else {}
+    stated, whole = base.metrics if base else {}, merged or recipe.train.tuner == "full"
     found = {
         "license": stated.get("license"),
         "language": stated.get("languages"),
-        "library_name": "transformers" if merged else "peft",
+        "library_name": "transformers" if whole else "peft",
         "pipeline_tag": "text-generation",
         "base_model": stated.get("model"),
-        "base_model_relation": ("finetune" if merged else "adapter") if stated.get("model") else None,
+        "base_model_relation": ("finetune" if whole else "adapter") if stated.get("model") else None,
         "tags": ["truetune", recipe.train.tuner, "conversational", *(["gguf"] if run.find_receipt("gguf") else [])],
         "model-index": [{"name": recipe.name, "results": results}] if (results := _results(run)) else None,
     }

@@ -18,7 +18,7 @@ from pipeline.stages import STAGES
 from report.verdict import Verdict
 
 MOST_QUESTIONS = 60
-LINK_OF_STAGE = {"base": "base", "train": "adapter", "reference": "reference", "merge": "merged"}
+LINK_OF_STAGE = {"base": "base", "train": "trained", "reference": "reference", "merge": "merged"}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Chat with any artefact in the browser, or compare two:  python -m serve.playground RECIPE [key=value ...]
 
-It needs a trained adapter and nothing more; what else is there, is served or is named by `OPENAI_BASE_URL` can be
+It needs a training and nothing more; what else is there, is served or is named by `OPENAI_BASE_URL` can be
 chosen too. `PLAYGROUND_PORT` in the environment overrides `serve.playground_port`.
 """
 

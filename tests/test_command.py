@@ -24,8 +24,8 @@ RECIPE is a shipped recipe's name or the path of a YAML file; key=value override
 DOES = {
     "train.data": "Read, check and split the conversations",
     "train.base": "Bring the base model into one plain folder",
-    "train.run": "Fine-tune a LoRA adapter on the assistant's words",
-    "convert.merge": "Add the adapter to the full-precision base",
+    "train.run": "Train the base by the recipe's method and tuner",
+    "convert.merge": "Make one set of full-precision weights of what was trained",
     "convert.gguf": "Convert to GGUF and quantize",
     "serve.api": "Serve in a chat window and over an OpenAI-compatible API",
     "serve.chat": "Chat with the served model in the terminal; with --ask QUESTION, print one answer",

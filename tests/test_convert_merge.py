@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from convert.merge import BOUNDS, check, compare, logits, merge, probe_ids
+from convert.merge import BOUNDS, all_logits, check, compare, merge, probe_ids
 from pipeline import UserError
 from pipeline.rows import rows
 
@@ -46,7 +46,7 @@ def test_the_merged_weights_give_the_adapter_s_logits(merged: Any, tokenizer: An
     base = model_of(merged.run.path("base")).eval()
     with torch.inference_mode():
         plain = base(ids).logits
-        adapted = PeftModel.from_pretrained(base, merged.run.path("adapter")).eval()(ids).logits
+        adapted = PeftModel.from_pretrained(base, merged.run.path("trained")).eval()(ids).logits
         found = model_of(merged.run.path("merged")).eval()(ids).logits
     assert (found - adapted).norm() / adapted.norm() < 1e-5, "float32 rounding gives 3e-7"
     assert (plain - adapted).norm() / adapted.norm() > 0.1, "the adapter does something"
@@ -70,7 +70,7 @@ def test_the_settings_of_the_base_are_taken_byte_for_byte(merged: Any) -> None:
 def test_the_receipt_tells_how_near_it_came(merged: Any) -> None:
     metrics = merged.receipt("merge")["metrics"]
     assert metrics["relative_error"] < metrics["relative_error_bound"] == BOUNDS["float32"]
-    assert metrics["adapter_effect"] > 0.1
+    assert metrics["effect_of_training"] > 0.1
     assert metrics["top1_agreement"] == 1.0
     assert metrics["probe_tokens"] > 100
 
@@ -87,14 +87,14 @@ def test_bfloat16_is_written_where_it_is_asked_for(trained: Any) -> None:
 def test_an_adapter_that_changes_nothing_is_refused(trained: Any, replace: Callable[[Path, bytes], None]) -> None:
     from safetensors.torch import load, save
 
-    path = trained.run.path("adapter", "adapter_model.safetensors")
+    path = trained.run.path("trained", "adapter_model.safetensors")
     tensors = load(path.read_bytes())
     metadata = {"format": "pt"}
     replace(path, save({name: t * 0 if "lora_B" in name else t for name, t in tensors.items()}, metadata))
     with pytest.raises(UserError) as raised:
         merge(trained.recipe, trained.run)
     assert str(raised.value) == (
-        "the adapter changes no logit of the base, so nothing was learned: train longer or faster"
+        "training changed no logit of the base, so nothing was learned: train longer or faster"
     )
     assert not trained.run.path("merged").exists()
 
@@ -102,7 +102,7 @@ def test_an_adapter_that_changes_nothing_is_refused(trained: Any, replace: Calla
 def test_a_tampered_adapter_stops(
     trained: Any, replace: Callable[[Path, bytes], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = trained.run.path("adapter", "adapter_model.safetensors")
+    path = trained.run.path("trained", "adapter_model.safetensors")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     replace(path, bytes(content))
@@ -121,11 +121,11 @@ def test_a_lost_adapter_would_be_noticed(trained: Any, tokenizer: Any) -> None:
 
     probes = probe_ids(tokenizer, trained.run.path("data"))
     base = model_of(trained.run.path("base"))
-    plain = logits(base, probes)
-    adapted = logits(PeftModel.from_pretrained(base, trained.run.path("adapter")), probes)
+    plain = all_logits(base, probes)
+    adapted = all_logits(PeftModel.from_pretrained(base, trained.run.path("trained")), probes)
     for precision in BOUNDS:
         with pytest.raises(
-            UserError, match=r"^the merged logits differ from the adapter's by .*: set merge\.precision="
+            UserError, match=r"^the merged logits differ from the trained model's by .*: set merge\.precision="
         ):
             check(compare(plain, adapted), compare(plain, adapted), precision)
 

@@ -140,12 +140,13 @@ def test_the_receipts_chain(line: Path) -> None:
 
 
 def test_the_run_has_these_files(line: Path) -> None:
-    files = set(state(line, "data", "base", "adapter", "merged", "gguf"))
+    files = set(state(line, "data", "base", "trained", "merged", "gguf"))
     assert files == {
         *(f"data/{name}" for name in ("train.arrow", "validation.arrow", "heldout.jsonl", "rejected.jsonl")),
         *(f"base/{name}" for name in MODEL),
-        "adapter/adapter_config.json",
-        "adapter/adapter_model.safetensors",
+        "trained/adapter_config.json",
+        "trained/adapter_model.safetensors",
+        "trained/kind.json",
         *(f"merged/{name}" for name in MODEL),
         "gguf/mine-F16.gguf",
         "gguf/mine-Q8_0.gguf",
@@ -164,12 +165,12 @@ def test_a_second_make_changes_nothing(again: Path) -> None:
 
 
 def test_a_touched_data_file_is_checked_and_changes_no_artefact(again: Path) -> None:
-    receipts, artefacts = state(again), state(again, "data", "base", "adapter", "merged", "gguf")
+    receipts, artefacts = state(again), state(again, "data", "base", "trained", "merged", "gguf")
     os.utime(again / "talks.jsonl")
     said = make(again, "gguf")
     assert "data: up to date" in said and ": done in" not in said
     assert content(state(again)) == content(receipts)
-    assert state(again, "data", "base", "adapter", "merged", "gguf") == artefacts
+    assert state(again, "data", "base", "trained", "merged", "gguf") == artefacts
 
 
 def test_a_changed_port_reruns_nothing(again: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from data_fixtures import read
 
 from pipeline.error import UserError
+from pipeline.model import Trained
 from pipeline.run import Receipt, Run
 from serve.comparing.artefacts import artefacts
 from serve.comparing.conversation import Conversation, Made, Token, _texts, append, as_html
@@ -46,10 +47,21 @@ def answered() -> Conversation:
 def test_a_training_alone_can_be_asked() -> None:
     run = Run("mine")
     finish(run, "base", "base/config.json")
-    finish(run, "train", "adapter/adapter_config.json")
+    finish(run, "train", "trained/adapter_config.json")
+    Trained("adapter", "lora", True).write(run.path("trained"))
     assert list(artefacts("mine")) == ["mine/adapter", "mine/base"]
     adapter, base = artefacts("mine").values()
-    assert adapter.place == base.place == "runs/mine/base" and adapter.adapter == "runs/mine/adapter"
+    assert adapter.place == base.place == "runs/mine/base" and adapter.adapter == "runs/mine/trained"
+
+
+def test_whole_weights_are_a_model_of_their_own() -> None:
+    run = Run("mine")
+    finish(run, "base", "base/config.json")
+    finish(run, "train", "trained/model.safetensors")
+    Trained("weights", "full", True).write(run.path("trained"))
+    trained, base = artefacts("mine").values()
+    assert (trained.name, trained.place, trained.adapter) == ("mine/trained", "runs/mine/trained", "")
+    assert (base.name, base.place, base.adapter) == ("mine/base", "runs/mine/base", "")
 
 
 def test_before_training_there_is_the_base_alone() -> None:

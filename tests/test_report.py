@@ -305,7 +305,7 @@ def test_the_lineage_goes_from_the_data_to_what_is_served(told: Callable[..., To
     run.run.write_receipt(receipt)
     links = lineage(run.recipe, run.run)
     assert [link.name for link in links] == [
-        "data", "split", "base", "adapter", "reference", "merged", *TYPES, "importance matrix", "served Q8_0",
+        "data", "split", "base", "trained", "reference", "merged", *TYPES, "importance matrix", "served Q8_0",
     ]  # fmt: skip
     served, quantized = links[-1], next(link for link in links if link.name == "Q8_0")
     assert served.digest == quantized.digest == receipt.outputs["runs/mine/gguf/mine-Q8_0.gguf"]["sha256"]

@@ -44,7 +44,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     """What must not depend on interruptions: the curves, and the bytes of the adapter."""
     with contextlib.chdir(folder):
         receipt = Workplace(folder).receipt("train")
-    adapter = receipt["outputs"]["runs/line/adapter/adapter_model.safetensors"]
+    adapter = receipt["outputs"]["runs/line/trained/adapter_model.safetensors"]
     return {"adapter": adapter} | {name: receipt["metrics"][name] for name in CURVES}
 
 

@@ -59,7 +59,7 @@ def make_trainer(
     import torch
     import transformers
     from datasets import Dataset
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model
     from trl import SFTConfig
 
     from pipeline.recipe import Train
@@ -75,12 +75,11 @@ def make_trainer(
     settings = {"packing": True, "max_length": 48, "per_device_train_batch_size": 1} | settings
     return Sft(
         knobs=Train(**knobs or {}),
-        model=model,
+        model=get_peft_model(model, adapter) if lora else model,
         args=SFTConfig("out", use_cpu=True, report_to="none", disable_tqdm=True, bf16=settings.pop("bf16", False),
                        save_strategy="no", logging_steps=1, **settings),
         processing_class=tokenizer(),
         train_dataset=Dataset.from_list(rows or random_rows()),
-        peft_config=adapter if lora else None,
         order=Path("order.json"),
     )  # fmt: skip
 

@@ -63,13 +63,13 @@ def test_answers_are_the_most_likely_tokens_of_one_pass_each(asked: Any, tokeniz
 def test_what_padding_tips_is_asked_again_alone(asked: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = {name: case for name, case in probe_cases(tokenizer, []).items() if name in ("plain", "system", "unicode")}
     wanted, _ = stage.ask(asked, tokenizer, cases)
-    honest = stage.greedy_answers
+    honest = stage.greedy
 
-    def tipped(model: Any, tokenizer: Any, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
-        found = honest(model, tokenizer, prompts)
-        return found | ({"system": [7, *found["system"][1:]]} if len(prompts) > 1 else {})
+    def tipped(model: Any, tokenizer: Any, prompts: list[list[int]], *more: Any) -> list[list[int]]:
+        first, *others = honest(model, tokenizer, prompts, *more)
+        return [[7, *first[1:]], *others] if len(prompts) > 1 else [first]
 
-    monkeypatch.setattr(stage, "greedy_answers", tipped)
+    monkeypatch.setattr(stage, "greedy", tipped)
     assert stage.ask(asked, tokenizer, cases)[0] == wanted
 
 

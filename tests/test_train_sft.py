@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from pipeline import UserError
-from pipeline.model import load_base
 from pipeline.score import has_fact, key_fact_accuracy
 from train import run as stage
 from train.planning.disk import check_disk, needed_bytes
@@ -54,7 +53,7 @@ def test_the_steps_are_those_of_the_recipe(trained: Any) -> None:
 
 
 def test_the_adapter_has_these_files(trained: Any) -> None:
-    assert trained.files("adapter") == {"adapter_config.json", "adapter_model.safetensors"}
+    assert trained.files("trained") == {"adapter_config.json", "adapter_model.safetensors", "kind.json"}
 
 
 def test_the_answers_stand_beside_the_questions(trained: Any) -> None:
@@ -66,8 +65,9 @@ def test_the_answers_stand_beside_the_questions(trained: Any) -> None:
 def test_the_receipt_names_what_it_made(trained: Any) -> None:
     receipt = trained.receipt("train")
     assert set(receipt["outputs"]) == {
-        "runs/line/adapter/adapter_config.json",
-        "runs/line/adapter/adapter_model.safetensors",
+        "runs/line/trained/adapter_config.json",
+        "runs/line/trained/adapter_model.safetensors",
+        "runs/line/trained/kind.json",
         "runs/line/answers.jsonl",
     }
 
@@ -77,15 +77,21 @@ def trainer(based: Any) -> Callable[..., Any]:
     """A trainer over TALKS in float32, with an adapter that is not the zero it starts as."""
     import torch
     from datasets import Dataset
+    from transformers import AutoTokenizer
 
     from train.methods import sft
+    from train.tuners import model_to_train
 
     def make(**knobs: Any) -> Any:
         recipe = replace(based.recipe, train=replace(based.recipe.train, precision="float32", **knobs))
-        tokenizer, model = load_base(recipe, based.run)
+        tokenizer = AutoTokenizer.from_pretrained(based.run.path("base"))
         found = [asdict(row) for talk in TALKS for row in examples(tokenizer, talk, 1024)]
         made = sft.trainer(
-            recipe, based.run, tokenizer, model.float(), {"train": Dataset.from_list(found), "validation": []}
+            recipe,
+            based.run,
+            tokenizer,
+            model_to_train(recipe, based.run),
+            {"train": Dataset.from_list(found), "validation": []},
         )
         torch.manual_seed(0)
         for weights in made.model.parameters():
@@ -270,7 +276,7 @@ def test_it_trains_without_validation_and_without_questions(based: Any) -> None:
     metrics = based.receipt("train")["metrics"]
     assert metrics["before"] == metrics["after"] == {"validation_loss": None, "key_fact_accuracy": 0.0}
     assert metrics["steps"] >= 1 and metrics["validation_curve"] == []
-    assert based.files("adapter") == {"adapter_config.json", "adapter_model.safetensors"}
+    assert based.files("trained") == {"adapter_config.json", "adapter_model.safetensors", "kind.json"}
 
 
 def test_no_answer_within_max_tokens_is_told(based: Any) -> None:
@@ -317,7 +323,7 @@ def test_a_disk_too_small_is_told_with_the_numbers(based: Any) -> None:
     with pytest.raises(UserError) as raised:
         check_disk(based.recipe, 10**15, Path())
     said = (
-        r"the disk of \. lacks \d+\.\d GB for what follows training \(merged 4400000\.0 GB, F16 2200000\.0 GB, "
+        r"the disk of \. lacks \d+\.\d GB for training and what follows \(merged 4400000\.0 GB, F16 2200000\.0 GB, "
         r"Q8_0 1168750\.0 GB, Q4_K_M 672375\.0 GB\): free some space or name fewer gguf\.types"
     )
     assert re.fullmatch(said, str(raised.value))

@@ -1,6 +1,6 @@
 """Measure what training changed, base beside trained, each with its 95 % interval:  python -m train.evaluate RECIPE
 
-One loaded model, its adapter switched off and on: answers to held-out questions against their references, likelihood
+Both in one process, an adapter switched off and on: answers to held-out questions against their references, likelihood
 of the validation answers, general knowledge that may have been forgotten, and classification files.
 """
 
@@ -33,7 +33,7 @@ KNOWLEDGE = Path(__file__).parents[1] / "recipes/knowledge.jsonl"
 ROWS_AT_ONCE = 8  # of a task of the evaluation harness
 KNOWN = "the likeliest of 4 answers by its summed log-likelihood, not scaled by length; chance is 25%"
 LARGEST_LOSS = 100.0  # nats a token: more would be no number of JSON
-SPEAKERS = ("base", "trained, its adapter not merged, in one process")
+SPEAKERS = ("base", "trained, an adapter not merged, in one process")
 PACKAGES = ("torch", "transformers", "peft", "sacrebleu", "rouge-score", "scipy", "numpy")
 
 log = logging.getLogger("truetune")

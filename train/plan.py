@@ -61,7 +61,7 @@ def _model(of: Job) -> str:
 def _memory(of: Job, at: Place) -> str:
     """A column for each way to tune; the recipe's has a star."""
     tuner = of.recipe.train.tuner
-    tuners = [each for each in STEP_TUNERS if not (each == "qlora" and at.kind == "processor")]
+    tuners = STEP_TUNERS if tuner in STEP_TUNERS else (*STEP_TUNERS, tuner)
     columns = {each: memory_bytes(of, at, each) for each in tuners}
     heads = [f"{each} *" if each == tuner else each for each in tuners]
     rows = [[part, *(size(columns[each][part]) for each in tuners)] for part in columns[tuners[0]]]
@@ -71,9 +71,8 @@ def _memory(of: Job, at: Place) -> str:
         [f"fits {size(at.memory)}", *("yes" if total <= at.memory else "no" for total in totals)],
     ]
     spread = f" x {at.devices}, ZeRO stage {at.zero}" if at.devices > 1 else ""
-    if tuner in tuners:
-        seconds = of.data.tokens * of.recipe.train.epochs / tokens_per_second(of, at)[0]
-        rows.append(["time", *(duration(seconds * flops(of, each) / flops(of)) for each in tuners)])
+    seconds = of.data.tokens * of.recipe.train.epochs / tokens_per_second(of, at)[0]
+    rows.append(["time", *(duration(seconds * flops(of, each) / flops(of)) for each in tuners)])
     told = [f"memory of a step on {at.name}{spread}, {at.precision}", table(["", *heads], rows)]
     if "qlora" in tuners and of.base.experts:
         told.append(f"qlora keeps {number(of.base.experts)} weights of experts in 16 bits: bitsandbytes leaves them")
@@ -130,8 +129,6 @@ def _serving(of: Job) -> str:
 
 def _rent(of: Job) -> str:
     """The cheapest GPUs, by the price of the whole training, that hold it."""
-    if of.recipe.train.tuner not in STEP_TUNERS:
-        return ""
     found = []
     for name in by_price():
         at = devices_needed(of, of.recipe, name)

@@ -1,6 +1,6 @@
 """Let the trained model answer the probes, for every later stage to reproduce:  python -m train.reference RECIPE
 
-The adapter lies on the base, unmerged: this is the model that was trained, before any step that could lose it. All is
+An adapter lies on the base, unmerged: this is the model that was trained, before any step that could lose it. All is
 computed in float32; on a GPU, whose memory may not hold that, in the precision of the recipe's merge.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline import Made, Recipe, Run, UserError, command
 from pipeline.files import fresh_folder, put_in_place
+from pipeline.model import greedy, load_trained, logits, precision_to_ask
 from pipeline.recipe import Train
 from pipeline.reference import CONTINUATION_TOKENS, SCORED_POSITIONS, Answer, Probe, Reference, write_reference
 from pipeline.rows import rendered, rows
@@ -22,32 +23,24 @@ from train.template import IGNORED, Example, row_examples
 log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "peft")
 VALIDATION_ANSWERS = 40
-PROBES_AT_ONCE = 16  # a step of so many costs little more than of one
-MOST_PADDING = 2  # times the shortest prompt of a group, so that a long one is not computed for all
 
 
 def reference(recipe: Recipe, run: Run) -> Made:
     """Write `reference/` in the format of `pipeline.reference`."""
     import numpy as np
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
-    on_gpu = torch.cuda.is_available()
-    dtype = getattr(torch, recipe.merge.precision) if on_gpu else torch.float32
-    place = {"device_map": {"": torch.cuda.current_device()}} if on_gpu else {}
-    base = AutoModelForCausalLM.from_pretrained(run.path("base"), dtype=dtype, **place)
-    model = PeftModel.from_pretrained(base, run.path("adapter")).eval()
+    model = load_trained(run, precision_to_ask(recipe))
     validation, train = (list(rows(run.path("data"), part, VALIDATION_ANSWERS)) for part in ("validation", "train"))
-    probes, logits = ask(model, tokenizer, probe_cases(tokenizer, validation + train))
+    probes, scores = ask(model, tokenizer, probe_cases(tokenizer, validation + train))
     answers = [
         Answer(row.input_ids, first, _loss(model, row.input_ids, first))
         for row in islice(_examples(tokenizer, validation or train, recipe.train), VALIDATION_ANSWERS)
         for first in [_start_of_last_answer(row.labels)]
     ]
     folder = fresh_folder(run.path(".reference.tmp"))
-    write_reference(folder, Reference(probes, np.concatenate(logits), answers))
+    write_reference(folder, Reference(probes, np.concatenate(scores), answers))
     put_in_place(folder, run.path("reference"))
     return Made(
         outputs=[run.path("reference")],
@@ -73,59 +66,26 @@ def ask(model: Any, tokenizer: Any, cases: dict[str, Case]) -> tuple[list[Probe]
     for name in [name for name in ids if len(ids[name]) + CONTINUATION_TOKENS > known]:
         log.info("reference: probe '%s' is longer than the base's context, left out", name)
         del ids[name]
-    answered = greedy_answers(model, tokenizer, ids)
+
+    def answer_to(prompts: list[list[int]]) -> list[list[int]]:
+        return greedy(model, tokenizer, prompts, CONTINUATION_TOKENS, [tokenizer.eos_token_id], "probes")
+
+    answered = dict(zip(ids, answer_to(list(ids.values())), strict=True))
     most = max(1, SCORED_POSITIONS // len(cases))
-    probes, logits = [], []
+    probes, scores = [], []
     for name, prompt in ids.items():
         # One pass over prompt and answer, as later stages do it, not the pieces that generation made.
-        found = _logits(model, prompt + answered[name], len(prompt))
+        found = logits(model, prompt + answered[name], len(prompt) - 1)
         if found[:-1].argmax(-1).tolist() != answered[name]:  # padding may tip a near tie
-            answered |= greedy_answers(model, tokenizer, {name: prompt})
-            found = _logits(model, prompt + answered[name], len(prompt))
+            [answered[name]] = answer_to([prompt])
+            found = logits(model, prompt + answered[name], len(prompt) - 1)
         answer = answered[name]
         scored = min(most, len(answer))
         stopped = answer[-1] == tokenizer.eos_token_id
         case = cases[name]
         probes.append(Probe(name, case.messages, case.tools, prompts[name], prompt, answer, stopped, scored))
-        logits.append(found[:scored].numpy())
-    return probes, logits
-
-
-def greedy_answers(model: Any, tokenizer: Any, prompts: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Greedy answers, up to and with the end of the turn; prompts of like length are asked together."""
-    import torch
-
-    found = {}
-    groups: list[list[str]] = [[]]
-    for name in sorted(prompts, key=lambda name: len(prompts[name])):
-        shortest = len(prompts[groups[-1][0]]) if groups[-1] else 0
-        if len(groups[-1]) == PROBES_AT_ONCE or len(prompts[name]) > MOST_PADDING * shortest:
-            groups.append([])
-        groups[-1].append(name)
-    for names in groups[1:]:
-        rows = {"input_ids": [prompts[name] for name in names]}
-        batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
-        with torch.inference_mode():
-            made = model.generate(
-                **batch,
-                max_new_tokens=CONTINUATION_TOKENS,
-                do_sample=False,
-                repetition_penalty=1.0,
-                eos_token_id=tokenizer.eos_token_id,
-            )[:, batch["input_ids"].shape[1] :].tolist()
-        for name, row in zip(names, made, strict=True):
-            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-            found[name] = row[:end]
-    return found
-
-
-def _logits(model: Any, ids: list[int], first: int) -> Any:
-    """(tokens from `first` on and one, vocabulary) float32 logits of each of them and of what follows the last."""
-    import torch
-
-    with torch.inference_mode():
-        asked = torch.tensor([ids], device=model.device)
-        return model(asked, logits_to_keep=len(ids) - first + 1).logits[0].float().cpu()
+        scores.append(found[:scored].numpy())
+    return probes, scores
 
 
 def _loss(model: Any, ids: list[int], first: int) -> float:
@@ -133,7 +93,7 @@ def _loss(model: Any, ids: list[int], first: int) -> float:
     import torch
     from torch.nn.functional import cross_entropy
 
-    return float(cross_entropy(_logits(model, ids, first)[:-1], torch.tensor(ids[first:]), reduction="sum"))
+    return float(cross_entropy(logits(model, ids, first - 1)[:-1], torch.tensor(ids[first:]), reduction="sum"))
 
 
 def _start_of_last_answer(labels: list[int]) -> int:

@@ -32,7 +32,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
 def run(recipe: Recipe, run: Run) -> Made:
-    """Write `adapter/` (PEFT) and `answers.jsonl` (the held-out questions answered before and after).
+    """Write `trained/` (an adapter or whole weights) and `answers.jsonl` (what was answered before and after).
 
     Raises:
         UserError: base and recipe do not go together, memory or disk do not suffice, or the training diverged, whose
@@ -50,7 +50,7 @@ def run(recipe: Recipe, run: Run) -> Made:
     planned = check(recipe, run, tokens.counts)
     metrics = work(recipe, run, tokens, resume_from, trackers, planned.get("peak_tokens_per_second"))
     return Made(
-        outputs=[run.path("adapter"), run.path("answers.jsonl")],
+        outputs=[run.path("trained"), run.path("answers.jsonl")],
         metrics=metrics | {"data": tokens.counts, "planned": planned},
         packages=PACKAGES,
     )

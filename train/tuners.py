@@ -1,20 +1,60 @@
-"""What is trained: a LoRA on the layers, and the embeddings of tokens that were added for the chat template."""
+"""What is trained of a model: all of it, or an adapter by one of PEFT's configurations."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline import Recipe
+from pipeline import Recipe, Run
+from pipeline.files import fresh_folder, put_in_place
+from pipeline.model import Trained, copy_settings, load_base
 
 MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 MAMBA_LAYERS = ("out_proj", "conv1d")
 
 
-def lora_config(recipe: Recipe, model: Any, added: list[int]) -> Any:
-    """PEFT's configuration; `added` are the ids of tokens that the base never saw.
+@dataclass(frozen=True)
+class Tuner:
+    """`config` are PEFT's settings beside LoRA's own, None where every weight is trained.
 
-    Their rows of the input embedding are trained, and of the output embedding where it is a matrix of its own; PEFT
-    keeps tied ones tied (`trainable_token_indices`).
+    Args:
+        four_bits: the frozen base lies in 4 bits while its adapter is trained.
+        mergeable: the adapter can become part of the base's weights.
     """
-    from peft import LoraConfig
+
+    config: dict[str, Any] | None
+    four_bits: bool = False
+    mergeable: bool = True
+
+
+TUNERS = {
+    "full": Tuner(None),
+    "lora": Tuner({}),  # arXiv 2106.09685
+    "qlora": Tuner({}, four_bits=True),  # arXiv 2305.14314
+    "dora": Tuner({"use_dora": True}),  # arXiv 2402.09353
+    "rslora": Tuner({"use_rslora": True}),  # arXiv 2312.03732
+}
+
+
+def base_to_train(recipe: Recipe, run: Run) -> Any:
+    """The run's base as its tuner needs it, before anything is added to it."""
+    tuner = TUNERS[recipe.train.tuner]
+    return load_base(recipe, run, frozen=tuner.config is not None, four_bits=tuner.four_bits)
+
+
+def model_to_train(recipe: Recipe, run: Run) -> Any:
+    """The run's base with what its tuner adds."""
+    return wrap(recipe, base_to_train(recipe, run), list(run.receipt("base").metrics.get("added_tokens", {}).values()))
+
+
+def wrap(recipe: Recipe, model: Any, added: list[int]) -> Any:
+    """The model as it is trained; `added` are the ids of tokens that the base never saw.
+
+    Beside an adapter their rows of the input embedding are trained, and of the output embedding where it is a matrix of
+    its own; PEFT keeps tied ones tied (`trainable_token_indices`).
+    """
+    tuner = TUNERS[recipe.train.tuner]
+    if tuner.config is None:
+        return model
+    from peft import LoraConfig, get_peft_model
 
     lora = recipe.train.lora
     targets = lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets)
@@ -22,7 +62,7 @@ def lora_config(recipe: Recipe, model: Any, added: list[int]) -> Any:
     if not model.config.get_text_config().tie_word_embeddings:
         embeddings.append(model.get_output_embeddings())
     names = [name.rpartition(".")[2] for name, module in model.named_modules() if module in embeddings]
-    return LoraConfig(
+    config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -30,9 +70,28 @@ def lora_config(recipe: Recipe, model: Any, added: list[int]) -> Any:
         target_modules=targets,
         exclude_modules=read_past_adapters(model.config) if targets == "all-linear" else None,
         trainable_token_indices={name: added for name in names} if added else None,
+        **tuner.config,
     )
+    return get_peft_model(model, config)
 
 
 def read_past_adapters(config: Any) -> list[str] | None:
     """Linear layers whose weights the kernels of Mamba read past an adapter, which PEFT therefore refuses."""
     return list(MAMBA_LAYERS) if config.get_text_config().model_type in MAMBA else None
+
+
+def save(recipe: Recipe, model: Any, run: Run) -> None:
+    """Write `trained/`: the adapter, or the weights with all that a model folder has; `kind.json` says which."""
+    tuner, folder = TUNERS[recipe.train.tuner], fresh_folder(run.path(".trained.tmp"))
+    if tuner.config is None:
+        copy_settings(run.path("base"), folder)
+        model.config.use_cache = True  # the trainer switched it off
+    else:
+        config = model.peft_config["default"]
+        config.base_model_name_or_path = str(run.path("base"))
+        config.target_modules = sorted(config.target_modules)  # a set: each process would write it in another order
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    kind = "weights" if tuner.config is None else "adapter"
+    Trained(kind, recipe.train.tuner, tuner.mergeable).write(folder)
+    put_in_place(folder, run.path("trained"))

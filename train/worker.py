@@ -3,16 +3,17 @@
 import json
 import logging
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pipeline import Recipe, Run
 from pipeline.error import Stopped
-from pipeline.files import fresh_folder, put_in_place, write_whole
-from pipeline.model import load_base
+from pipeline.files import write_whole
 from pipeline.rows import heldout
 from train.tokens import Tokens
 from train.trainer.journal import recorded
+from train.tuners import model_to_train, save
 
 log = logging.getLogger("truetune")
 
@@ -25,7 +26,7 @@ def work(
     trackers: Sequence[str],
     full_speed: float | None,
 ) -> dict[str, Any]:
-    """Write `adapter/` and `answers.jsonl`; the receipt's metrics.
+    """Write `trained/` and `answers.jsonl`; the receipt's metrics.
 
     Args:
         trackers: those that transformers tells, by its names.
@@ -35,14 +36,14 @@ def work(
         UserError: the training diverged or memory does not suffice; the last good checkpoint stays.
         Stopped: by a signal, after a checkpoint.
     """
-    from transformers import set_seed
+    from transformers import AutoTokenizer, set_seed
 
-    from train.methods import sft as method
     from train.preview import write_preview
     from train.trainer.metrics import curves
 
+    method = import_module(f"train.methods.{recipe.train.method}")
     with recorded(recipe, run, resume_from) as journal:
-        tokenizer, model = load_base(recipe, run)
+        tokenizer, model = AutoTokenizer.from_pretrained(run.path("base")), model_to_train(recipe, run)
         trainer = method.trainer(
             recipe,
             run,
@@ -69,7 +70,7 @@ def work(
             raise Stopped(f"{at}: 'make train RECIPE={recipe.name}' resumes from there", trainer.stopping.wish)
         after = method.measure(trainer, recipe, run, "after")
         _tell("after", after)
-        _save_adapter(trainer.model, run)
+        save(recipe, trainer.model, run)
         _save_answers(run, before.pop("answers"), after.pop("answers"))
         return {
             "before": before,
@@ -89,16 +90,6 @@ def _peak_gpu_bytes() -> int:
 def _tell(when: str, measured: dict[str, Any]) -> None:
     loss = "not measured" if measured["validation_loss"] is None else f"{measured['validation_loss']:.3f}"
     log.info("%s: validation loss %s, key facts %.0f %%", when, loss, 100 * measured["key_fact_accuracy"])
-
-
-def _save_adapter(model: Any, run: Run) -> None:
-    folder = fresh_folder(run.path(".adapter.tmp"))
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = str(run.path("base"))
-    config.target_modules = sorted(config.target_modules)  # a set, which each process would write in another order
-    model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
-    put_in_place(folder, run.path("adapter"))
 
 
 def _save_answers(run: Run, before: list[str], after: list[str]) -> None:

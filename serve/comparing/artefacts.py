@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.error import UserError
+from pipeline.model import Trained
 from pipeline.run import Receipt, Run
 from serve.asking.client import models_of
 from serve.asking.key import read_key
@@ -16,7 +17,8 @@ class Artefact:
     """One choice of the page.
 
     `place` is a folder of weights, a GGUF file or the URL of an endpoint; `made_at` tells one training's from the
-    next's; `adapter` lies beside the base in one process, which answers as `base` and as `adapter`.
+    next's; `adapter` lies beside the base in one process, which answers as `base` and as `adapter`. A training of whole
+    weights leaves `trained`, a model of its own.
     """
 
     name: str
@@ -57,10 +59,16 @@ def _of_run(run: Run) -> Iterator[Artefact]:
     receipts = {name: run.find_receipt(name) for name in ("serve", "train", "merge", "gguf", "base")}
     if (served := receipts["serve"]) and (artefact := _served(run, served)):
         yield artefact
-    base, adapter = str(run.path("base")), str(run.path("adapter")) if receipts["train"] else ""
+    whole = receipts["train"] is not None and Trained.read(run.path("trained")).kind == "weights"
+    base, adapter = str(run.path("base")), str(run.path("trained")) if receipts["train"] and not whole else ""
     since = "".join(receipt.started_at for name in ("base", "train") if (receipt := receipts[name]))
     beside = {"kind": "weights", "place": base, "recipe": run.name, "adapter": adapter, "made_at": since}
-    if receipts["train"] and receipts["base"]:
+    if whole and (train := receipts["train"]):
+        place, about = str(run.path("trained")), "as trained"
+        yield Artefact(
+            f"{run.name}/trained", about, "weights", place, "trained", run.name, "train", "", train.started_at
+        )
+    elif receipts["train"] and receipts["base"]:
         yield Artefact(f"{run.name}/adapter", "on the base, as trained", model="adapter", stage="train", **beside)
     if merge := receipts["merge"]:
         place, about = str(run.path("merged")), "one set of weights"

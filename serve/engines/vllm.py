@@ -129,14 +129,14 @@ def model_of(recipe: Recipe, run: Run) -> Model:
         raise UserError(
             f"serve.vllm.adapter: vLLM applies no adapter with new tokens ({', '.join(added)}): set it to false"
         )
-    return Model(run.path("base"), run.path("adapter")) if recipe.serve.vllm.adapter else Model(run.path("merged"))
+    return Model(run.path("base"), run.path("trained")) if recipe.serve.vllm.adapter else Model(run.path("merged"))
 
 
 def verified(recipe: Recipe, run: Run) -> Fingerprints:
     """Fingerprints of the served files, proved to be what their stages wrote."""
     if not recipe.serve.vllm.adapter:
         return run.verified("merge")
-    return run.verified("base") | run.verified("train", only=str(run.path("adapter")))
+    return run.verified("base") | run.verified("train", only=str(run.path("trained")))
 
 
 def refuse_replaced(recipe: Recipe, run: Run, known: Fingerprints) -> None:

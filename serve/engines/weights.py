@@ -18,6 +18,7 @@ from uuid import uuid4
 
 from pipeline.error import UserError
 from pipeline.files import own_folder
+from pipeline.model import load, with_adapter
 from pipeline.rows import rendered
 from serve.asking.endpoint import HOST
 from serve.asking.key import read_key
@@ -50,17 +51,15 @@ class Settings:
 
 
 class Generator:
-    """The loaded model, which gives one answer at a time; float32, on a GPU bfloat16."""
+    """The loaded model, which gives one answer at a time; bfloat16 on a GPU."""
 
     def __init__(self, settings: Settings) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        on_gpu = torch.cuda.is_available()
-        dtype = torch.bfloat16 if on_gpu else torch.float32
         self.name, self.turn = settings.name, threading.Lock()
         self.tokenizer = AutoTokenizer.from_pretrained(settings.folder)
-        self.model = AutoModelForCausalLM.from_pretrained(settings.folder, dtype=dtype).eval()
+        self.model = load(Path(settings.folder), "bfloat16" if torch.cuda.is_available() else "float32")
         config = self.model.config.get_text_config()
         self.known = getattr(config, "max_position_embeddings", None) or LONGEST_CONTEXT
         self.vocabulary = int(config.vocab_size)
@@ -68,12 +67,8 @@ class Generator:
         ends = self.model.generation_config.eos_token_id
         self.ends: list[int] = ends if isinstance(ends, list) else [ends]
         if settings.adapter:
-            from peft import PeftModel
-
-            self.model = PeftModel.from_pretrained(self.model, settings.adapter).eval()
+            self.model = with_adapter(self.model, Path(settings.adapter))
         self.names = [settings.name, *(["adapter"] if settings.adapter else [])]
-        if on_gpu:
-            self.model.to("cuda")
 
     def prompt(self, messages: list[dict[str, str]]) -> str:
         """The template's text, as training rendered it."""

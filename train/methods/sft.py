@@ -22,7 +22,6 @@ from train.scoring.score import answers
 from train.template import IGNORED
 from train.tokens import longest_and_sum, row_tokens
 from train.trainer.resumable import Resumable, settings
-from train.tuners import lora_config
 
 
 def trainer(
@@ -54,7 +53,6 @@ def trainer(
         processing_class=tokenizer,
         train_dataset=rows["train"],
         eval_dataset=validation,
-        peft_config=lora_config(recipe, model, list(run.receipt("base").metrics.get("added_tokens", {}).values())),
         **resumable,
     )
     made.check_stops()
@@ -85,9 +83,6 @@ class Sft(Resumable, SFTTrainer):  # type: ignore[misc]
         super().__init__(knobs=knobs, **kwargs)
         self.smoothing = knobs.label_smoothing
         self.noise = EmbeddingNoise(self.model, knobs.neftune) if knobs.neftune else None
-        for weights in self.model.parameters():  # TRL rounds those of a QLoRA to bfloat16, which loses small steps
-            if weights.requires_grad:
-                weights.data = weights.data.float()
         self.order = None if knobs.order == "random" else self._curriculum(knobs.order, order)
 
     def check_stops(self) -> None:

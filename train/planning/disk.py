@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from pipeline import Recipe, UserError
+from pipeline.files import files_below
 from pipeline.recipe import QUANTIZATIONS
 from train.planning.memory import checkpoint_bytes
 
@@ -13,9 +14,15 @@ MARGIN = 1.1  # tensors that a quantization cannot take are written in wider typ
 
 def needed_bytes(recipe: Recipe, parameters: int, trained: int = 0) -> dict[str, int]:
     """Bytes that merged weights, full GGUF and each quantization will take, by name; with `trained` weights also those
-    of the base and of the checkpoints, two that are kept and one that is being written."""
+    of the base and of the checkpoints, two that are kept and one that is being written.
+
+    Whole weights that were trained are kept in float32, and the merge links them if it has that precision.
+    """
     types = (recipe.gguf.full, *(type for type in recipe.gguf.types if type != recipe.gguf.full))
-    needed = {"merged": BYTES_A_WEIGHT[recipe.merge.precision] * parameters}
+    whole = recipe.train.tuner == "full"
+    needed = {"trained": 4.0 * parameters} if whole else {}
+    if not whole or recipe.merge.precision != "float32":
+        needed["merged"] = BYTES_A_WEIGHT[recipe.merge.precision] * parameters
     needed |= {type: QUANTIZATIONS[type] / 8 * parameters for type in types}
     needed = {name: size * MARGIN for name, size in needed.items()}
     if trained:
@@ -29,12 +36,14 @@ def needed_bytes(recipe: Recipe, parameters: int, trained: int = 0) -> dict[str,
 
 
 def check_disk(recipe: Recipe, parameters: int, folder: Path) -> None:
-    """Raise UserError if merge, GGUF and quantizations will not fit beside what is there already."""
-    needed = needed_bytes(recipe, parameters)
-    missing = sum(needed.values()) - shutil.disk_usage(folder).free
+    """Raise UserError if merge, GGUF and quantizations will not fit, and checkpoints where they are of whole weights."""
+    needed = needed_bytes(recipe, parameters, parameters if recipe.train.tuner == "full" else 0)
+    needed.pop("base", None)
+    there = sum(file.stat().st_size for file in files_below(folder / "checkpoints")) if "checkpoints" in needed else 0
+    missing = sum(needed.values()) - there - shutil.disk_usage(folder).free
     if missing > 0:
         parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in needed.items())
         raise UserError(
-            f"the disk of {folder} lacks {missing / 1e9:.1f} GB for what follows training ({parts}): "
+            f"the disk of {folder} lacks {missing / 1e9:.1f} GB for training and what follows ({parts}): "
             "free some space or name fewer gguf.types"
         )

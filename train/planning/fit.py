@@ -51,9 +51,6 @@ def advice(recipe: Recipe, run: Run) -> str:
 
 def impossible(of: Job, at: Place) -> str:
     """Why the training cannot run there and what would, or nothing."""
-    tuner = of.recipe.train.tuner
-    if tuner == "qlora" and at.kind == "processor":
-        return "train.tuner=qlora needs an NVIDIA GPU, here is none: use train.tuner=lora or a smaller base"
     needed = sum(memory_bytes(of, at).values())
     if needed <= at.memory:
         return ""

@@ -13,6 +13,7 @@ from train.planning.corpus import Corpus, corpus, supervised_positions
 from train.planning.devices import DEVICES, like, processor_peak
 from train.planning.memory import state_bytes, token_flops, training_flops, whole_bytes
 from train.planning.rehearsal import Rehearsal, fused, rehearse
+from train.tuners import TUNERS
 
 # Resident before any weight: Python with torch, transformers and TRL, or CUDA's context with its libraries' buffers.
 RUNTIME_BYTES = {"processor": 0.58e9, "gpu": 0.8e9}
@@ -58,11 +59,20 @@ class Job:
         width = "float32" if place.kind == "processor" else place.precision
         supervised = supervised_positions(tokens, self.data.supervised)
         fast = place.precision == "bfloat16"
-        key = (tuner == "full" or knobs.lora, tokens, supervised, fast, width, knobs.gradient_checkpointing)
+        config = TUNERS[tuner].config
+        key = (
+            "full" if config is None else (*config, knobs.lora),
+            tokens,
+            supervised,
+            fast,
+            width,
+            knobs.gradient_checkpointing,
+        )
         if key not in self.rehearsed:
-            adapted = None if tuner == "full" else dataclasses.replace(self.recipe, train=knobs)
-            config = self.config if place.kind == "processor" else fused(self.config)
-            self.rehearsed[key] = rehearse(config, adapted, *key[1:])
+            knobs = dataclasses.replace(knobs, tuner=tuner)
+            adapted = None if config is None else dataclasses.replace(self.recipe, train=knobs)
+            model = self.config if place.kind == "processor" else fused(self.config)
+            self.rehearsed[key] = rehearse(model, adapted, *key[1:])
         return self.rehearsed[key]
 
 
@@ -181,7 +191,8 @@ def fitting(of: Job, at: Place) -> list[str]:
         [("batch_size", 1), ("gradient_accumulation", accumulate)] if knobs.batch_size > 1 else []
     )
     steps += [("gradient_checkpointing", True)] if not knobs.gradient_checkpointing else []
-    steps += [("tuner", "qlora")] if at.kind == "gpu" and tuner == "lora" else []
+    steps += [("tuner", "lora")] if tuner == "full" else []
+    steps += [("tuner", "qlora")] if tuner in ("full", "lora") else []
     steps += [("max_length", size) for size in (4096, 2048, 1024, 512, 256, 128) if size < row]
     for key, value in steps:
         knobs = dataclasses.replace(knobs, **{key: value})

@@ -133,14 +133,12 @@ def _by_formula(
 
 
 def _adapted(model: Any, recipe: Recipe | None) -> Any:
-    """The model with the recipe's adapter, or itself."""
+    """The model as the recipe's tuner trains it, or itself."""
     if not recipe:
         return model
-    from peft import get_peft_model
+    from train.tuners import wrap
 
-    from train.tuners import lora_config
-
-    return get_peft_model(model, lora_config(recipe, model, []))
+    return wrap(recipe, model, [])
 
 
 def _trained(model: Any) -> int:

@@ -1,4 +1,7 @@
-"""The base and the trained model in one: loaded once, the adapter switched off and on, and how fast each answers."""
+"""The base and the trained model side by side, and how fast each answers.
+
+An adapter is switched off and on in one model; of whole weights both are held, less than training them took.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,33 +12,37 @@ from typing import Any
 from pipeline import Recipe, Run
 from pipeline.confidence import median
 from pipeline.machine import fast_precision, resident_bytes
-from pipeline.model import load_base
+from pipeline.model import Trained, load_trained
 from pipeline.rows import rendered
+from train.tuners import base_to_train
 
 SPEED_TOKENS, SPEED_REPEATS = 16, 6
 
 
 class Pair:
-    """The base and the trained model in one, in what the processor does fast."""
+    """Both models, in what the processor does fast."""
 
     def __init__(self, recipe: Recipe, run: Run) -> None:
-        from peft import PeftModel
+        from transformers import AutoTokenizer
 
-        self.tokenizer, base = load_base(recipe, run)
-        self.both = PeftModel.from_pretrained(base, run.path("adapter")).eval()
+        self.tokenizer, base = AutoTokenizer.from_pretrained(run.path("base")), base_to_train(recipe, run).eval()
+        trained = load_trained(run, str(base.dtype).removeprefix("torch."), base)
+        self.models = {"base": base, "trained": trained}
+        self.adapter = Trained.read(run.path("trained")).kind == "adapter"
         self.precision = fast_precision() if recipe.train.precision == "auto" else recipe.train.precision
         if self.precision == "bfloat16":
-            round_once(self.both)
+            for model in (trained,) if self.adapter else (base, trained):
+                round_once(model)
 
     @contextmanager
     def speaking(self, name: str) -> Iterator[Any]:
         """The model of that name, base or trained."""
         import torch
 
-        kind = self.both.device.type
-        bare = self.both.disable_adapter() if name == "base" else nullcontext()
-        with bare, torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            yield self.both
+        model = self.models["trained" if self.adapter else name]
+        bare = model.disable_adapter() if self.adapter and name == "base" else nullcontext()
+        with bare, torch.autocast(model.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            yield model
 
     def ask(self, what: Callable[[Any, str], Any]) -> tuple[Any, Any]:
         """What both find, base first; `what` takes the model and its name."""

@@ -160,6 +160,9 @@ class Resumable(Trainer):  # type: ignore[misc]
             ours.append(Patience(knobs.early_stopping_patience))
         super().__init__(callbacks=[*ours, *callbacks], **kwargs)
         self.remove_callback(PrinterCallback)
+        for weights in self.model.parameters():  # TRL rounds those of a QLoRA to bfloat16, which loses small steps
+            if weights.requires_grad:
+                weights.data = weights.data.float()
         rows_a_step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         steps_an_epoch = math.ceil(len(self.train_dataset) / rows_a_step)
         self.args.eval_steps = self.args.save_steps = math.ceil(steps_an_epoch / knobs.evals_per_epoch)
