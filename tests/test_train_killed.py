@@ -41,19 +41,20 @@ def start() -> Callable[[Path], Any]:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What must not depend on interruptions: the curves, and the bytes of the adapter."""
+    """What must not depend on interruptions: the curves, and the bytes of what was trained."""
     with contextlib.chdir(folder):
         receipt = Workplace(folder).receipt("train")
-    adapter = receipt["outputs"]["runs/line/trained/adapter_model.safetensors"]
-    return {"adapter": adapter} | {name: receipt["metrics"][name] for name in CURVES}
+    weights = {path: mark for path, mark in receipt["outputs"].items() if path.endswith(".safetensors")}
+    return {"trained": weights} | {name: receipt["metrics"][name] for name in CURVES}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tuner", ["lora", "full"])
 def test_kills_at_random_moments_change_nothing(
-    based: Workplace, tmp_path_factory: pytest.TempPathFactory, start: Callable
+    tuner: str, based: Workplace, tmp_path_factory: pytest.TempPathFactory, start: Callable
 ) -> None:
     recipe = Path("line.yaml")
-    recipe.write_text(recipe.read_text().replace(*LONGER))
+    recipe.write_text(recipe.read_text().replace(*LONGER).replace("train: {", f"train: {{tuner: {tuner}, "))
     alone, killed = (
         shutil.copytree(based.folder, tmp_path_factory.mktemp(name), symlinks=True, dirs_exist_ok=True)
         for name in ("alone", "killed")

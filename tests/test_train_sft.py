@@ -24,6 +24,7 @@ from train.planning.disk import check_disk, needed_bytes
 from train.template import examples
 from train.tokens import row_tokens
 from train.trainer.checkpoints import last_complete, open_folder
+from train.tuners import base_to_train
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS_AN_EPOCH = 5  # of the tiny recipe
@@ -286,14 +287,15 @@ def test_no_answer_within_max_tokens_is_told(based: Any) -> None:
     assert str(raised.value).endswith("no conversation has one within train.max_length=16: raise it")
 
 
-def test_qlora_without_a_gpu_is_told(based: Any) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_qlora_without_bitsandbytes_says_why(based: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    recipe = replace(based.recipe, train=replace(based.recipe.train, tuner="qlora"))
     with pytest.raises(UserError) as raised:
-        stage.run(replace(based.recipe, train=replace(based.recipe.train, tuner="qlora")), based.run)
-    assert re.fullmatch(r"train\.tuner=qlora needs an NVIDIA GPU, here is none: use .*", str(raised.value))
+        base_to_train(recipe, based.run)
+    assert re.fullmatch(
+        r"train\.tuner=qlora: bitsandbytes cannot quantize the base here \(.*bitsandbytes.*\): use train\.tuner=lora",
+        str(raised.value),
+    )
 
 
 FACTS = [
