@@ -170,16 +170,14 @@ def test_impossible_targets_are_told_with_the_base_s_own_layers(case: str) -> No
 
 @pytest.mark.parametrize("family", ["Mamba", "Mamba2", "FalconMamba"])
 def test_all_linear_leaves_out_what_mamba_s_kernels_read(family: str) -> None:
-    from peft import get_peft_model
-
     from train.planning.architecture import on_meta
-    from train.tuners import lora_config
+    from train.tuners import wrap
 
     keys = {"num_hidden_layers": 1, "vocab_size": 99, "hidden_size": 64, "head_dim": 16, "num_heads": 8}
     of = config(family, **keys)
     assert problems(recipe(), of) == []
     model = on_meta(of)
-    adapted = get_peft_model(model, lora_config(recipe(), model, []))
+    adapted = wrap(recipe(), model, [])
     trained = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_" in name}
     assert "in_proj" in trained and "out_proj" not in trained
     [said] = problems(recipe("out_proj"), of)

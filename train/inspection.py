@@ -150,10 +150,10 @@ def too_long(recipe: Recipe, known: int | None) -> list[str]:
 
 def wrong_targets(recipe: Recipe, config: Any) -> list[str]:
     """Which of `train.lora.targets` the base has not, or cannot give an adapter."""
-    from peft import get_peft_model
+    from train.tuners import TUNERS, wrap
 
-    from train.tuners import lora_config
-
+    if TUNERS[recipe.train.tuner].config is None:
+        return []
     model, wanted = on_meta(config), recipe.train.lora.targets
     layers = {name: module for name, module in model.named_modules() if name}
     tied = _tied(model)
@@ -172,7 +172,7 @@ def wrong_targets(recipe: Recipe, config: Any) -> list[str]:
             problems.append(f"train.lora.targets: {target!r} {why}: {have}")
     if not problems:
         try:
-            get_peft_model(model, lora_config(recipe, model, []))
+            wrap(recipe, model, [])
         except (ValueError, TypeError, NotImplementedError) as error:
             problems.append(f"train.lora.targets: PEFT cannot adapt {', '.join(wanted)} ({reason(error)}): {have}")
     return problems

@@ -36,7 +36,7 @@ def needed_bytes(recipe: Recipe, parameters: int, trained: int = 0) -> dict[str,
 
 
 def check_disk(recipe: Recipe, parameters: int, folder: Path) -> None:
-    """Raise UserError if merge, GGUF and quantizations will not fit, and checkpoints if they are of whole weights."""
+    """Raise UserError if merge, GGUF and quantizations will not fit, nor checkpoints if they are of whole weights."""
     needed = needed_bytes(recipe, parameters, parameters if recipe.train.tuner == "full" else 0)
     needed.pop("base", None)
     there = sum(file.stat().st_size for file in files_below(folder / "checkpoints")) if "checkpoints" in needed else 0
