@@ -54,7 +54,7 @@ class Workplace:
             for name in stages:
                 module = import_module(stage(name).module)
                 sys.argv = [module.__file__ or name, "line.yaml"]
-                command(name, getattr(module, name, None) or getattr(module, stage(name).module.rpartition(".")[2]))
+                command(name, getattr(module, stage(name).module.rpartition(".")[2]))
         finally:
             sys.argv = given
             signal.signal(signal.SIGTERM, sigterm)

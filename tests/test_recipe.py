@@ -111,7 +111,10 @@ BAD = {
     ),
     "unknown choice": (
         DATA + "train: {tuner: lroa}\n",
-        ["mine.yaml:2: train.tuner: 'lroa' is unknown: did you mean 'lora'? choose one of: full, lora, qlora, dora, rslora"],
+        [
+            "mine.yaml:2: train.tuner: 'lroa' is unknown: did you mean 'lora'? choose one of: "
+            "full, lora, qlora, dora, rslora"
+        ],
     ),
     "unknown quantization": (
         DATA + "gguf: {types: [Q8_0, q4_k_m]}\n",

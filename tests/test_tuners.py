@@ -30,7 +30,7 @@ def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     tuner = f"train: {{tuner: {request.param}, precision: float32, "
     recipe.write_text(recipe.read_text().replace("train: {", tuner).replace("1e-2", "1e-3"))
     with contextlib.chdir(work.folder):
-        work.make("train", "reference", "merge", "gguf", "parity")
+        work.make("train", "reference", "merge", "gguf", "compare")
         yield request.param, work
 
 
@@ -55,7 +55,7 @@ def test_every_artefact_is_the_trained_model(tuned: tuple[str, Workplace]) -> No
     _, work = tuned
     merge = work.receipt("merge")["metrics"]
     assert merge["relative_error"] < merge["relative_error_bound"] < merge["effect_of_training"]
-    passed = work.receipt("parity")["metrics"]["passed"]
+    passed = work.receipt("compare")["metrics"]["passed"]
     assert set(passed) == {"merge", "F16", "Q8_0", "Q4_K_M"} and all(passed.values())
 
 
