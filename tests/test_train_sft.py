@@ -133,7 +133,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_conversations_alone(rows
     import torch
 
     # Two rows of 64 tokens hold what one row of 256 holds.
-    made = trainer(rows=rows, max_tokens=256 // rows**2)
+    made = trainer(batch_size=rows, max_length=256 // rows**2)
     batch = made.data_collator([made.train_dataset[index] for index in range(len(made.train_dataset))])
     assert len(made.train_dataset) == rows and batch["input_ids"].shape[0] == 1
     starts = (batch["position_ids"][:, :-1] == 0) & (batch["position_ids"][:, 1:] == 1)  # padding has zeros alone
@@ -155,7 +155,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_conversations_alone(rows
 
 
 def test_a_neighbour_that_is_seen_would_be_noticed(trainer: Callable) -> None:
-    made = trainer(max_tokens=256)
+    made = trainer(max_length=256)
     batch = made.data_collator([made.train_dataset[0]])
     honest = made.compute_loss(made.model, dict(batch)).item()
     del batch["position_ids"]
@@ -271,7 +271,7 @@ def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(based: Any, ca
 
 def test_it_trains_without_validation_and_without_questions(based: Any) -> None:
     Path("line.yaml").write_text(
-        "base_model: random\ndata: {train: talks.jsonl, validation: 0}\ntrain: {epochs: 0.5, max_tokens: 160}\n"
+        "base_model: random\ndata: {train: talks.jsonl, validation: 0}\ntrain: {epochs: 0.5, max_length: 160}\n"
     )
     based.make("data", "train")
     metrics = based.receipt("train")["metrics"]
