@@ -87,7 +87,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
         Path("mine.yaml").write_text("data: {train: none.jsonl}\n")
-        recipe = load("mine.yaml", [f"base={folder}", "plan.tokens=1000000", "plan.gpu=a100-80gb", *overrides])
+        recipe = load("mine.yaml", [f"base_model={folder}", "plan.tokens=1000000", "plan.gpu=a100-80gb", *overrides])
         return job(recipe, Run("mine"))
 
     return make
@@ -201,7 +201,7 @@ def test_checkpointing_saves_and_longer_rows_cost(planned: Callable) -> None:
     held = {
         key: memory_bytes(of, at, knobs=replace(knobs, **change))["activations and logits"]
         for key, change in {
-            "now": {}, "recomputed": {"checkpointing": True}, "short": {"max_tokens": 256}, "two": {"rows": 2},
+            "now": {}, "recomputed": {"gradient_checkpointing": True}, "short": {"max_length": 256}, "two": {"batch_size": 2},
         }.items()
     }  # fmt: skip
     assert held["recomputed"] < held["now"] / 2 and held["short"] < held["now"] / 3
@@ -222,7 +222,7 @@ def test_a_job_that_is_too_large_is_refused_with_what_fits(planned: Callable) ->
     said = fit.impossible(of, place(of.recipe))
     assert re.fullmatch(
         r"training needs [\d.]+\WGB a device, rtx-4090 has 25\WGB: "
-        r"SET='train\.batch_size=1 train\.gradient_accumulation=4 train\.checkpoint.*' fits.*",
+        r"SET='train\.batch_size=1 train\.gradient_accumulation=4 train\.gradient_checkpoint.*' fits.*",
         said,
     )
     changes = said.partition("SET='")[2].partition("'")[0].split()
@@ -262,18 +262,18 @@ def test_what_generates_no_text_is_refused(what: str, tmp_path: Path) -> None:
     fields, said = REFUSED[what]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match=said):
-        read_config(load("tiny", [f"base={tmp_path}"]), Run("nowhere"))
+        read_config(load("tiny", [f"base_model={tmp_path}"]), Run("nowhere"))
 
 
 def test_a_folder_without_a_config_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no config\.json"):
-        read_config(load("tiny", [f"base={tmp_path}"]), Run("nowhere"))
+        read_config(load("tiny", [f"base_model={tmp_path}"]), Run("nowhere"))
 
 
 def test_a_truncated_gguf_is_told(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\x01")
     with pytest.raises(UserError, match=r"cut\.gguf is not a whole GGUF"):
-        read_config(load("tiny", [f"base={tmp_path / 'cut.gguf'}"]), Run("nowhere"))
+        read_config(load("tiny", [f"base_model={tmp_path / 'cut.gguf'}"]), Run("nowhere"))
 
 
 def test_an_unknown_gpu_is_told(planned: Callable) -> None:
@@ -294,7 +294,7 @@ def plan_of(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_page_goes_to_stdout_and_a_refusal_to_stderr(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-3.1-405b"]))
-    done = plan_of("tiny", f"base={tmp_path}", "plan.gpu=t4", "plan.tokens=1000")
+    done = plan_of("tiny", f"base_model={tmp_path}", "plan.gpu=t4", "plan.tokens=1000")
     assert done.returncode == 1 and "405,853,388,800 weights" in done.stdout and "to rent" in done.stdout
     assert re.match(r"error: training needs [\d.]+\WTB a device, t4 has 16\WGB: .*\n$", done.stderr)
 

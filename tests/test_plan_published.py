@@ -277,7 +277,7 @@ def test_a_config_that_is_refused(what: str, tmp_path: Path) -> None:
     """In one line that names the base, and before a layer is built."""
     fields = BROKEN[what]
     (tmp_path / "config.json").write_text(fields if isinstance(fields, str) else json.dumps(fields))
-    recipe = load("tiny", [f"base={tmp_path}"])
+    recipe = load("tiny", [f"base_model={tmp_path}"])
     with pytest.raises(UserError) as caught:
         architecture(read_config(recipe, Run("nowhere")))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
