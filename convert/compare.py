@@ -44,7 +44,7 @@ def compare(recipe: Recipe, run: Run) -> Made:
     tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
     questions = questions_of(run, tokenizer)
     comparisons, answers = [compare_merged(recipe, run, reference)], {}
-    for kind in dict.fromkeys((recipe.gguf.full, *recipe.gguf.types)):
+    for kind in recipe.gguf.written:
         log.info("compare: %s", kind)
         task = Task(
             kind=kind,

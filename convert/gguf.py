@@ -14,7 +14,7 @@ from convert.header import Header, read_header
 from convert.imatrix import IMATRIX, Matrix, imatrix, training_tokens, write_imatrix
 from convert.llamacpp import convert, file_type, quantize
 from pipeline import Made, Recipe, Run, UserError, command
-from pipeline.files import fresh_folder, put_in_place
+from pipeline.files import fresh_folder, put_in_place, remove
 from pipeline.recipe import WITHOUT_IMATRIX
 
 log = logging.getLogger("truetune")
@@ -22,11 +22,15 @@ F16_LARGEST = 65504.0
 
 
 def gguf(recipe: Recipe, run: Run) -> Made:
-    """Write `gguf/<recipe>-<TYPE>.gguf` for the full type and each quantization.
+    """Write `gguf/<recipe>-<TYPE>.gguf` for the full type and each quantization; nothing where the recipe names none.
 
     Raises:
         UserError: the model cannot be converted, or a file is not of the type asked for.
     """
+    if not recipe.gguf.types:
+        log.info("gguf: gguf.types is empty, so none is made: 'make serve ENGINE=vllm' serves the merged weights")
+        remove(run.path("gguf"))
+        return Made(outputs=[])
     check_range(recipe.gguf.full, run.receipt("merge").metrics["largest_weight"])
     folder = fresh_folder(run.path(".gguf.tmp"))
     full = folder / f"{run.name}-{recipe.gguf.full}.gguf"
@@ -35,9 +39,7 @@ def gguf(recipe: Recipe, run: Run) -> Made:
     convert(run.path("merged"), full, recipe.gguf.full)
     metrics = {recipe.gguf.full: report(full, recipe.gguf.full, {}, start)}
     matrix = weigh(recipe, run, full, folder)
-    for kind in dict.fromkeys(recipe.gguf.types):
-        if kind == recipe.gguf.full:
-            continue
+    for kind in recipe.gguf.written[1:]:
         log.info("gguf: %s", kind)
         start = time.monotonic()
         quantized = folder / f"{run.name}-{kind}.gguf"

@@ -23,8 +23,8 @@ UNRECOGNIZED = "BPE pre-tokenizer was not recognized"
 PROGRESS = re.compile(r"^\[ *(\d+)/ *(\d+)\]")
 
 
-def convert(model: Path, output: Path, kind: str) -> None:
-    """Convert a Hugging Face folder to a GGUF of type F16, BF16 or F32.
+def convert(model: Path, output: Path, kind: str, settings_only: bool = False) -> None:
+    """Convert a Hugging Face folder to a GGUF of type F16, BF16 or F32, or no more of it than its settings.
 
     Raises:
         UserError: the converter refuses the model; its last words and its log are named.
@@ -32,6 +32,7 @@ def convert(model: Path, output: Path, kind: str) -> None:
     pre, unknown = _declared_pre_tokenizer(model)
     wrapped = [sys.executable, str(Path(__file__).with_name("converter.py")), str(converter()), pre]
     arguments = [*wrapped, str(model), "--outtype", kind.lower(), "--outfile", str(output)]
+    arguments += ["--vocab-only"] if settings_only else []
     # The script finds its own gguf package beside it; a PYTHONPATH of ours would give it our packages.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     logged = output.with_suffix(".log")

@@ -137,13 +137,22 @@ class Merge:
 
 @dataclass(frozen=True)
 class Gguf:
-    types: tuple[str, ...] = knob(("Q8_0",), "Quantizations to write, by llama.cpp's names", choices=QUANTIZATIONS)
+    types: tuple[str, ...] = knob(
+        ("Q8_0",),
+        "Quantizations to write, by llama.cpp's names; `[]` makes no GGUF, for vLLM alone",
+        choices=QUANTIZATIONS,
+    )
     full: Literal["F16", "BF16", "F32"] = knob("F16", "Type of the unquantized GGUF that they are made from")
     imatrix_tokens: int = knob(4096, "Training tokens that the importance matrix is computed from; 0 makes none", 0)
     recommended_max_kl: float = knob(
         0.1, "Most mean KL divergence of the type that is served, nats; a limit of taste", 0
     )
     recommended_loss: float = knob(0.02, "Most key facts that it may lose, as a share, beyond the standard error", 0, 1)
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Every type that is made, the unquantized one first; none where `types` names none."""
+        return tuple(dict.fromkeys((self.full, *self.types))) if self.types else ()
 
 
 @dataclass(frozen=True)
@@ -244,15 +253,13 @@ class Recipe:
         if self.data.weights and len(self.data.weights) != len(self.data.train):
             given, wanted = len(self.data.weights), len(self.data.train)
             found.append(("data.weights", f"{given} of them for {wanted} in data.train: give one to each"))
-        if not self.gguf.types:
-            found.append(("gguf.types", f"empty: name at least one of {', '.join(QUANTIZATIONS)}"))
         if not self.gguf.imatrix_tokens and (needing := NEEDS_IMATRIX.intersection(self.gguf.types)):
             types = ", ".join(sorted(needing))
             found.append(("gguf.types", f"{types} needs an importance matrix: set gguf.imatrix_tokens, say to 4096"))
         if self.serve.vllm.adapter and self.train.tuner in ("full", "dora"):
             why = "leaves no adapter" if self.train.tuner == "full" else "leaves one that vLLM does not apply"
             found.append(("serve.vllm.adapter", f"train.tuner={self.train.tuner} {why}: set it to false"))
-        if self.serve.type is not None and self.serve.type not in (*self.gguf.types, self.gguf.full):
+        if self.serve.type is not None and self.serve.type not in self.gguf.written:
             found.append(
                 ("serve.type", f"{self.serve.type!r} is not made: add it to gguf.types ({', '.join(self.gguf.types)})")
             )
@@ -263,8 +270,8 @@ class Recipe:
 
     @property
     def served_type(self) -> str:
-        """The quantization that llama.cpp and Ollama load; `recommend.chosen` fills it in where none is named."""
-        return self.serve.type or self.gguf.types[0]
+        """The quantization that llama.cpp and Ollama load, if any; `recommend.chosen` fills in the one not named."""
+        return self.serve.type or next(iter(self.gguf.types), "")
 
     @property
     def served_artefact(self) -> str:

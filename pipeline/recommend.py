@@ -18,7 +18,7 @@ def recommend(recipe: Recipe, rows: list[Comparison], free_bytes: int) -> dict[s
         f"{knobs.recommended_loss:.0%} of the key facts beyond the standard error, and whose file and cache fit "
         f"{free_bytes / 1e9:.1f} GB of free memory"
     )
-    files = {row.name: row for row in rows if row.name in (knobs.full, *knobs.types)}
+    files = {row.name: row for row in rows if row.name in knobs.written}
     against = {name: objections(recipe, row, free_bytes) for name, row in files.items()}
     by_size = sorted(files, key=lambda name: files[name].measures.get("bytes", math.inf))
     usable = [name for name in by_size if not files[name].problems and "divergence_mean" in files[name].measures]
@@ -59,17 +59,33 @@ def loss(wanted: list[bool], found: list[bool]) -> tuple[float, float]:
     return round(mean, 4), round(math.sqrt(spread / count), 4)
 
 
+def refuse_without_gguf(recipe: Recipe, loader: str) -> None:
+    """Say what serves a model of which no GGUF is made, to who would load one.
+
+    Raises:
+        UserError: none is made.
+    """
+    if not recipe.gguf.types:
+        raise UserError(
+            f"gguf.types is empty, so {loader} has no GGUF to load: name a type, as SET='gguf.types=[Q8_0]', or let "
+            "vLLM serve the merged weights, 'make serve ENGINE=vllm'"
+        )
+
+
 def chosen(recipe: Recipe, run: Run) -> Recipe:
     """The recipe with `serve.type` filled in by the recommendation, where it names none and the types were compared.
 
     Raises:
         UserError: nothing that was made can be served.
     """
+    if recipe.serve.engine == "vllm":
+        return recipe
+    refuse_without_gguf(recipe, recipe.serve.engine)
     compare = run.find_receipt("compare")
-    if recipe.serve.type or recipe.serve.engine == "vllm" or compare is None:
+    if recipe.serve.type or compare is None:
         return recipe
     kind = compare.metrics["recommended"]
     if kind is None:
         raise UserError(f"no GGUF of {run.folder} can be used: see 'make prove RECIPE={run.name}'")
-    made = kind in (recipe.gguf.full, *recipe.gguf.types)  # else the comparison is of types asked for before
+    made = kind in recipe.gguf.written  # else the comparison is of types asked for before
     return replace(recipe, serve=replace(recipe.serve, type=kind)) if made else recipe

@@ -59,7 +59,7 @@ def quantizations(recipe: Recipe, run: Run, verdict: Verdict) -> list[Comparison
     if written is None:
         return []
     compared = {} if verdict.outdated else {row.name: row for row in verdict.rows}
-    kinds = [kind for kind in dict.fromkeys((recipe.gguf.full, *recipe.gguf.types)) if kind in written.metrics]
+    kinds = [kind for kind in recipe.gguf.written if kind in written.metrics]
     found = [compared.get(kind, Comparison(kind)) for kind in kinds]
     return [Comparison(row.name, written.metrics[row.name] | row.measures, row.problems) for row in found]
 
@@ -74,7 +74,7 @@ def recommended(recipe: Recipe, run: Run) -> dict[str, Any]:
 
 def served_type(recipe: Recipe, choice: dict[str, Any]) -> str:
     """The type that is served: the recipe's, else the recommended one, else the first."""
-    return recipe.serve.type or choice.get("recommended") or recipe.gguf.types[0]
+    return recipe.serve.type or choice.get("recommended") or recipe.served_type
 
 
 def lineage(recipe: Recipe, run: Run) -> list[Link]:

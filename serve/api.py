@@ -17,7 +17,7 @@ from pipeline.error import UserError
 from pipeline.load import as_dict
 from pipeline.machine import cores
 from pipeline.recipe import Recipe
-from pipeline.recommend import chosen
+from pipeline.recommend import chosen, refuse_without_gguf
 from pipeline.run import Receipt, Run
 from pipeline.stages import stage
 from serve.asking.endpoint import port_problem, url_of, with_environment
@@ -98,6 +98,21 @@ def refuse_taken_ports(recipe: Recipe) -> None:
             problems.append(f"port {port} {problem}: {fix}")
     if problems:
         raise UserError(*problems)
+
+
+def refuse_unknown_positions(recipe: Recipe, run: Run) -> None:
+    """What the base knows stands in its receipt; a base that is still to be made is judged then.
+
+    Raises:
+        UserError: `serve.context` is more.
+    """
+    made = run.find_receipt("base")
+    known = made.metrics.get("positions") if made and made.recipe.get("base_model") == recipe.base_model else None
+    if known is not None and recipe.serve.context > known:
+        raise UserError(
+            f"serve.context: {recipe.serve.context} is more than the {known} tokens that base {recipe.base_model!r} "
+            f"knows: set serve.context={known}"
+        )
 
 
 def chat_window(recipe: Recipe, run: Run, backend: Backend) -> list[Service]:
@@ -195,6 +210,9 @@ def check(recipe: Recipe) -> None:
     from serve import openwebui
     from serve.engines import vllm
 
+    if recipe.serve.engine != "vllm":
+        refuse_without_gguf(recipe, recipe.serve.engine)
+    refuse_unknown_positions(recipe, Run(recipe.name))
     refuse_second(Run(recipe.name))
     refuse_taken_ports(recipe)
     if recipe.serve.ui == "openwebui":

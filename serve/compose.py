@@ -17,7 +17,7 @@ from pipeline.error import UserError
 from pipeline.files import write_whole
 from pipeline.load import find
 from pipeline.recipe import Recipe
-from pipeline.recommend import chosen
+from pipeline.recommend import chosen, refuse_without_gguf
 from pipeline.run import Run
 from serve.asking.endpoint import port_of_environment, port_problem, url_of, with_environment
 from serve.asking.key import KEY_FILE, make_key
@@ -123,6 +123,8 @@ def check(recipe: Recipe, profiles: list[str]) -> None:
         UserError: Docker is missing or does not answer, or a port is taken.
     """
     refuse_without_docker()
+    if "train" not in profiles:
+        refuse_without_gguf(recipe, "the gateway in its container")
     if "train" in profiles or answer("ps", "--quiet", "gateway"):
         return  # nothing is published, or what holds the ports is about to be replaced
     for variable, port in ports(recipe, profiles).items():

@@ -121,10 +121,11 @@ def _cost(at: Place, seconds: float) -> str:
 
 def _serving(of: Job) -> str:
     serve = of.recipe.serve
-    weights = needed_bytes(of.recipe, of.base.parameters)[of.recipe.served_type]
+    served = of.recipe.served_type or "merged"
+    weights = needed_bytes(of.recipe, of.base.parameters)[served]
     cache = serve.slots * cache_bytes(of.config, serve.context)
     told = f"{serve.slots} conversations of {serve.context} tokens"
-    return f"serving: {size(weights + cache)}: {of.recipe.served_type} {size(weights)}, cache of {told} {size(cache)}"
+    return f"serving: {size(weights + cache)}: {served} {size(weights)}, cache of {told} {size(cache)}"
 
 
 def _rent(of: Job) -> str:

@@ -95,7 +95,7 @@ def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any, pack
     shown = pieces(tokenizer, ids[:SHOWN_TOKENS], labels[:SHOWN_TOKENS])
     found = {
         "parts": tokens.counts,
-        "system": run.receipt("base").metrics["system"],
+        "system": run.receipt("base").metrics.get("system", ""),
         "sources": run.receipt("data").metrics["sources"],
         "lengths": histogram(train),
         "packing": {

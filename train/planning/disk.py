@@ -18,12 +18,11 @@ def needed_bytes(recipe: Recipe, parameters: int, trained: int = 0) -> dict[str,
 
     Whole weights that were trained are kept in float32, and the merge links them if it has that precision.
     """
-    types = (recipe.gguf.full, *(type for type in recipe.gguf.types if type != recipe.gguf.full))
     whole = recipe.train.tuner == "full"
     needed = {"trained": 4.0 * parameters} if whole else {}
     if not whole or recipe.merge.precision != "float32":
         needed["merged"] = BYTES_A_WEIGHT[recipe.merge.precision] * parameters
-    needed |= {type: QUANTIZATIONS[type] / 8 * parameters for type in types}
+    needed |= {type: QUANTIZATIONS[type] / 8 * parameters for type in recipe.gguf.written}
     needed = {name: size * MARGIN for name, size in needed.items()}
     if trained:
         base = 2.0 if "/" in recipe.base_model and not Path(recipe.base_model).exists() else 4.0

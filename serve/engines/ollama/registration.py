@@ -19,7 +19,7 @@ from pipeline.command import up_to_date_within
 from pipeline.files import write_whole
 from pipeline.progress import progress
 from pipeline.proof import Comparison, read_comparisons
-from pipeline.recommend import chosen
+from pipeline.recommend import chosen, refuse_without_gguf
 from pipeline.reference import read_probes
 from pipeline.run import Receipt
 from pipeline.stages import stage
@@ -90,6 +90,7 @@ def register(recipe: Recipe, run: Run) -> Made:
         UserError: Ollama is absent, too old, busy, full or breaks off; or what it serves is not the trained model,
             whose tag is then removed again.
     """
+    refuse_without_gguf(recipe, "Ollama")
     recipe = chosen(recipe, run)
     refuse_disproved(recipe, run)
     read_probes(run.path("reference"))  # one that cannot be read is told before anything is sent
