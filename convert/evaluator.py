@@ -41,6 +41,7 @@ class Evaluator:
         self.vocabulary = llama_cpp.llama_model_get_vocab(self.model)
         self.vocabulary_size = llama_cpp.llama_vocab_n_tokens(self.vocabulary)
         self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(self.vocabulary))
+        self.known_tokens = llama_cpp.llama_model_n_ctx_train(self.model)
         self.pass_tokens = max(longest_tokens, PASS_TOKENS)
         self.cache_tokens = max(cache_tokens, self.pass_tokens)
         parameters = llama_cpp.llama_context_default_params()

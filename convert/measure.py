@@ -149,7 +149,9 @@ def ask_file(task: Task) -> Found:
 def speeds(evaluator: Evaluator, reference: Reference) -> dict[str, float]:
     """Tokens a second of one conversation, medians of a few repeats, and the bytes that a server's cache takes."""
     longest = max((ids for ids, _ in asked_of(reference)), key=len)
-    ids = (longest * (1 + PROMPT_TOKENS // len(longest)))[: min(PROMPT_TOKENS, evaluator.pass_tokens - DECODED_TOKENS)]
+    # Beyond the positions that the model knows a table of them has no rows, and llama.cpp ends.
+    room = min(evaluator.pass_tokens, evaluator.known_tokens) - DECODED_TOKENS
+    ids = (longest * (1 + PROMPT_TOKENS // len(longest)))[: min(PROMPT_TOKENS, room)]
     prompt, decode = [], []
     for repeat in range(REPEATS + 1):  # the first one reads the file from the disk
         evaluator.forget()

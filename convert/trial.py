@@ -38,7 +38,7 @@ def trial(recipe: Recipe, run: Run) -> None:
     if known is not None and recipe.serve.engine != "vllm" and recipe.serve.context > known:
         raise UserError(
             f"serve.context: {recipe.serve.context} is more than the {known} tokens that llama.cpp knows of base "
-            f"{recipe.base!r}: set serve.context={known}"
+            f"{recipe.base_model!r}: set serve.context={known}"
         )
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline import Recipe, UserError
+from pipeline import Recipe, Run, UserError
 from pipeline.converter import architectures
 from pipeline.files import read_object, write_whole
+from pipeline.rows import heldout, rendered
 from train.planning.architecture import on_meta, reason
 
 log = logging.getLogger("truetune")
@@ -116,7 +117,11 @@ def positions(config: Any) -> int | None:
 def _ropes(text: Any) -> list[dict[str, Any]]:
     """The rope's parameters, one of each kind of layer where they differ."""
     stated = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    return [stated] if "rope_type" in stated or "type" in stated else [of for of in stated.values() if of]
+    return (
+        [stated]
+        if "rope_type" in stated or "type" in stated
+        else [of for of in stated.values() if isinstance(of, dict)]
+    )
 
 
 def write_positions(folder: Path) -> int | None:
@@ -125,16 +130,20 @@ def write_positions(folder: Path) -> int | None:
 
     config = AutoConfig.from_pretrained(folder)
     known, stated = positions(config), getattr(config.get_text_config(), "max_position_embeddings", None)
+    written = read_object(folder / "config.json")
+    before = json.dumps(written)
+    if "n_positions" in written:
+        written.setdefault("n_ctx", written["n_positions"])  # as llama.cpp's converter calls those of GPT-2
     if known and stated and known > stated:
-        written = read_object(folder / "config.json")
         text = written.get("text_config") or written
         for key in ("rope_parameters", "rope_scaling"):
             for rope in [text[key], *text[key].values()] if isinstance(text.get(key), dict) else []:
                 if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in SCALED:
                     rope.setdefault("original_max_position_embeddings", stated)
         text["max_position_embeddings"] = known
-        write_whole(folder / "config.json", json.dumps(written, indent=2) + "\n")
         log.info("base: its rope is scaled, so it knows %d tokens, not %d", known, stated)
+    if json.dumps(written) != before:
+        write_whole(folder / "config.json", json.dumps(written, indent=2) + "\n")
     return known
 
 
@@ -146,6 +155,29 @@ def too_long(recipe: Recipe, known: int | None) -> list[str]:
         for key, tokens in wanted.items()
         if known is not None and tokens > known
     ]
+
+
+def refuse_long_questions(recipe: Recipe, run: Run) -> None:
+    """Say which held-out question leaves no room for its answer.
+
+    Raises:
+        UserError: the base knows fewer tokens than the longest of them has with its answer.
+    """
+    from transformers import AutoTokenizer
+
+    known, questions = run.receipt("base").metrics.get("positions"), heldout(run.path("data"))
+    if not known or not questions:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
+    prompts = [rendered(tokenizer, row["messages"], row.get("tools"), prompt=True) for row in questions]
+    lengths = [len(ids) for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+    longest, room = max(lengths), recipe.train.max_new_tokens
+    if longest + room > known:
+        raise UserError(
+            f"data.heldout: question {lengths.index(longest) + 1} has {longest} tokens, with an answer of "
+            f"train.max_new_tokens={room} more than the {known} that base {recipe.base_model!r} knows: shorten it or "
+            "lower the key"
+        )
 
 
 def wrong_targets(recipe: Recipe, config: Any) -> list[str]:

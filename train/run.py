@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from pipeline import Made, Recipe, Run, command
 from train.base import parameters
-from train.inspection import refuse
+from train.inspection import refuse, refuse_long_questions
 from train.planning.architecture import read_config
 from train.planning.disk import check_disk
 from train.planning.fit import check
@@ -40,6 +40,7 @@ def run(recipe: Recipe, run: Run) -> Made:
         Stopped: by a signal, after a checkpoint.
     """
     refuse(recipe, read_config(recipe, run))
+    refuse_long_questions(recipe, run)
     check_disk(recipe, parameters(run.path("base")), run.folder)
     key = training_key(recipe, run)
     trackers = prepare(recipe.train.tracker, run, key)
