@@ -11,6 +11,7 @@ from pathlib import Path
 from convert.llamacpp import convert
 from pipeline import Recipe, Run, UserError
 from pipeline.command import boundary, recipe_of_arguments
+from pipeline.converter import find_converter
 from pipeline.gguf_head import read_head
 
 log = logging.getLogger("truetune")
@@ -23,7 +24,7 @@ def trial(recipe: Recipe, run: Run) -> None:
     Raises:
         UserError: llama.cpp cannot, or knows fewer tokens than `serve.context`.
     """
-    if not recipe.gguf.types:
+    if not recipe.gguf.types or find_converter() is None:
         return
     log.info("train: llama.cpp's converter is tried on the base's settings")
     with tempfile.TemporaryDirectory(dir=run.folder, prefix=".trial.") as folder:

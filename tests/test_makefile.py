@@ -50,6 +50,7 @@ def checkout(tmp_path: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(STUB.format(name=stage.name))
     (tmp_path / "report").mkdir()
+    (tmp_path / "convert/trial.py").write_text("")
     (tmp_path / "report/report.py").write_text("")  # a stub's receipts tell nothing
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
@@ -84,6 +85,7 @@ def test_a_fresh_serve_runs_the_stages_in_order(checkout: Path) -> None:
     commands = make("--dry-run", "serve", "RECIPE=tiny", folder=checkout).stdout
     modules = re.findall(r"-m (\S+) recipes/tiny\.yaml", commands)
     needed = [stage.module for stage in STAGES if stage.name not in ("eval", "prove", "register")]
+    needed.insert(needed.index("train.run"), "convert.trial")
     assert modules == ["pipeline.resolve", "serve.api", *needed[:-1], "report.report", "serve.api"]
 
 

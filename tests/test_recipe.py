@@ -135,9 +135,9 @@ BAD = {
         "base_model: random\ndata: {train: []}\n",
         ["mine.yaml:2: data.train: missing: name files or folders of conversations, or a dataset of the Hub"],
     ),
-    "no quantization": (
-        DATA + "gguf: {types: []}\n",
-        [f"mine.yaml:2: gguf.types: empty: name at least one of {', '.join(QUANTIZATIONS)}"],
+    "served type where no GGUF is made": (
+        DATA + "gguf: {types: []}\nserve: {type: F16}\n",
+        ["mine.yaml:3: serve.type: 'F16' is not made: add it to gguf.types ()"],
     ),
     "served type that is not made": (
         DATA + "serve:\n  type: Q6_K\n",

@@ -11,7 +11,7 @@ import pytest
 from pipeline import Recipe, Run, UserError
 from pipeline.recipe import Data, Gguf, Lora, Serve, Train
 from train.base import base, weight_files
-from train.inspection import positions, quantization, refuse, refuse_weights, write_positions
+from train.inspection import positions, quantization, refuse, refuse_long_questions, refuse_weights, write_positions
 from train.tokenizer import prepare_tokenizer
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
@@ -140,6 +140,26 @@ def test_what_llama_cpp_cannot_convert_trains_without_gguf_only() -> None:
         "alone with gguf.types=[]"
     )
     assert problems(recipe(types=()), config("OPT")) == []
+
+
+@pytest.mark.parametrize("room", [4, 4000])
+def test_held_out_questions_leave_room_for_their_answers(room: int, trained: Any) -> None:
+    from dataclasses import replace
+
+    of = replace(trained.recipe, train=replace(trained.recipe.train, max_new_tokens=room))
+    if room == 4:
+        refuse_long_questions(of, trained.run)
+        return
+    with pytest.raises(
+        UserError, match=r"^data\.heldout: question \d+ has \d+ tokens, with an answer of train\.max_new_"
+    ):
+        refuse_long_questions(of, trained.run)
+
+
+def test_positions_of_gpt_2_have_llama_cpp_s_name_too(tmp_path: Path) -> None:
+    config("GPT2", n_positions=128).save_pretrained(tmp_path)
+    assert write_positions(tmp_path) == 128
+    assert json.loads((tmp_path / "config.json").read_text())["n_ctx"] == 128
 
 
 TARGETS: dict[str, tuple[tuple[str, ...], dict[str, Any], list[str]]] = {

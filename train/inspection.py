@@ -89,7 +89,8 @@ def _unconvertible(recipe: Recipe, config: Any) -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     name = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__  # as the merged folder will say
-    if not recipe.gguf.types or name in architectures():
+    known = architectures()
+    if not recipe.gguf.types or known is None or name in known:
         return []
     return [
         f"base {recipe.base_model!r} is a {name}, which llama.cpp cannot convert: use another base, or train it for "
