@@ -157,7 +157,7 @@ def start(recipe: Recipe, backend: Backend, supervisor: Supervisor) -> Receipt:
 
 
 def session_of(recipe: Recipe, backend: Backend, supervisor: Supervisor) -> Session:
-    """What other terminals are told."""
+    """What other terminals show."""
     return Session(
         pid=os.getpid(),
         engine=recipe.serve.engine,

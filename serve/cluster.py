@@ -110,7 +110,7 @@ def text(recipe: Recipe, steps: list[Step]) -> str:
 
 
 def router_settings(port: int, servers: list[str]) -> dict[str, Any]:
-    """What the router is told.
+    """The settings of the router.
 
     A server is out after two failures and tried again after ten seconds; a request that found it dead goes to another
     before its client sees anything. A stream that has begun ends with the server that wrote it.

@@ -89,7 +89,7 @@ def up(recipe: Recipe, file: str, profiles: list[str]) -> None:
     compose("create", *started)  # what cannot be fetched or built leaves what runs alone
     stop_others({*answer("config", "--services")} - ({"openwebui", "playground"} - {*started}))
     compose("up", "--detach", "--wait", "--wait-timeout", str(READY_SECONDS), *started)
-    sys.stdout.write(told(recipe, published))
+    sys.stdout.write(where(recipe, published))
 
 
 def stop_others(wanted: set[str]) -> None:
@@ -98,7 +98,7 @@ def stop_others(wanted: set[str]) -> None:
         compose("--profile", "*", "rm", "--stop", "--force", *others)
 
 
-def told(recipe: Recipe, published: dict[str, int]) -> str:
+def where(recipe: Recipe, published: dict[str, int]) -> str:
     """Where to find what runs."""
     windows, urls = "", {variable: url_of(port) for variable, port in published.items()}
     if "UI_PORT" in urls:
@@ -165,9 +165,9 @@ def compose(*arguments: str) -> None:
     # What ended first: others are only unhealthy because of it.
     for service, state, health, code in sorted(rows, key=lambda row: row[1] != "exited"):
         if state == "restarting" or health == "unhealthy" or (state == "exited" and code not in ("0", "143")):
-            said = answer("logs", "--no-log-prefix", "--tail", "20", service) or ["it said nothing"]
-            raise UserError(f"the container {service} is {health or state}: {said[-1]}")
-    raise UserError(f"'docker compose {arguments[0]}' failed with code {done.returncode}: what it said is above")
+            lines = answer("logs", "--no-log-prefix", "--tail", "20", service) or ["it logged nothing"]
+            raise UserError(f"the container {service} is {health or state}: {lines[-1]}")
+    raise UserError(f"'docker compose {arguments[0]}' failed with code {done.returncode}: its output is above")
 
 
 def answer(*arguments: str) -> list[str]:

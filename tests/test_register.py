@@ -116,7 +116,7 @@ def test_tools_that_ollama_writes_otherwise_are_told(
     path.write_text(path.read_text() + json.dumps(probe) + "\n")
     registering.sign("reference")
     assert ensure(registering.recipe, registering.run).metrics["measures"]["probes"] == 7
-    assert "with tools, Ollama does not say what training said" in caplog.text
+    assert "with tools, Ollama does not render what training did" in caplog.text
 
 
 def test_the_licence_is_the_base_s(registering: Registering) -> None:

@@ -65,7 +65,7 @@ def connect(recipe: Recipe) -> "tuple[OpenAI, str]":
     """
     from openai import DefaultHttpxClient, OpenAI
 
-    # A proxy of the environment must never see what is said to this machine, nor the key.
+    # A proxy of the environment must never see what is asked of this machine, nor the key.
     http = DefaultHttpxClient(trust_env=False)
     run = Run(recipe.name)
     if (receipt := run.find_receipt("serve")) is None:
@@ -122,6 +122,6 @@ def client_of(url: str, key: str):  # type: ignore[no-untyped-def]
     """The official client of an endpoint, which never hides a failure behind retries."""
     from openai import DefaultHttpxClient, OpenAI
 
-    # A proxy of the environment must never see what is said to this machine.
+    # A proxy of the environment must never see what is asked of this machine.
     direct = DefaultHttpxClient(trust_env=f"//{HOST}:" not in url)
     return OpenAI(base_url=url, api_key=key, http_client=direct, max_retries=0)

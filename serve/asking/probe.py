@@ -161,8 +161,8 @@ def answer(engine: Engine, probe: Probe, context: int) -> tuple[int, str, str, i
     if status != 200:
         return status, refusal(made), "", 0
     choice = made["choices"][0]
-    said = choice["message"]
-    text = (said.get("reasoning_content") or said.get("reasoning") or "") + (said.get("content") or "")
+    message = choice["message"]
+    text = (message.get("reasoning_content") or message.get("reasoning") or "") + (message.get("content") or "")
     return status, text, choice["finish_reason"], made["usage"]["prompt_tokens"]
 
 

@@ -204,20 +204,20 @@ def _answers(
         for (_, artefact, _), messages in zip(chosen, asked, strict=True)
     ]
     waiting, shown_at, answered = set(range(len(chosen))), [0.0] * len(chosen), False
-    for number, said in together(coming, at_once):
+    for number, chunk in together(coming, at_once):
         side, artefact, conversation = chosen[number]
-        if isinstance(said, UserError):
+        if isinstance(chunk, UserError):
             waiting.discard(number)
-            yield unanswered(side, conversation, shown_error(said))
-        elif said.speed:
+            yield unanswered(side, conversation, shown_error(chunk))
+        elif chunk.speed:
             waiting.discard(number)
             answered = True
-            yield whole(side, artefact, conversation, asked[number], sampling, said)
+            yield whole(side, artefact, conversation, asked[number], sampling, chunk)
             yield {side.prompt: read(pool, artefact, asked[number])}
         elif time.monotonic() - shown_at[number] > FRAME_SECONDS:
             shown_at[number] = time.monotonic()
-            turns = [*conversation.turns, *([{"role": "assistant", "content": said.text}] if said.text else [])]
-            yield {side.chat: turns, side.status: f"{html.escape(said.status)}…"}
+            turns = [*conversation.turns, *([{"role": "assistant", "content": chunk.text}] if chunk.text else [])]
+            yield {side.chat: turns, side.status: f"{html.escape(chunk.status)}…"}
     for number in waiting:  # stopped before it was loaded
         side, _, conversation = chosen[number]
         yield unanswered(side, conversation, "stopped")
@@ -275,15 +275,15 @@ def keep(run: Run, pane: Pane) -> None:
 
 
 def whole(
-    pane: Pane, artefact: Artefact, conversation: Conversation, asked: Messages, sampling: Sampling, said: Chunk
+    pane: Pane, artefact: Artefact, conversation: Conversation, asked: Messages, sampling: Sampling, chunk: Chunk
 ) -> Update:
     """What a whole answer changes; the conversation keeps it with what made it."""
-    if said.text:
-        made = Made(artefact.name, asked, said.text, asdict(sampling), said.speed)
-        conversation.add("assistant", said.text, made)
+    if chunk.text:
+        made = Made(artefact.name, asked, chunk.text, asdict(sampling), chunk.speed)
+        conversation.add("assistant", chunk.text, made)
     else:
         conversation.turns.pop()  # two questions in a row are no conversation
-    status = f"<b>{html.escape(artefact.model)}</b> {html.escape(said.speed)}"
+    status = f"<b>{html.escape(artefact.model)}</b> {html.escape(chunk.speed)}"
     return {
         pane.chat: conversation.turns,
         pane.status: status,

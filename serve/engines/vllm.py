@@ -96,8 +96,8 @@ def backend(recipe: Recipe, run: Run) -> Backend:
 
 def machine_for(recipe: Recipe) -> Machine:
     """This machine, as far as the recipe lets it be used."""
-    wish = recipe.serve.vllm.precision
-    return Machine(gpus(), fast_precision() if wish == "auto" else wish, recipe.serve.threads or cores())
+    wanted = recipe.serve.vllm.precision
+    return Machine(gpus(), fast_precision() if wanted == "auto" else wanted, recipe.serve.threads or cores())
 
 
 def python() -> Path:
@@ -153,7 +153,7 @@ def refuse_long_context(context: int, weights: Path) -> None:
 
 
 def arguments(recipe: Recipe, model: Model, machine: Machine, port: int) -> tuple[str, ...]:
-    """What vLLM's Python is told; no secret is among them, since anyone may read the process list."""
+    """What vLLM's Python is given; no secret is among them, since anyone may read the process list."""
     return (
         *(SERVER if machine.gpus else CPU_SERVER),
         str(model.weights),
@@ -196,7 +196,7 @@ def model_arguments(recipe: Recipe, model: Model, machine: Machine) -> tuple[str
 
 
 def settings(machine: Machine) -> dict[str, str]:
-    """The environment's part of the arguments: the CPU build takes one core of each pair unless it is told."""
+    """The environment's part of the arguments: by itself the CPU build takes one core of each pair."""
     return {} if machine.gpus else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(machine.cores)}
 
 
@@ -246,8 +246,8 @@ def adapter_effect(recipe: Recipe, run: Run, port: int, key: str) -> float:
         prompt = probe.ids + probe.continuation[:PROBE_TOKENS]
         if len(prompt) >= recipe.serve.context:
             continue
-        said = [token_logprobs(name, prompt, len(probe.ids), port, key) for name in (recipe.name, recipe.name + BASE)]
-        effect = max(effect, *(abs(mine - other) for mine, other in zip(*said, strict=True)))
+        both = [token_logprobs(name, prompt, len(probe.ids), port, key) for name in (recipe.name, recipe.name + BASE)]
+        effect = max(effect, *(abs(mine - other) for mine, other in zip(*both, strict=True)))
     return effect
 
 

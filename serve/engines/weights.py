@@ -1,7 +1,7 @@
 """A model folder, with or without its adapter, behind the gateway:  python -m serve.engines.weights SETTINGS
 
 Seconds after training, before anything is merged or converted. It is a process of its own, so that its memory goes
-with it; to the gateway it speaks as llama.cpp's server does, and gives one answer at a time.
+with it; to the gateway it answers as llama.cpp's server does, and gives one answer at a time.
 """
 
 import json
@@ -212,8 +212,8 @@ def engine(generator: Generator) -> "Starlette":
             "object": f"{kind}.chunk" if is_chat and asked.get("stream") else kind,
         }
 
-        def part(said: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-            return head | {"choices": [{"index": 0, "finish_reason": reason, "logprobs": None, **said}]}
+        def part(content: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+            return head | {"choices": [{"index": 0, "finish_reason": reason, "logprobs": None, **content}]}
 
         def usage(last: Piece) -> dict[str, Any]:
             total = len(ids) + last.tokens
@@ -223,16 +223,16 @@ def engine(generator: Generator) -> "Starlette":
             if is_chat:
                 yield part({"delta": {"role": "assistant", "content": ""}})
             async for piece in iterate_in_threadpool(generator.answer(asked, ids, cancelled)):
-                said = {"content": piece.text} if piece.text else {}
-                yield part({"delta": said} if is_chat else {"text": piece.text}, piece.reason)
+                content = {"content": piece.text} if piece.text else {}
+                yield part({"delta": content} if is_chat else {"text": piece.text}, piece.reason)
                 if piece.reason and (asked.get("stream_options") or {}).get("include_usage"):
                     yield head | {"choices": []} | usage(piece)
 
         async def whole() -> AsyncIterator[dict[str, Any]]:
             *pieces, last = [piece async for piece in iterate_in_threadpool(generator.answer(asked, ids, cancelled))]
             text = "".join(piece.text for piece in pieces)
-            said = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
-            yield part(said, last.reason) | usage(last)
+            content = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+            yield part(content, last.reason) | usage(last)
 
         async def written() -> AsyncIterator[str]:
             layout = "data: {}\n\n" if asked.get("stream") else "{}"

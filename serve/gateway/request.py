@@ -109,13 +109,14 @@ def unknown_model(name: object, model: Model) -> Refusal:
 
 
 def _check_value(asked: dict[str, Any], name: str, kind: type, low: float | None, high: float | None) -> None:
-    value: Any = asked.get(name)
+    value = asked.get(name)
     if value is None:
         return
     allowed = (int, float) if kind is float else kind
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         raise Refusal(400, f"{name} is {_shown(value)}: give {NAMES[kind]}", param=name)
-    if (low is not None and value < low) or (high is not None and value > high):
+    number: Any = value
+    if (low is not None and number < low) or (high is not None and number > high):
         raise Refusal(400, f"{name} is {_shown(value)}: give {NAMES[kind]} from {low} to {high}", param=name)
 
 

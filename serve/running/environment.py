@@ -32,7 +32,7 @@ log = logging.getLogger("truetune")
 
 
 def environment(name: str) -> Path:
-    """The Python of `.venv-<name>`; an interrupted installation goes on, changed requirements are installed anew.
+    """The Python of `.venv-<name>`; an interrupted installation is resumed, changed requirements are installed anew.
 
     Raises:
         UserError: no package index answers, the disk is full, or a package cannot be installed.

@@ -56,7 +56,7 @@ def report(run: Run, session: Session) -> None:
 
 
 def find(run: Run) -> Session | None:
-    """The session that goes on now, if there is one."""
+    """The session now, if there is one."""
     try:
         with run.path(".serving").open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

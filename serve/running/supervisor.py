@@ -48,7 +48,7 @@ class Condition:
 
 
 class Supervisor:
-    """All services of one session; `on_change` is told whenever one of them starts, answers or ends."""
+    """All services of one session; `on_change` is called whenever one of them starts, answers or ends."""
 
     def __init__(self, services: Sequence[Service], on_change: Callable[[], None] = lambda: None) -> None:
         self.ended = threading.Event()

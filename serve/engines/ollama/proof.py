@@ -89,20 +89,18 @@ def words(answer: str) -> str:
     return " ".join(answer.replace("<think>", " ").replace("</think>", " ").split())
 
 
-def replaced_template(said: list[str]) -> str:
-    """Which of its own templates the server took instead of the file's, by what it said when it made the model."""
-    return next((line.rpartition(" ")[2] for line in said if line.startswith("using autodetected template")), "")
+def replaced_template(statuses: list[str]) -> str:
+    """Which of its own templates the server took instead of the file's, by what it reported when it made the model."""
+    return next((line.rpartition(" ")[2] for line in statuses if line.startswith("using autodetected template")), "")
 
 
-def refused(tag: str, problem: str, said: list[str], version: str, compiled: bool) -> UserError:
-    """The line of a failed proof: what mends it depends on who rendered."""
-    own = replaced_template(said)
+def refused(tag: str, problem: str, statuses: list[str], version: str, compiled: bool) -> UserError:
+    """The line of a failed proof: what fixes it depends on who rendered."""
+    own = replaced_template(statuses)
     if compiled or not problem.startswith("chat template"):
-        mend = "update Ollama, or serve with ENGINE=llamacpp"
+        fix = "update Ollama, or serve with ENGINE=llamacpp"
     elif own:
-        mend = f"it took its own template {own!r} instead of the model's: start Ollama with OLLAMA_GO_TEMPLATE=0"
+        fix = f"it took its own template {own!r} instead of the model's: start Ollama with OLLAMA_GO_TEMPLATE=0"
     else:
-        mend = (
-            f"Ollama {version} does not render the model's own template: use 0.30 or newer, with OLLAMA_GO_TEMPLATE=0"
-        )
-    return UserError(f"{tag} is not the model that was trained and was removed again: {problem}: {mend}")
+        fix = f"Ollama {version} does not render the model's own template: use 0.30 or newer, with OLLAMA_GO_TEMPLATE=0"
+    return UserError(f"{tag} is not the model that was trained and was removed again: {problem}: {fix}")

@@ -1,4 +1,4 @@
-"""The registration of a model with Ollama: what it is told, what is made there, and whether it is the trained model.
+"""The registration of a model with Ollama: what it is given, what is made there, and whether it is the trained model.
 
 Any Ollama at `OLLAMA_HOST` will do, over HTTP alone. A tag `name:<hash>` is made and asked the reference's probes;
 only when it renders, counts, answers and stops as the trained model does, `name:latest` moves to it.
@@ -49,8 +49,8 @@ class Modelfile:
     @property
     def tag(self) -> str:
         """`name:<short hash>` of everything that makes the model, so that other bytes never have the same tag."""
-        told = [self.sha256, self.template, self.parameters, self.licence]
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        made_of = [self.sha256, self.template, self.parameters, self.licence]
+        digest = hashlib.sha256(json.dumps(made_of, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
         return f"{self.name}:{digest[:12]}"
 
     @property
@@ -93,17 +93,17 @@ def register(recipe: Recipe, run: Run) -> Made:
     refuse_without_gguf(recipe, "Ollama")
     recipe = chosen(recipe, run)
     refuse_disproved(recipe, run)
-    read_probes(run.path("reference"))  # one that cannot be read is told before anything is sent
+    read_probes(run.path("reference"))  # one that cannot be read is refused before anything is sent
     modelfile, vocabulary = modelfile_of(recipe, run)
     with OllamaServer(server_url()) as server:
         version = server.version()
         refuse_foreign(server, modelfile)
-        said = create(server, modelfile)
+        statuses = create(server, modelfile)
         digest = server.await_listed(modelfile.tag)
         comparison = prove(server, modelfile.tag, vocabulary, recipe, run)
         if comparison.problems:
             remove(server, modelfile, digest)
-            raise refused(modelfile.tag, comparison.problems[0], said, version, modelfile.template is not None)
+            raise refused(modelfile.tag, comparison.problems[0], statuses, version, modelfile.template is not None)
         server.copy(modelfile.tag, modelfile.latest)
     write_whole(run.path("Modelfile"), modelfile.text(run.folder))
     return Made(
@@ -123,7 +123,7 @@ def register(recipe: Recipe, run: Run) -> Made:
 
 
 def modelfile_of(recipe: Recipe, run: Run) -> tuple[Modelfile, Vocabulary]:
-    """What Ollama is told; the GGUF's template goes along in Go where a Go template can say the same."""
+    """What Ollama is given; the GGUF's template goes along in Go where a Go template can say the same."""
     path, known = served_file(recipe, run)
     refuse_long_context(recipe.serve.context, path)
     vocabulary = read_vocabulary(path)
@@ -137,7 +137,7 @@ def modelfile_of(recipe: Recipe, run: Run) -> tuple[Modelfile, Vocabulary]:
     parameters: dict[str, Any] = {
         "num_ctx": recipe.serve.context,
         "temperature": recipe.serve.temperature,
-        "repeat_penalty": 1.0,  # before 0.30 Ollama's default was 1.1, which changes what is said
+        "repeat_penalty": 1.0,  # before 0.30 Ollama's default was 1.1, which changes the answers
         "stop": [vocabulary.eos],
     }
     licence = base_licence(run) or vocabulary.licence
@@ -164,7 +164,7 @@ def refuse_foreign(server: OllamaServer, modelfile: Modelfile) -> None:
 
 
 def create(server: OllamaServer, modelfile: Modelfile) -> list[str]:
-    """Make the tag, sending the file only if the server lacks it; what the server said."""
+    """Make the tag, sending the file only if the server lacks it; the statuses that it reported."""
     digest = f"sha256:{modelfile.sha256}"
     if server.has_blob(digest):
         log.info("register: %s has %s already", server.url, modelfile.gguf.name)
@@ -173,16 +173,16 @@ def create(server: OllamaServer, modelfile: Modelfile) -> list[str]:
         log.info("register: sending %s (%.0f MB) to %s", modelfile.gguf.name, size / 1e6, server.url)
         with progress("sending", size, "MB", 1e-6) as tell:
             server.upload(modelfile.gguf, digest, tell)
-    told = ""
+    last = ""
 
-    def tell_step(step: str) -> None:
-        nonlocal told
-        if step != told:
-            told = step
+    def report(step: str) -> None:
+        nonlocal last
+        if step != last:
+            last = step
             log.debug("register: %s", step)
 
     log.info("register: creating %s", modelfile.tag)
-    return server.create(modelfile.request(), tell_step)
+    return server.create(modelfile.request(), report)
 
 
 def prove(server: OllamaServer, name: str, vocabulary: Vocabulary, recipe: Recipe, run: Run) -> Comparison:
@@ -193,7 +193,7 @@ def prove(server: OllamaServer, name: str, vocabulary: Vocabulary, recipe: Recip
     server.load(name)
     prove_prompts(comparison, server, name, vocabulary, probes)
     if other := comparison.measures.get("tools"):
-        log.warning("register: with tools, Ollama does not say what training said: %s", other)
+        log.warning("register: with tools, Ollama does not render what training did: %s", other)
     if not comparison.problems:
         log.info("register: asking %d probes", len(probes))
         with progress("asking probes", len(probes), "probes") as tell:

@@ -1,4 +1,4 @@
-"""An Ollama server, which is not ours: asked over its HTTP API, every failure one line that says what mends it."""
+"""An Ollama server, which is not ours: asked over its HTTP API, every failure one line with its fix."""
 
 import ipaddress
 import os
@@ -81,7 +81,7 @@ class OllamaServer:
 
     def version(self) -> str:
         """The server's version, refused if it is older than OLDEST; a build of one's own says 0.0.0."""
-        with self._told("tell its version"):
+        with self._reported("tell its version"):
             found = str(self.http.get("/api/version").raise_for_status().json()["version"])
         numbers = re.match(r"v?(\d+)\.(\d+)\.(\d+)", found)
         if numbers is None:
@@ -97,12 +97,12 @@ class OllamaServer:
 
     def digests(self) -> dict[str, str]:
         """Name with tag → digest of every model that the server lists."""
-        with self._told("list its models"):
+        with self._reported("list its models"):
             return {str(model.model): str(model.digest) for model in self.client.list().models}
 
     def has_blob(self, digest: str) -> bool:
         """Whether these bytes are there already."""
-        with self._told("look for a file"):
+        with self._reported("look for a file"):
             status = self.http.head(f"/api/blobs/{digest}").status_code
             if status not in (200, 404):
                 raise ValueError(f"HTTP {status}")
@@ -119,22 +119,22 @@ class OllamaServer:
                     sent += len(chunk)
                     tell(sent)
 
-        with self._told(f"take {path.name}"):
+        with self._reported(f"take {path.name}"):
             size = {"Content-Length": str(path.stat().st_size)}
             self.http.post(f"/api/blobs/{digest}", content=chunks(), headers=size).raise_for_status()
 
     def create(self, request: dict[str, Any], tell: Callable[[str], None]) -> list[str]:
-        """Make a model of an uploaded file; what the server said of each step."""
-        said: list[str] = []
-        with self._told(f"create {request['model']}"):
+        """Make a model of an uploaded file; the statuses of its steps."""
+        statuses: list[str] = []
+        with self._reported(f"create {request['model']}"):
             for step in self.client.create(**request, stream=True):
                 if step.status:
                     tell(step.status)
-                    if step.status not in said:
-                        said.append(step.status)
-            if said[-1:] != ["success"]:
-                raise ConnectionError(f"it stopped after {said[-1] if said else 'nothing'!r}")
-        return said
+                    if step.status not in statuses:
+                        statuses.append(step.status)
+            if statuses[-1:] != ["success"]:
+                raise ConnectionError(f"it stopped after {statuses[-1] if statuses else 'nothing'!r}")
+        return statuses
 
     def await_listed(self, name: str) -> str:
         """The digest of a model that was just made, once the server lists it."""
@@ -147,21 +147,21 @@ class OllamaServer:
 
     def load(self, name: str) -> None:
         """Bring the model into memory."""
-        with self._told(f"load {name}"):
+        with self._reported(f"load {name}"):
             self._patiently(lambda: self.client.generate(model=name))
 
     def rendered(self, name: str, messages: list[Message], tools: list[dict[str, Any]]) -> str:
         """The prompt that the server makes of the messages, whole."""
         body = {"model": name, "messages": messages, "stream": False, "truncate": False, "_debug_render_only": True}
         body |= {"tools": tools} if tools else {}
-        with self._told(f"render a prompt of {name}"):
+        with self._reported(f"render a prompt of {name}"):
             made = self._patiently(lambda: self.http.post("/api/chat", json=body).raise_for_status())
             return str(made.json()["_debug_info"]["rendered_template"])
 
     def answer(self, name: str, messages: list[Message]) -> tuple[str, str, int]:
         """(text, why it ended, tokens of the prompt) of the greedy answer."""
         body = {"model": name, "messages": messages, "stream": False, "truncate": False, "shift": False}
-        with self._told(f"answer as {name}"):
+        with self._reported(f"answer as {name}"):
             made = self._patiently(lambda: self.http.post("/api/chat", json=body | {"options": GREEDY}))
             answer = made.raise_for_status().json()
             text = (answer["message"].get("thinking") or "") + answer["message"]["content"]
@@ -169,12 +169,12 @@ class OllamaServer:
 
     def copy(self, source: str, target: str) -> None:
         """Let another tag name the same model."""
-        with self._told(f"tag {target}"):
+        with self._reported(f"tag {target}"):
             self.client.copy(source, target)
 
     def delete(self, name: str) -> None:
         """Remove a tag."""
-        with self._told(f"remove {name}"):
+        with self._reported(f"remove {name}"):
             self.client.delete(name)
 
     def _patiently(self, ask: Callable[[], Any]) -> Any:
@@ -197,7 +197,7 @@ class OllamaServer:
         return ask()
 
     @contextmanager
-    def _told(self, doing: str) -> Iterator[None]:
+    def _reported(self, doing: str) -> Iterator[None]:
         import httpx
         import ollama
 
@@ -242,20 +242,20 @@ def died(url: str, doing: str, error: Exception) -> str:
 
 def refusal(url: str, doing: str, status: int, text: str) -> str:
     """What to say of a refusal, by what the server says; errors within a stream have no status of their own."""
-    said = " ".join(text.split())[:300] or f"HTTP {status}"
-    if "no space left" in said.lower() or status == 507:
-        return f"the disk of {url} is full ({said}): free some space there, then run the same command again"
-    if "digest mismatch" in said.lower():
-        return f"{url} received other bytes than were sent ({said}): run the same command again"
-    if "failed to validate GGUF" in said:  # its llama-quantize copies the file, and tells no reason
+    shown = " ".join(text.split())[:300] or f"HTTP {status}"
+    if "no space left" in shown.lower() or status == 507:
+        return f"the disk of {url} is full ({shown}): free some space there, then run the same command again"
+    if "digest mismatch" in shown.lower():
+        return f"{url} received other bytes than were sent ({shown}): run the same command again"
+    if "failed to validate GGUF" in shown:  # its llama-quantize copies the file, and tells no reason
         return (
-            f"{url} cannot {doing}: {said}: it needs the file's size of free disk once more; its log says what failed"
+            f"{url} cannot {doing}: {shown}: it needs the file's size of free disk once more; its log says what failed"
         )
     if status == 503:
-        return f"{url} is busy ({said}): wait until it has answered others, then run the same command again"
+        return f"{url} is busy ({shown}): wait until it has answered others, then run the same command again"
     if status in (401, 403):
-        return f"{url} refuses to {doing} ({said}): set OLLAMA_API_KEY to its key"
-    return f"{url} cannot {doing}: {said}: see its log, then run the same command again"
+        return f"{url} refuses to {doing} ({shown}): set OLLAMA_API_KEY to its key"
+    return f"{url} cannot {doing}: {shown}: see its log, then run the same command again"
 
 
 def _words(response: Any) -> str:
