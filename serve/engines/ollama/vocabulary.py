@@ -1,4 +1,4 @@
-"""What a GGUF says of its words, read without its weights: chat template, special tokens, tokens as text."""
+"""The words of a GGUF, without its weights: chat template, special tokens, and tokens as llama.cpp writes them."""
 
 import ctypes
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.error import UserError
+from pipeline.gguf_head import read_head
 
 _quiet: list[Any] = []  # a callback that Python freed while llama.cpp holds it would crash
 
@@ -54,13 +55,13 @@ def read_vocabulary(path: Path) -> Vocabulary:
         model = LlamaModel(path_model=str(path), params=parameters)
     except ValueError:
         raise UserError(f"llama.cpp cannot read {path}: delete it and run 'make gguf' again") from None
-    facts = model.metadata()
+    facts = read_head(path).values
     template = facts.get("tokenizer.chat_template")
     if not template:
         raise UserError(f"{path} has no chat template: name one in the recipe's key 'chat_template'")
     bos, eos = (llama_cpp.llama_vocab_bos(model.vocab), llama_cpp.llama_vocab_eos(model.vocab))
     return Vocabulary(
-        template=template,
+        template=str(template),
         bos=_text(model.vocab, bos),
         eos=_text(model.vocab, eos),
         adds_bos=bool(llama_cpp.llama_vocab_get_add_bos(model.vocab)),
