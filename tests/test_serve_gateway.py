@@ -206,7 +206,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The port of a server that gives the head of a request a moment, and takes its time to answer."""
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
-        while (await receive()).get("more_body"):
+        while scope["path"] == "/" and (await receive()).get("more_body"):
             pass
         await asyncio.sleep(0.6)
         await send({"type": "http.response.start", "status": 204})
@@ -230,6 +230,12 @@ def test_a_head_that_stays_unfinished_is_closed(connections: int, half: bytes) -
         client.sendall(half)
         said = b"".join(iter(lambda: client.recv(1000), b""))  # until it is closed
     assert said.count(b"204") == half.count(b"\r\n\r\n")
+
+
+def test_a_body_that_stays_unfinished_is_closed_once_it_is_answered(connections: int) -> None:
+    with socket.create_connection(("127.0.0.1", connections), timeout=5) as client:
+        client.sendall(b"POST /refused HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\na")
+        assert b"204" in b"".join(iter(lambda: client.recv(1000), b""))
 
 
 def test_a_body_and_an_answer_may_take_longer(connections: int) -> None:

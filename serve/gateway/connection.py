@@ -6,6 +6,7 @@ import sys
 import threading
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -14,7 +15,10 @@ IDLE_SECONDS = 75
 
 
 class Connection(H11Protocol):
-    """Each head has `HEAD_SECONDS`, for which uvicorn would wait for ever; bodies are the application's matter."""
+    """Each head has `HEAD_SECONDS`, for which uvicorn would wait for ever, and so has what follows an early answer.
+
+    Until it answers, a body's time is the application's matter.
+    """
 
     deadline: asyncio.TimerHandle | None = None
 
@@ -25,6 +29,12 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
+
+    def on_response_complete(self) -> None:
+        is_half_sent = self.conn.their_state is h11.SEND_BODY  # answered before its body was there: 401, 408, 413
+        super().on_response_complete()
+        if is_half_sent:
+            self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.deadline:
