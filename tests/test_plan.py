@@ -201,7 +201,8 @@ def test_checkpointing_saves_and_longer_rows_cost(planned: Callable) -> None:
     held = {
         key: memory_bytes(of, at, knobs=replace(knobs, **change))["activations and logits"]
         for key, change in {
-            "now": {}, "recomputed": {"gradient_checkpointing": True}, "short": {"max_length": 256}, "two": {"batch_size": 2},
+            "now": {}, "recomputed": {"gradient_checkpointing": True},
+            "short": {"max_length": 256}, "two": {"batch_size": 2},
         }.items()
     }  # fmt: skip
     assert held["recomputed"] < held["now"] / 2 and held["short"] < held["now"] / 3

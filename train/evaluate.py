@@ -214,9 +214,13 @@ def of_tasks(pair: Pair, recipe: Recipe, tasks: dict[str, Any] | None) -> list[S
     from lm_eval.models.huggingface import HFLM
 
     mixed = "bfloat16" if pair.precision == "bfloat16" else None  # it switches our own autocast off
-    speaker = HFLM(pretrained=pair.both, tokenizer=pair.tokenizer, batch_size=ROWS_AT_ONCE, mixed_precision_dtype=mixed)
+    settings = {"tokenizer": pair.tokenizer, "batch_size": ROWS_AT_ONCE, "mixed_precision_dtype": mixed}
     log.info("eval: %s, both models", ", ".join(recipe.eval.tasks))
-    both = pair.ask(lambda _, name: harness.asked(speaker, tasks, recipe.eval.max_samples, recipe.seed))
+
+    def asked(model: Any, name: str) -> Any:
+        return harness.asked(HFLM(pretrained=model, **settings), tasks, recipe.eval.max_samples, recipe.seed)
+
+    both = pair.ask(asked)
     return harness.compared(*both, recipe.seed)
 
 
