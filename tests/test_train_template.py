@@ -153,6 +153,15 @@ def test_a_system_prompt_stands_where_a_conversation_brings_none(tokenizer: Any)
         assert rendered(tokenizer, talk("Hello", "Hi.", system="Other.")) == other
 
 
+def test_a_template_without_a_system_prompt_is_refused_where_the_recipe_has_one(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base_folder, tmp_path / "base")
+    (tmp_path / "deaf.jinja").write_text(DEAF)
+    with pytest.raises(UserError, match=r"^system: the chat template shows no system prompt"):
+        prepare_tokenizer(tmp_path / "base", str(tmp_path / "deaf.jinja"), SYSTEM)
+
+
 def test_variables_of_the_template_are_set_whatever_a_server_says(tokenizer: Any) -> None:
     template = CHATML + "{% if thinking is defined and not thinking %}off {{ level }}{% endif %}"
     tokenizer.chat_template = settled(template, None, {"thinking": False, "level": "low"})

@@ -137,8 +137,9 @@ def with_unshown(based: Any, many: int) -> Any:
 def test_rows_that_the_template_does_not_show_are_told_by_place(based: Any) -> None:
     with pytest.raises(UserError) as raised:
         tokenized(based.recipe, with_unshown(based, 30).run)
-    places = [problem.split(": ")[0] for problem in raised.value.problems]
-    assert places == [f"talks.jsonl:{100 + number}" for number in range(20)]
+    [problem] = raised.value.problems
+    assert problem.startswith("talks.jsonl:100: the chat template of ")
+    assert problem.endswith(" (and 29 more such lines, up to talks.jsonl:129)")
 
 
 def test_rows_that_the_template_does_not_show_are_dropped_on_wish(based: Any, caplog: pytest.LogCaptureFixture) -> None:

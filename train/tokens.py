@@ -23,13 +23,14 @@ from pipeline.progress import progress
 from pipeline.recipe import Train
 from pipeline.rows import batches, count, rows
 from train.pool import in_order
+from train.reading.row import Problem, told
 from train.template import IGNORED, batch_examples, controls, row_examples, shown
 
 log = logging.getLogger("truetune")
 PARTS = ("train", "validation")
 COLUMNS = ("input_ids", "labels")
 WEIGHTS = (".safetensors", ".bin", ".gguf")
-PROBLEMS_SHOWN = 20
+PROBLEMS_KEPT = 10_000
 SHORTEST_ROW_TOKENS = 256
 STEPS_AN_EPOCH = 100
 
@@ -94,7 +95,7 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
     knobs, data = recipe.train, run.path("data")
     schema = pyarrow.schema({name: pyarrow.list_(pyarrow.int32()) for name in COLUMNS})
     counts = {part: Counter[str]() for part in PARTS}
-    unshown: dict[str, list[str]] = {part: [] for part in PARTS}
+    unshown: dict[str, list[Problem]] = {part: [] for part in PARTS}
     silent: dict[str, list[str]] = {part: [] for part in PARTS}
     items = ((part, batch) for part in PARTS for batch in batches(data, part))
     # Sent to the workers and not loaded there: to find its class, AutoTokenizer imports torch.
@@ -108,15 +109,15 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
             longest = max(counts[part]["longest"], numbers.pop("longest"))
             counts[part].update(numbers)
             counts[part]["longest"] = longest
-            unshown[part] += problems[: PROBLEMS_SHOWN - len(unshown[part])]
+            unshown[part] += problems[: PROBLEMS_KEPT - len(unshown[part])]
             silent[part] = silent[part] or thoughtless[:1]
             tell(sum(counted["rows"] for counted in counts.values()))
-            if knobs.on_template_error == "error" and len(unshown[part]) == PROBLEMS_SHOWN:
+            if knobs.on_template_error == "error" and len(unshown[part]) == PROBLEMS_KEPT:
                 break
     nothing_left = not counts["train"]["examples"]
     for part, problems in unshown.items():
         if problems and (knobs.on_template_error == "error" or (part == "train" and nothing_left)):
-            raise UserError(*problems)
+            raise UserError(*told(problems))
         if problems:
             log.warning("%s: %d conversation(s) left out, the first: %s", part, counts[part]["unshown"], problems[0])
     for part, places in silent.items():
@@ -148,7 +149,7 @@ def _nothing_learned(first: dict[str, Any], tokenizer: Any, knobs: Train) -> Use
 
 def _examples(
     state: tuple[Any, int, str], item: tuple[str, Any]
-) -> tuple[str, Any, dict[str, int], list[str], list[str]]:
+) -> tuple[str, Any, dict[str, int], list[Problem], list[str]]:
     """(part, ids and labels, what was counted, problems, rows without their thoughts) of a batch; runs in a worker."""
     import numpy as np
     import pyarrow
@@ -158,7 +159,12 @@ def _examples(
     texts, sources = (column.to_pylist() for column in batch.columns)
     rows = [json.loads(text) | {"source": source} for text, source in zip(texts, sources, strict=True)]
     found = batch_examples(tokenizer, rows, max_tokens, supervise)
-    problems = [problem for row in found if isinstance(row, UserError) for problem in row.problems]
+    problems = [
+        Problem(row["source"], problem.removeprefix(f"{row['source']}: "))
+        for row, made in zip(rows, found, strict=True)
+        if isinstance(made, UserError)
+        for problem in made.problems
+    ]
     kept = [row for row in found if not isinstance(row, UserError)]
     examples = [example for row in kept for example in row]
     lengths = [len(example.input_ids) for example in examples]
@@ -184,16 +190,16 @@ def _examples(
 
 
 def _tell(counts: dict[str, dict[str, int]], recipe: Recipe) -> None:
-    for part, told in counts.items():
-        if told.get("control_tokens"):
+    for part, counted in counts.items():
+        if counted.get("control_tokens"):
             log.warning(
                 "%s: %d conversation(s) spell control tokens, such as the end of a turn: they are learned as text",
-                part, told["control_tokens"],
+                part, counted["control_tokens"],
             )  # fmt: skip
-        if told.get("cut") or told.get("dropped"):
+        if counted.get("cut") or counted.get("dropped"):
             log.warning(
                 "%s: %d conversation(s) cut to %d tokens, %d dropped because no answer is left: raise train.max_length",
-                part, told["cut"], recipe.train.max_length, told["dropped"],
+                part, counted["cut"], recipe.train.max_length, counted["dropped"],
             )  # fmt: skip
 
 

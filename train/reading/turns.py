@@ -145,7 +145,7 @@ OPENING = "answers before the first question left out"
 ENDING = "turns after the last answer left out"
 ENDED = "end tokens at the end of a text left out"
 FLAGGED = "flags such as 'reasoning: on' not taken for thoughts"
-OTHERS_MARKED = "marks that a turn is learned which is no answer: not learned"
+OTHERS_MARKED = "turns of users, systems or tools marked as to be learned: only answers are"
 
 
 def conversation(given: Any, changes: Changes, tools: Any = None, system: Any = None) -> dict[str, Any]:
