@@ -41,8 +41,12 @@ def base_to_train(recipe: Recipe, run: Run) -> Any:
 
 
 def model_to_train(recipe: Recipe, run: Run) -> Any:
-    """The run's base with what its tuner adds."""
-    return wrap(recipe, base_to_train(recipe, run), list(run.receipt("base").metrics.get("added_tokens", {}).values()))
+    """The run's base with what its tuner adds, which begins as random numbers of the recipe's seed."""
+    from transformers import set_seed
+
+    base, added = base_to_train(recipe, run), run.receipt("base").metrics.get("added_tokens", {})
+    set_seed(recipe.seed)
+    return wrap(recipe, base, list(added.values()))
 
 
 def wrap(recipe: Recipe, model: Any, added: list[int]) -> Any:
