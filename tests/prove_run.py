@@ -171,5 +171,5 @@ class Proved:
         return self.run.path("gguf", f"{NAME}-{kind}.gguf")
 
 
-FUNCTIONS = {"data": "data", "base": "base", "train": "sft", "reference": "reference", "merge": "merge", "gguf": "gguf",
+FUNCTIONS = {"data": "data", "base": "base", "train": "run", "reference": "reference", "merge": "merge", "gguf": "gguf",
              "compare": "compare", "prove": "prove"}  # fmt: skip

@@ -41,8 +41,8 @@ def model(base_folder: Path) -> Path:
 
 
 def made(name: str | Path):
-    knobs = {"train": Train(max_tokens=16), "serve": Serve(context=64)}
-    return base(Recipe("mine", base=str(name), data=Data(("talks.jsonl",)), **knobs), Run("mine"))
+    knobs = {"train": Train(max_length=16), "serve": Serve(context=64)}
+    return base(Recipe("mine", base_model=str(name), data=Data(("talks.jsonl",)), **knobs), Run("mine"))
 
 
 def refused(name: str | Path) -> str:
@@ -192,13 +192,13 @@ def test_an_empty_folder_is_refused() -> None:
 
 
 UNKNOWN = {
-    "smollm2-135": "base: unknown model 'smollm2-135': did you mean 'smollm2-135m'? Or give 'smollm2-135m', a Hub id ",
-    "randm": "base: unknown model 'randm': did you mean 'random'? Or give 'smollm2-135m', a Hub id ",
-    "zebra": "base: unknown model 'zebra': give 'smollm2-135m', a Hub id ",
-    "./no/such": "base: unknown model './no/such': give 'smollm2-135m', a Hub id ",
-    "/no/such.gguf": "base: unknown model '/no/such.gguf': give 'smollm2-135m', a Hub id ",
-    "no-such.gguf": "base: unknown model 'no-such.gguf': give 'smollm2-135m', a Hub id ",
-    "a/b/c": "base: unknown model 'a/b/c': give 'smollm2-135m', a Hub id ",
+    "smollm2-135": "base_model: unknown model 'smollm2-135': did you mean 'smollm2-135m'? Or give 'smollm2-135m', a Hub id ",
+    "randm": "base_model: unknown model 'randm': did you mean 'random'? Or give 'smollm2-135m', a Hub id ",
+    "zebra": "base_model: unknown model 'zebra': give 'smollm2-135m', a Hub id ",
+    "./no/such": "base_model: unknown model './no/such': give 'smollm2-135m', a Hub id ",
+    "/no/such.gguf": "base_model: unknown model '/no/such.gguf': give 'smollm2-135m', a Hub id ",
+    "no-such.gguf": "base_model: unknown model 'no-such.gguf': give 'smollm2-135m', a Hub id ",
+    "a/b/c": "base_model: unknown model 'a/b/c': give 'smollm2-135m', a Hub id ",
 }
 
 
@@ -211,7 +211,7 @@ def test_an_unknown_name_is_told(name: str) -> None:
 def test_a_hub_id_out_of_reach_is_one_line(name: str) -> None:
     said = refused(name)
     assert said.startswith(f"base {name!r} cannot be fetched from the Hugging Face Hub (")
-    assert said.endswith("): check the name and the network, for gated models set HF_TOKEN, or use base: smollm2-135m")
+    assert said.endswith("): check the name and the network, for gated models set HF_TOKEN, or use base_model: smollm2-135m")
 
 
 @pytest.mark.parametrize("kept", [0.999, 0.5, 0.1, 0.001])

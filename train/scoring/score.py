@@ -12,5 +12,5 @@ def answers(
     """The model's greedy answers, each up to the end of its turn or `longest_tokens`."""
     prompts = [rendered(tokenizer, row["messages"], prompt=True, tools=row.get("tools")) for row in questions]
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    said = tokenizer.batch_decode(greedy(model, tokenizer, ids, longest_tokens, doing=doing), skip_special_tokens=True)
-    return [answer.strip() for answer in said]
+    found = greedy(model, tokenizer, ids, longest_tokens, doing=doing)
+    return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in found]
