@@ -192,7 +192,8 @@ def test_an_empty_folder_is_refused() -> None:
 
 
 UNKNOWN = {
-    "smollm2-135": "base_model: unknown model 'smollm2-135': did you mean 'smollm2-135m'? Or give 'smollm2-135m', a Hub id ",
+    "smollm2-135": "base_model: unknown model 'smollm2-135': did you mean 'smollm2-135m'? Or give 'smollm2-135m', "
+    "a Hub id ",
     "randm": "base_model: unknown model 'randm': did you mean 'random'? Or give 'smollm2-135m', a Hub id ",
     "zebra": "base_model: unknown model 'zebra': give 'smollm2-135m', a Hub id ",
     "./no/such": "base_model: unknown model './no/such': give 'smollm2-135m', a Hub id ",
@@ -211,7 +212,9 @@ def test_an_unknown_name_is_told(name: str) -> None:
 def test_a_hub_id_out_of_reach_is_one_line(name: str) -> None:
     said = refused(name)
     assert said.startswith(f"base {name!r} cannot be fetched from the Hugging Face Hub (")
-    assert said.endswith("): check the name and the network, for gated models set HF_TOKEN, or use base_model: smollm2-135m")
+    assert said.endswith(
+        "): check the name and the network, for gated models set HF_TOKEN, or use base_model: smollm2-135m"
+    )
 
 
 @pytest.mark.parametrize("kept", [0.999, 0.5, 0.1, 0.001])
