@@ -104,7 +104,9 @@ def test_it_is_told_with_its_step_and_its_conversations(
 
 
 def test_the_knob_switches_it_off(based: Workplace, poisoned: Callable) -> None:
-    Path("line.yaml").write_text(Path("line.yaml").read_text().replace("epochs: 2", "epochs: 2, stop_on_divergence: false"))
+    Path("line.yaml").write_text(
+        Path("line.yaml").read_text().replace("epochs: 2", "epochs: 2, stop_on_divergence: false")
+    )
     poisoned(7)
     based.make("train")
     metrics = based.receipt("train")["metrics"]

@@ -17,7 +17,10 @@ from conftest import Workplace
 from train.trainer.checkpoints import last_complete
 
 KILLS = 6
-LONGER = ("epochs: 2", "epochs: 9, patience: 0, lora: {dropout: 0.1}")  # with dropout the dice too must go on
+LONGER = (
+    "epochs: 2",
+    "epochs: 9, early_stopping_patience: 0, lora: {dropout: 0.1}",
+)  # with dropout the dice too must go on
 CURVES = ("loss_curve", "validation_curve", "steps", "best_step", "tokens", "supervised_tokens", "after")
 
 

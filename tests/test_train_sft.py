@@ -239,7 +239,7 @@ def test_what_training_does_not_read_makes_the_same_training(trained: Any) -> No
 @pytest.mark.slow
 def test_a_killed_training_goes_on_from_its_last_whole_checkpoint(based: Any, caplog: pytest.LogCaptureFixture) -> None:
     text = Path("line.yaml").read_text()
-    Path("line.yaml").write_text(text.replace("epochs: 2", "epochs: 4, patience: 0"))
+    Path("line.yaml").write_text(text.replace("epochs: 2", "epochs: 4, early_stopping_patience: 0"))
     checkpoints = based.run.path("checkpoints")
     process = subprocess.Popen(
         [sys.executable, "-m", "train.run", "line.yaml"],
