@@ -245,7 +245,7 @@ MERGED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no template": (
         lambda run: (run / "merged/chat_template.jinja").unlink(),
-        "runs/healthy/merged cannot be used: ValueError: Cannot use chat template",
+        "runs/healthy/merged cannot be used: UserError: the chat template refuses",
     ),
     "generation tag": (
         lambda run: (run / "merged/chat_template.jinja").write_text(TAGGED),
