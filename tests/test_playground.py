@@ -71,7 +71,7 @@ def test_before_training_there_is_the_base_alone() -> None:
 
 def test_every_quantization_that_is_on_the_disk_can_be_chosen() -> None:
     run = Run("mine")
-    finish(run, "gguf", "gguf/mine-F16.gguf", "gguf/mine-Q4_K_M.gguf", "gguf/mine-Q8_0.gguf")
+    finish(run, "gguf", "gguf/mine-F16.gguf", "gguf/mine-Q4_K_M.gguf", "gguf/mine-Q8_0.gguf", "gguf/imatrix.gguf")
     run.path("gguf/mine-F16.gguf").unlink()
     found = artefacts("mine")
     assert list(found) == ["mine/Q4_K_M", "mine/Q8_0"]

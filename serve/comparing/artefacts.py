@@ -74,7 +74,7 @@ def _of_run(run: Run) -> Iterator[Artefact]:
         place, about = str(run.path("merged")), "one set of weights"
         yield Artefact(f"{run.name}/merged", about, "weights", place, "merged", run.name, "merge", "", merge.started_at)
     for path in receipts["gguf"].outputs if receipts["gguf"] else ():
-        if path.endswith(".gguf") and Path(path).is_file():
+        if Path(path).match(f"{run.name}-*.gguf") and Path(path).is_file():  # the importance matrix is no model
             kind = Path(path).stem.removeprefix(f"{run.name}-")
             about = f"GGUF, {Path(path).stat().st_size / 1e6:.0f} MB"
             since = receipts["gguf"].started_at if receipts["gguf"] else ""
