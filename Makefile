@@ -47,6 +47,7 @@ help: ## Show this list
 	@echo "  PROFILE='llamacpp playground'   for up: ollama (the default), gpu, llamacpp or vllm; playground; train"
 	@echo "  Q='Where is my key?'            for ask"
 	@echo "  ROW=17                          for preview: that conversation alone; ROW=talks.jsonl:17 too"
+	@echo "  NPROC=2                         for train: so many processes; NODE_RANK=1 MASTER_ADDR=10.0.0.1 on another host"
 	@echo "  FORCE=1                         for train and serve: even what is planned not to fit, or failed its proof"
 
 setup: .venv/.complete ## Make the environment: .venv and .cache
@@ -65,8 +66,14 @@ plan: | .venv/.complete ## Tell what training takes, what fits here and which GP
 # before it is newer, or when resolve rewrote its keys, which it does only if they changed.
 data: $(RUN)/data.json ## Read, check and split the conversations
 base: $(RUN)/base.json ## Bring the base model into one plain folder
+# Another host joins the first one's training, which makes all that follows.
+ifeq ($(filter-out 0,$(NODE_RANK)),)
 train: $(RUN)/train.json $(RUN)/reference.json ## Train the base by the recipe's method and tuner
 	@$(PYTHON) -m report.report $(FILE)
+else
+train: | .venv/.complete
+	@$(PYTHON) -m train.run $(FILE)
+endif
 reference: $(RUN)/reference.json ## Let the trained model answer the probes
 merge: $(RUN)/merge.json ## Make one set of full-precision weights of what was trained
 gguf: $(RUN)/gguf.json ## Convert to GGUF and quantize

@@ -7,7 +7,7 @@ import re
 import shlex
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -305,9 +305,10 @@ def _coerce(value: Any, kind: Any, rules: Any) -> Any:
     Raises:
         ValueError: what is wrong with the value.
     """
-    if get_origin(kind) is UnionType or NoneType in get_args(kind):
-        inner = next(option for option in get_args(kind) if option is not NoneType)
-        return None if value is None else _coerce(value, inner, rules)
+    if get_origin(kind) in (UnionType, Union):
+        words = [word for option in get_args(kind) for word in get_args(option) or (None,) * (option is NoneType)]
+        plain = next(option for option in get_args(kind) if option is not NoneType and not get_args(option))
+        return value if value in words else _coerce(value, plain, rules)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(_choose(value, [str(choice) for choice in get_args(kind)]))

@@ -55,10 +55,11 @@ def auto_model(recipe: Recipe) -> Any:
     return getattr(transformers, HEADS[METHODS[recipe.train.method].head])
 
 
-def load_base(recipe: Recipe, run: Run, frozen: bool, four_bits: bool) -> Any:
+def load_base(recipe: Recipe, run: Run, frozen: bool, four_bits: bool, shared: bool = False) -> Any:
     """The run's base to train on: float32, on a GPU bfloat16 where that is fast and the base stays `frozen`.
 
     Args:
+        shared: several GPUs will each take a part, so that none gets the whole.
         four_bits: NF4 with scales that are quantized too, as QLoRA has it (arXiv 2305.14314).
 
     Raises:
@@ -71,7 +72,9 @@ def load_base(recipe: Recipe, run: Run, frozen: bool, four_bits: bool) -> Any:
     fast = torch.bfloat16 if fast_precision() == "bfloat16" and recipe.train.precision != "float32" else torch.float32
     options: dict[str, Any] = {"dtype": torch.float32}
     if torch.cuda.is_available():
-        options = {"dtype": fast if frozen else torch.float32, "device_map": {"": torch.cuda.current_device()}}
+        options["dtype"] = fast if frozen else torch.float32
+    if torch.cuda.is_available() and not shared:
+        options["device_map"] = {"": torch.cuda.current_device()}
     if not four_bits:
         return auto_model(recipe).from_pretrained(run.path("base"), **options)
     from transformers import BitsAndBytesConfig

@@ -131,6 +131,15 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Launch:
+    gpus: int | Literal["all"] = knob("all", "Processes on each host, one a GPU; `NPROC=` overrides it on one host", 1)
+    nodes: int = knob(1, "Hosts that run the same command, with NODE_RANK and MASTER_ADDR", 1)
+    strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = knob(
+        "ddp", "What each GPU holds: all of the model, or its share by FSDP2 or by DeepSpeed's ZeRO"
+    )
+
+
+@dataclass(frozen=True)
 class Merge:
     precision: Literal["float32", "bfloat16"] = knob("float32", "Type of the merged weights")
 
@@ -210,8 +219,6 @@ class Serve:
 @dataclass(frozen=True)
 class Plan:
     gpu: str | None = knob(None, "A GPU to plan for, as `a100-80gb` (train/planning/devices.py); else this machine")
-    devices: int = knob(1, "How many of them", 1)
-    zero: int = knob(0, "Stage of ZeRO by which they share optimizer (1), gradients (2) and weights (3)", 0, 3)
     efficiency: float = knob(0.0, "Share of the device's peak that training reaches; 0 takes what is known", 0, 1)
     price: float = knob(0.0, "USD that one device costs an hour; 0 takes the table's range", 0)
     tokens: int = knob(0, "Tokens of one epoch; 0 counts those of the data's files", 0)
@@ -233,6 +240,7 @@ class Recipe:
     seed: int = knob(0, "Seed of the split, the weights and the order of the data", 0)
     data: Data = Data()
     train: Train = Train()
+    launch: Launch = Launch()
     merge: Merge = Merge()
     gguf: Gguf = Gguf()
     prove: Prove = Prove()

@@ -25,7 +25,13 @@ STAGES = (
         (),
         ("base_model", "chat_template", "chat_template_arguments", "system", "seed"),
     ),
-    Stage("train", "train.run", "Train the base by the recipe's method and tuner", ("data", "base"), ("train", "seed")),
+    Stage(
+        "train",
+        "train.run",
+        "Train the base by the recipe's method and tuner",
+        ("data", "base"),
+        ("train", "launch", "seed"),
+    ),
     Stage("reference", "train.reference", "Let the trained model answer the probes", ("data", "base", "train"), ()),
     Stage(
         "eval",

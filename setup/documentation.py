@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pipeline.files import write_whole
@@ -119,8 +120,8 @@ def _kind(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return "list of text"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "names with values"}
-    kinds = [get_origin(option) or option for option in get_args(hint) or (hint,)]
-    return names[next(kind for kind in kinds if kind in names)]
+    options = [option for option in get_args(hint) if option is not NoneType and get_origin(hint) is not dict]
+    return " or ".join(map(_kind, options)) if options else names[get_origin(hint) or hint]
 
 
 def _plain(value: Any) -> str:

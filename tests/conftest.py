@@ -18,7 +18,8 @@ from pipeline.stages import stage
 
 # Before a library reads them. The tests may run under make, whose variables must not reach the one under test.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-OURS, MAKES = "SET PORT UI UI_PORT ENGINE PROFILE RECIPE Q ROW", "MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL"
+OURS = "SET PORT UI UI_PORT ENGINE PROFILE RECIPE Q ROW NPROC NODE_RANK MASTER_ADDR MASTER_PORT"
+MAKES = "MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL"
 for leaked in f"{OURS} {MAKES} OLLAMA_HOST OLLAMA_API_KEY".split():
     os.environ.pop(leaked, None)
 

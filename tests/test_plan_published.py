@@ -223,7 +223,7 @@ def test_the_plan_is_what_others_measured(what: str) -> None:
 
 def test_70_billion_weights_train_on_four_small_gpus() -> None:
     """Answer.AI trains Llama-2-70B by QLoRA and FSDP on four A5000 of 24 GB, on two only by offloading."""
-    of, at = planned("llama-2-70b", "qlora", 2048, 1, *ALL, "plan.devices=4", "plan.zero=3", gpu="rtx-3090")
+    of, at = planned("llama-2-70b", "qlora", 2048, 1, *ALL, "launch.gpus=4", "launch.strategy=fsdp", gpu="rtx-3090")
     assert sum(memory_bytes(of, at, "qlora").values()) < at.memory
     assert sum(memory_bytes(of, replace(at, devices=2), "qlora").values()) > at.memory
 

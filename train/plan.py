@@ -70,7 +70,7 @@ def _memory(of: Job, at: Place) -> str:
         ["together", *map(size, totals)],
         [f"fits {size(at.memory)}", *("yes" if total <= at.memory else "no" for total in totals)],
     ]
-    spread = f" x {at.devices}, ZeRO stage {at.zero}" if at.devices > 1 else ""
+    spread = f" x {at.devices}, {of.recipe.launch.strategy}" if at.devices > 1 else ""
     seconds = of.data.tokens * of.recipe.train.epochs / tokens_per_second(of, at)[0]
     rows.append(["time", *(duration(seconds * flops(of, each) / flops(of)) for each in tuners)])
     told = [f"memory of a step on {at.name}{spread}, {at.precision}", table(["", *heads], rows)]

@@ -5,16 +5,22 @@ What can be told before it costs is told first. A killed training resumes from i
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 
 from pipeline import Made, Recipe, Run, command
+from pipeline.command import boundary, recipe_of_arguments
+from pipeline.machine import gpus
+from pipeline.stages import stage
 from train.base import parameters
 from train.inspection import refuse, refuse_long_questions
+from train.launch import launch
+from train.launch import run as train_in_processes
 from train.planning.architecture import read_config
 from train.planning.disk import check_disk
 from train.planning.fit import check
 from train.tokens import tokenized
-from train.trackers import prepare, same_run
+from train.trackers import bring, prepare, same_run
 from train.trainer.checkpoints import open_folder
 from train.worker import work
 
@@ -41,15 +47,26 @@ def run(recipe: Recipe, run: Run) -> Made:
     """
     refuse(recipe, read_config(recipe, run))
     refuse_long_questions(recipe, run)
+    devices = gpus()
+    launched = launch(recipe, devices)
+    if devices > launched.world == 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if launched.world > 1 and recipe.launch.strategy.startswith("zero"):
+        bring("deepspeed", f"launch.strategy={recipe.launch.strategy}")
     check_disk(recipe, parameters(run.path("base")), run.folder)
-    key = training_key(recipe, run)
+    key = training_key(recipe, run, launched.world)
     trackers = prepare(recipe.train.tracker, run, key)
     resume_from = open_folder(run.path("checkpoints"), key)
     if recipe.train.tracker == "mlflow":
         same_run(run.path("checkpoints", "mlflow.run"), recipe.name)
     tokens = tokenized(recipe, run)
     planned = check(recipe, run, tokens.counts)
-    metrics = work(recipe, run, tokens, resume_from, trackers, planned.get("peak_tokens_per_second"))
+    full_speed = planned.get("peak_tokens_per_second")
+    if launched.world > 1:
+        task = {"resume_from": resume_from and str(resume_from), "trackers": trackers, "full_speed": full_speed}
+        metrics = train_in_processes(recipe, run, launched, devices, task)
+    else:
+        metrics = work(recipe, run, tokens, resume_from, trackers, full_speed)
     return Made(
         outputs=[run.path("trained"), run.path("answers.jsonl")],
         metrics=metrics | {"data": tokens.counts, "planned": planned},
@@ -57,13 +74,26 @@ def run(recipe: Recipe, run: Run) -> Made:
     )
 
 
-def training_key(recipe: Recipe, run: Run) -> str:
+def training_key(recipe: Recipe, run: Run, processes: int = 1) -> str:
     """Identifies a training: what of its knobs changes what is learned, its data and its base."""
     knobs = {name: value for name, value in asdict(recipe.train).items() if name not in LEARNS_THE_SAME}
-    knobs["batch_size"] = recipe.train.batch_size * recipe.train.gradient_accumulation
+    knobs["batch_size"] = recipe.train.batch_size * recipe.train.gradient_accumulation * processes
+    if processes > 1 and recipe.launch.strategy != "ddp":
+        knobs["strategy"] = recipe.launch.strategy  # whose checkpoints are of a form of their own
     outputs = [run.receipt(stage).outputs for stage in ("data", "base")]
     return hashlib.sha256(json.dumps([knobs, recipe.seed, outputs]).encode()).hexdigest()
 
 
+def join() -> None:
+    """Train on this host with the first one, which writes all that is made, on storage that they share."""
+    stage_of = stage("train")
+    recipe, devices = recipe_of_arguments(stage_of.module, stage_of.does), gpus()
+    train_in_processes(recipe, Run(recipe.name), launch(recipe, devices), devices)
+
+
 if __name__ == "__main__":
-    command("train", run)
+    if os.environ.get("NODE_RANK", "0") in ("", "0"):
+        command("train", run)
+    else:
+        with boundary():
+            join()

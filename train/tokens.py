@@ -49,8 +49,6 @@ def tokenized(recipe: Recipe, run: Run) -> Tokens:
     Raises:
         UserError: rows that the template refuses, unless `train.on_template_error` skips them; or no row is left.
     """
-    from datasets import Dataset
-
     folder = run.path("tokens", _key(recipe, run))
     if not (folder / "counts.json").is_file():
         made = fresh_folder(run.path(".tokens.tmp"))
@@ -64,8 +62,17 @@ def tokenized(recipe: Recipe, run: Run) -> Tokens:
             remove(made)
     for unfinished in folder.glob("tmp*"):  # of a packing that was killed
         remove(unfinished)
+    found = opened(recipe, run)
+    _tell(found.counts, recipe)
+    return found
+
+
+def opened(recipe: Recipe, run: Run) -> Tokens:
+    """The tokens that `tokenized` has made."""
+    from datasets import Dataset
+
+    folder = run.path("tokens", _key(recipe, run))
     counts = json.loads((folder / "counts.json").read_text(encoding="utf-8"))
-    _tell(counts, recipe)
     return Tokens({part: Dataset.from_file(str(folder / f"{part}.arrow")) for part in PARTS}, counts)
 
 

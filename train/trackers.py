@@ -30,15 +30,29 @@ def prepare(tracker: str, place: Run, training: str) -> list[str]:
     """
     if tracker not in ("wandb", "mlflow"):
         return []
-    requirements = LOCKS / f"{tracker}.txt"
-    if importlib.util.find_spec(tracker) is None or unfinished(requirements).is_file():
-        _install(requirements)
+    bring(tracker, f"train.tracker={tracker}")
     folder = place.path("logs", tracker).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     settings = _wandb(folder, place.name, training) if tracker == "wandb" else _mlflow(folder)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     return [tracker] if tracker == "wandb" else []  # train.curves tells MLflow
+
+
+def bring(package: str, key: str) -> None:
+    """Install what only a recipe with that `key=value` needs, unless it is there.
+
+    Raises:
+        UserError: no package index answers.
+    """
+    requirements = LOCKS / f"{package}.txt"
+    if importlib.util.find_spec(package) and not unfinished(requirements).is_file():
+        return
+    try:
+        add(requirements)
+    except SetupError as error:
+        raise UserError(f"{key} is not installed: {error}") from None
+    importlib.invalidate_caches()
 
 
 def same_run(kept: Path, name: str) -> None:
@@ -101,11 +115,3 @@ def _logged_in() -> bool:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _install(requirements: Path) -> None:
-    try:
-        add(requirements)
-    except SetupError as error:
-        raise UserError(f"train.tracker={requirements.stem} is not installed: {error}") from None
-    importlib.invalidate_caches()

@@ -6,6 +6,7 @@ from typing import Any
 from pipeline import Recipe, Run
 from pipeline.files import fresh_folder, put_in_place
 from pipeline.model import Trained, copy_settings, load_base
+from train.trainer.processes import SHARED, is_launched
 
 MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 MAMBA_LAYERS = ("out_proj", "conv1d")
@@ -37,7 +38,8 @@ TUNERS = {
 def base_to_train(recipe: Recipe, run: Run) -> Any:
     """The run's base as its tuner needs it, before anything is added to it."""
     tuner = TUNERS[recipe.train.tuner]
-    return load_base(recipe, run, frozen=tuner.config is not None, four_bits=tuner.four_bits)
+    shared = is_launched() and recipe.launch.strategy in SHARED
+    return load_base(recipe, run, frozen=tuner.config is not None, four_bits=tuner.four_bits, shared=shared)
 
 
 def model_to_train(recipe: Recipe, run: Run) -> Any:
@@ -84,8 +86,12 @@ def read_past_adapters(config: Any) -> list[str] | None:
     return list(MAMBA_LAYERS) if config.get_text_config().model_type in MAMBA else None
 
 
-def save(recipe: Recipe, model: Any, run: Run) -> None:
-    """Write `trained/`: the adapter, or the weights with all that a model folder has; `kind.json` says which."""
+def save(recipe: Recipe, model: Any, run: Run, weights: dict[str, Any] | None = None) -> None:
+    """Write `trained/`: the adapter, or the weights with all that a model folder has; `kind.json` says which.
+
+    Args:
+        weights: by name, where several processes share the model's.
+    """
     tuner, folder = TUNERS[recipe.train.tuner], fresh_folder(run.path(".trained.tmp"))
     if tuner.config is None:
         copy_settings(run.path("base"), folder)
@@ -94,7 +100,10 @@ def save(recipe: Recipe, model: Any, run: Run) -> None:
         config = model.peft_config["default"]
         config.base_model_name_or_path = str(run.path("base"))
         config.target_modules = sorted(config.target_modules)  # a set: each process would write it in another order
-    model.save_pretrained(folder)
+    if weights:  # gathered, tied ones lie there twice
+        tied = getattr(model, "all_tied_weights_keys", {})
+        weights = {name: values for name, values in weights.items() if name not in tied}
+    model.save_pretrained(folder, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
     kind = "weights" if tuner.config is None else "adapter"
     Trained(kind, recipe.train.tuner, tuner.mergeable).write(folder)

@@ -1,19 +1,34 @@
-"""The work of a training: measure, train, measure again, save; what it finds is JSON, so a child can report it."""
+"""The work of a training: measure, train, measure again, save; what it finds is JSON, so a child can report it.
+
+torchrun starts it as `python -m train.worker TASK` (train.launch) in each process; all take part, the first one writes.
+"""
 
 import json
 import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pipeline import Recipe, Run
+from pipeline import Recipe, Run, UserError, load
+from pipeline.command import boundary
 from pipeline.error import Stopped
 from pipeline.files import write_whole
 from pipeline.rows import heldout
-from train.tokens import Tokens
-from train.trainer.journal import recorded
+from train.tokens import Tokens, opened
+from train.trainer.divergence import Diverged
+from train.trainer.journal import is_shortage, recorded, shortage
+from train.trainer.processes import is_launched, rank
 from train.tuners import model_to_train, save
+
+PARENT_SECONDS = 0.5
 
 log = logging.getLogger("truetune")
 
@@ -42,7 +57,8 @@ def work(
     from train.trainer.metrics import curves
 
     method = import_module(f"train.methods.{recipe.train.method}")
-    with recorded(recipe, run, resume_from) as journal:
+    first = rank() == 0
+    with recorded(recipe, run, resume_from) if first else nullcontext() as journal:
         tokenizer, model = AutoTokenizer.from_pretrained(run.path("base")), model_to_train(recipe, run)
         trainer = method.trainer(
             recipe,
@@ -53,24 +69,37 @@ def work(
             trackers,
             journal=journal,
             full_speed=full_speed,
-            callbacks=curves(recipe.train.tracker, run.path("logs", journal.began())),
+            callbacks=curves(recipe.train.tracker, run.path("logs", journal.began())) if journal else (),
         )
-        write_preview(recipe, run, tokens, tokenizer, trainer.train_dataset, trainer.args.max_length)
+        if first:
+            write_preview(recipe, run, tokens, tokenizer, trainer.train_dataset, trainer.args.max_length)
         kept = run.path("checkpoints", "before.json")
-        if not kept.is_file():  # nothing is trained yet, so this is the base; who resumes must not measure it again
-            write_whole(kept, json.dumps(method.measure(trainer, recipe, run, "before")))
-        before: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        _tell("before", before)
+
+        def measured_before() -> float | None:
+            """What the base scores; it throws dice, so that who trains takes the seed once more."""
+            if not kept.is_file():  # nothing is trained yet, so this is the base; who resumes must not measure it again
+                found = method.measure(trainer, recipe, run, "before")
+                if first:
+                    write_whole(kept, json.dumps(found))
+            trainer.accelerator.wait_for_everyone()
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            _tell("before", found)
+            set_seed(recipe.seed)
+            return None if recipe.train.label_smoothing else found["validation_loss"]
+
         if resume_from:
             log.info("resuming from %s", resume_from)
-        set_seed(recipe.seed)  # what was measured before has thrown dice, and is not measured again by who resumes
-        trainer.train(resume_from, None if recipe.train.label_smoothing else before["validation_loss"])
+        trainer.train(resume_from, measured_before)
         if trainer.stopping.wish:
             at = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, its checkpoint is saved"
             raise Stopped(f"{at}: 'make train RECIPE={recipe.name}' resumes from there", trainer.stopping.wish)
         after = method.measure(trainer, recipe, run, "after")
         _tell("after", after)
-        save(recipe, trainer.model, run)
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_launched() else None  # all take part
+        if not first:
+            return {}
+        before: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        save(recipe, trainer.accelerator.unwrap_model(trainer.model), run, weights)
         _save_answers(run, before.pop("answers"), after.pop("answers"))
         return {
             "before": before,
@@ -98,3 +127,59 @@ def _save_answers(run: Run, before: list[str], after: list[str]) -> None:
         for question, old, new in zip(heldout(run.path("data")), before, after, strict=True)
     ]
     write_whole(run.path("answers.jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def report(task: Path) -> int:
+    """Do the work as one of several processes and write beside `task` what came of it; the exit status.
+
+    It is 0 where all processes end alike. Else torchrun ends the others.
+    """
+    import torch
+
+    given = json.loads(task.read_text(encoding="utf-8"))
+    _end_with(os.getppid())
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    logging.getLogger().setLevel(logging.INFO if rank() == 0 else logging.ERROR)
+    name, *overrides = given["arguments"]
+    recipe = load(name, overrides or None)
+    run, found, status = Run(recipe.name), {}, 0
+    resume_from = Path(given["resume_from"]) if given["resume_from"] else None
+    try:
+        tokens = opened(recipe, run)
+        found["metrics"] = work(recipe, run, tokens, resume_from, given["trackers"], given["full_speed"])
+    except Stopped as stopped:
+        found = {"stopped": stopped.code - 128, "message": str(stopped)}
+    except Diverged:  # the first process tells it
+        found = {}
+    except UserError as error:
+        found, status = {"problems": error.problems}, 0 if isinstance(error.__context__, Diverged) else 1
+    except KeyboardInterrupt:
+        status = 130
+    except BaseException as error:
+        words = (
+            {"problems": shortage(recipe, run).problems}
+            if is_shortage(error)
+            else {"traceback": traceback.format_exc()}
+        )
+        found, status = words | {"time": time.time()}, 1
+    write_whole(task.with_name(f"{rank()}.json"), json.dumps(found))
+    return status
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended: no signal tells of one that was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    with boundary():
+        status = report(Path(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(status)  # not held up by threads of a process group whose other members are gone

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import Recipe, Run, UserError
-from pipeline.machine import cores, free_bytes, machine
+from pipeline.machine import cores, free_bytes, gpus, machine
 from pipeline.recipe import Train
+from train.launch import launch
 from train.planning.architecture import Architecture, architecture, read_config
 from train.planning.corpus import Corpus, corpus, supervised_positions
 from train.planning.devices import DEVICES, like, processor_peak
@@ -23,6 +24,7 @@ HOLES = {"processor": 1.25, "gpu": 1.1}
 # Of the peak: published LoRA and full trainings on GPUs reach 0.33 to 0.52; a small model on a processor far less.
 EFFICIENCY = {"processor": 0.15, "gpu": 0.35}
 WATTS_A_CORE = 10
+ZERO = {"ddp": 0, "zero2": 2, "zero3": 3, "fsdp": 3}  # FSDP2 shares what ZeRO stage 3 does
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,14 @@ def place(recipe: Recipe) -> Place:
     """The recipe's `plan.gpu`, else this machine.
 
     Raises:
-        UserError: no such GPU in the table.
+        UserError: no such GPU in the table, or of train.launch.
     """
-    wanted = recipe.plan
-    if wanted.gpu is None:
-        return dataclasses.replace(_here(recipe), devices=wanted.devices, zero=wanted.zero)
-    if wanted.gpu not in DEVICES:
-        raise UserError(f"plan.gpu={wanted.gpu!r} is unknown: choose one of: {', '.join(DEVICES)}")
-    return rented(recipe, wanted.gpu, wanted.devices, wanted.zero)
+    name, asked = recipe.plan.gpu, recipe.launch
+    if name is None:
+        return _here(recipe)
+    if name not in DEVICES:
+        raise UserError(f"plan.gpu={name!r} is unknown: choose one of: {', '.join(DEVICES)}")
+    return rented(recipe, name, asked.nodes * (1 if asked.gpus == "all" else asked.gpus), ZERO[asked.strategy])
 
 
 def rented(recipe: Recipe, name: str, devices: int = 1, zero: int = 0) -> Place:
@@ -116,13 +118,16 @@ def _here(recipe: Recipe) -> Place:
 
     precision = fast_precision() if recipe.train.precision == "auto" else recipe.train.precision
     price = (recipe.plan.price,) * 2
+    launched, zero = launch(recipe, gpus()), ZERO[recipe.launch.strategy]
     if not torch.cuda.is_available():
-        peak, watts = processor_peak(precision), WATTS_A_CORE * cores()
-        return Place("this machine's processor", "processor", free_bytes(), precision, peak, watts, price)
+        each = launched.processes  # they share memory and cores
+        memory, peak, watts = free_bytes() / each, processor_peak(precision) / each, WATTS_A_CORE * cores() / each
+        name = "this machine's processor"
+        return Place(name, "processor", memory, precision, peak, watts, price, launched.world, zero)
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     near, known = like(name, memory)
     peak = near.bfloat16 if precision == "bfloat16" else near.float32
-    return Place(name, "gpu", memory, precision, peak, near.watts, price, known=known)
+    return Place(name, "gpu", memory, precision, peak, near.watts, price, launched.world, zero, known)
 
 
 def memory_bytes(of: Job, at: Place, tuner: str = "", knobs: Train | None = None) -> dict[str, float]:

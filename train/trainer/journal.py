@@ -133,9 +133,14 @@ def recorded(recipe: Recipe, run: Run, resume_from: Path | None) -> Iterator[Jou
             journal.end(type(error).__name__)
             raise
         journal.end(OUT_OF_MEMORY)
-        held = f"{size(resident_bytes()[0])} held, {size(free_bytes())} free"
-        raise UserError(f"out of memory while training ({held}): {advice(recipe, run)}, and run again") from None
+        raise shortage(recipe, run) from None
     journal.end("finished")
+
+
+def shortage(recipe: Recipe, run: Run) -> UserError:
+    """What to change when memory did not suffice."""
+    held = f"{size(resident_bytes()[0])} held, {size(free_bytes())} free"
+    return UserError(f"out of memory while training ({held}): {advice(recipe, run)}, and run again")
 
 
 def _astray(diverged: Diverged, recipe: Recipe, run: Run) -> UserError:

@@ -13,6 +13,7 @@ from transformers.integrations import MLflowCallback, TensorBoardCallback
 from pipeline.machine import resident_bytes
 from pipeline.progress import Tell, progress
 from train.template import IGNORED
+from train.trainer.processes import everyones
 
 EVENTS = "events.out.tfevents."
 
@@ -38,12 +39,14 @@ class Pace:
         Padding, which TRL's collator gives position 0 each, is left out.
         """
         positions = inputs.get("position_ids")
-        self.tokens += inputs["input_ids"].numel() if positions is None else int(positions[0].nonzero()[-1]) + 1
+        counted = None if positions is None else positions[0].nonzero()
+        self.tokens += inputs["input_ids"].numel() if counted is None else int(counted[-1]) + 1 if len(counted) else 0
         self.supervised += int((inputs["labels"][:, 1:] != IGNORED).sum())
 
     def read(self) -> dict[str, float]:
-        """The step's measures by their names in the logs."""
+        """The step's measures by their names in the logs; tokens are those of all processes."""
         seconds = time.monotonic() - (self.began or time.monotonic())
+        self.tokens, self.supervised = (round(sum(each)) for each in everyones(self.tokens, self.supervised))
         measured = {
             "step_tokens": self.tokens,
             "supervised_tokens": self.supervised,

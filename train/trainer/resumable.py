@@ -7,11 +7,13 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -22,11 +24,15 @@ from pipeline.machine import fast_precision
 from pipeline.progress import progress
 from pipeline.recipe import Train
 from pipeline.units import size
+from train.launch import plugin
+from train.template import IGNORED
 from train.trainer.checkpoints import SAVING, complete, damage
 from train.trainer.divergence import Diverged, Watch
 from train.trainer.journal import Journal
 from train.trainer.metrics import Pace, TrainingProgress, totals
+from train.trainer.processes import everyones, gathered, is_launched
 
+DAYS_TO_WAIT = 7  # for another process, as when the first asks the questions: who died is seen by torchrun
 MOMENTS = 2  # Adam keeps two numbers for each weight that is trained
 WISHES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -63,7 +69,8 @@ def settings(recipe: Recipe, run: Run, validated: bool, trackers: Sequence[str] 
         "disable_tqdm": True,
         "seed": recipe.seed,
         "full_determinism": knobs.deterministic,
-    }
+        "ddp_timeout": DAYS_TO_WAIT * 24 * 3600,
+    } | (plugin(recipe) if is_launched() else {})
 
 
 class Patience(EarlyStoppingCallback):  # type: ignore[misc]
@@ -84,7 +91,7 @@ class Often(TrainerCallback):  # type: ignore[misc]
         self.last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_save |= time.monotonic() - self.last > self.seconds
+        control.should_save |= any(everyones(time.monotonic() - self.last > self.seconds)[0])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.last = time.monotonic()
@@ -114,12 +121,18 @@ class Stopping(TrainerCallback):  # type: ignore[misc]
         log.warning("%s: saving a checkpoint after this step; once more stops at once", self.wish.name)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.wish:
+        if self._agreed():
             raise Unvalidated
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.wish:
+        if self._agreed():
             control.should_save = control.should_training_stop = True
+
+    def _agreed(self) -> bool:
+        """Whether a signal has reached any process: all of them stop after the same step."""
+        heard = int(max(everyones(self.wish or 0)[0]))
+        self.wish = signal.Signals(heard) if heard else None
+        return heard > 0
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restore()
@@ -154,12 +167,21 @@ class Resumable(Trainer):  # type: ignore[misc]
         self.watch = Watch() if knobs.stop_on_divergence else None
         self.journal = journal
         self.batches: list[dict[str, Any]] = []
+        self.lengths: list[int] = []
         self.step_loss = 0.0
         ours: list[Any] = [Often(knobs.checkpoint_minutes), self.stopping, self.progress]
         if knobs.early_stopping_patience and kwargs.get("eval_dataset") is not None:
             ours.append(Patience(knobs.early_stopping_patience))
+        if kwargs["args"].n_gpu > 1:
+            raise UserError(
+                "one process sees several GPUs, which would be DataParallel: set CUDA_VISIBLE_DEVICES to one"
+            )
+        if kwargs["args"].fsdp and kwargs["args"].device.type == "cpu":
+            # Accelerate has FSDP for GPUs alone; torch's works on the processor, where it is tested.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         super().__init__(callbacks=[*ours, *callbacks], **kwargs)
         self.remove_callback(PrinterCallback)
+        self.collator, self.data_collator = self.data_collator, self._collate
         for weights in self.model.parameters():  # TRL rounds those of a QLoRA to bfloat16, which loses small steps
             if weights.requires_grad:
                 weights.data = weights.data.float()
@@ -167,21 +189,43 @@ class Resumable(Trainer):  # type: ignore[misc]
         steps_an_epoch = math.ceil(len(self.train_dataset) / rows_a_step)
         self.args.eval_steps = self.args.save_steps = math.ceil(steps_an_epoch / knobs.evals_per_epoch)
 
-    def train(self, resume_from: Path | None = None, base_loss: float | None = None) -> Any:
-        """Train, from a checkpoint on if one is given; far above `base_loss`, in nats a token, it has diverged."""
-        if self.watch:
-            self.watch.base_loss = base_loss
+    def train(self, resume_from: Path | None = None, measured: Callable[[], float | None] = lambda: None) -> Any:
+        """Train, from a checkpoint on if one is given.
+
+        Args:
+            measured: measures the model as it is, and tells its loss in nats a token: far above it, training diverged.
+        """
+        # Of several processes, once the model is wrapped: Accelerate takes one that was evaluated before for prepared,
+        # and each process would train alone. Nor does any of them have all weights before they are shared.
+        self.measured = measured if is_launched() else None
+        if not is_launched():
+            self._measure_base(measured)
         with self.progress.shown:
             try:
                 return super().train(resume_from_checkpoint=str(resume_from) if resume_from else None)
             finally:
                 self.stopping.restore()
 
+    def _measure_base(self, measured: Callable[[], float | None]) -> None:
+        loss = measured()
+        if self.watch:
+            self.watch.base_loss = loss
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.measured:
+            self._measure_base(self.measured)
+        return prepared
+
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         rows_at_once = self.args.eval_batch_size * self.args.world_size
         # Its data loader throws a die: without the fork, what is trained would depend on how often is validated.
         with self.progress.validation(math.ceil(len(self.eval_dataset) / rows_at_once)), torch.random.fork_rng([]):
-            return super().evaluate(*args, **kwargs)
+            lengths = self.lengths  # of the training's batch that comes next
+            try:
+                return super().evaluate(*args, **kwargs)
+            finally:
+                self.lengths = lengths
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -218,11 +262,32 @@ class Resumable(Trainer):  # type: ignore[misc]
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called before the weights move: what diverged leaves them as they were."""
         norm = super()._get_grad_norm(model, grad_norm)
-        loss, step = float(self.step_loss), self.state.global_step + 1
-        if self.watch and (why := self.watch.see(loss, float(norm))):
+        losses, step = everyones(float(self.step_loss))[0], self.state.global_step + 1
+        loss, norm = sum(losses) / len(losses), float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if self.watch and (why := self.watch.see(loss, norm)):
             first, rate = step - max(0, self.watch.above - 1), self._get_learning_rate()
-            raise Diverged(step, first, why, loss, float(norm), rate, self.batches)
+            raise Diverged(step, first, why, loss, norm, rate, gathered(self.batches))
         return norm
+
+    def _collate(self, rows: list[dict[str, Any]]) -> Any:
+        """A batch of the trainer's own collator, which may lay its rows end to end."""
+        self.lengths = [len(row["input_ids"]) for row in rows if "input_ids" in row]
+        return self.collator(rows)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: Any) -> Any:
+        """Supervised tokens of a step; rows that Accelerate repeats, to give each process as many, become padding."""
+        state, rows = self.accelerator.gradient_state, self.args.train_batch_size
+        if batch_samples and self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
+            kept = max(0, state.remainder - self.args.process_index * rows)
+            labels, positions = (batch_samples[-1].get(name) for name in ("labels", "position_ids"))
+            if labels is not None and len(labels) < len(self.lengths):
+                kept = sum(self.lengths[:kept])
+                labels[:, kept:], positions[:, kept:] = IGNORED, 0
+            elif labels is not None:
+                labels[kept:] = IGNORED
+                if positions is not None:
+                    positions[kept:] = 0
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.apart:
@@ -275,9 +340,9 @@ class Resumable(Trainer):  # type: ignore[misc]
             with progress(f"saving checkpoint-{step}, {size(needed)}"):
                 Trainer._save_checkpoint(self, model, trial)  # TRL's own adds a model card each time
                 self.accelerator.wait_for_everyone()
+                # The parent takes the folder that is being written for the best one's place.
+                self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}") if best else None
                 if self.args.should_save:
-                    # The parent takes the folder that is being written for the best one's place.
-                    self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}") if best else None
                     self.state.save_to_json(str(folder / SAVING / f"checkpoint-{step}" / TRAINER_STATE_NAME))
                     complete(folder, step, best)
         except (OSError, RuntimeError) as error:
