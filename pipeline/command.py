@@ -133,7 +133,7 @@ def boundary() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[AboveBars()])
-    for chatty in ("httpx", "httpx2", "huggingface_hub", "absl", "filelock"):
+    for chatty in ("httpx", "httpx2", "huggingface_hub", "absl", "filelock", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not Unicode's shows the codes of what it lacks
