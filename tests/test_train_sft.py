@@ -288,6 +288,9 @@ def test_no_answer_within_max_tokens_is_told(based: Any) -> None:
 
 
 def test_qlora_without_bitsandbytes_says_why(based: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils.import_utils import is_bitsandbytes_available
+
+    is_bitsandbytes_available.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     recipe = replace(based.recipe, train=replace(based.recipe.train, tuner="qlora"))
     with pytest.raises(UserError) as raised:
@@ -296,6 +299,7 @@ def test_qlora_without_bitsandbytes_says_why(based: Any, monkeypatch: pytest.Mon
         r"train\.tuner=qlora: bitsandbytes cannot quantize the base here \(.*bitsandbytes.*\): use train\.tuner=lora",
         str(raised.value),
     )
+    is_bitsandbytes_available.cache_clear()  # what it found here holds for this test alone
 
 
 FACTS = [
