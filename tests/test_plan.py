@@ -350,7 +350,7 @@ def test_the_peak_is_the_planned_one(
 ) -> None:
     """Within 15 %, in a process of its own, as `make train` runs it."""
     assert HOLES["processor"] == 1.25
-    for name in (".cache", "pipeline", "recipes", "train"):
+    for name in (".cache", "convert", "pipeline", "recipes", "setup", "train"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     overrides = [f"train.epochs={epochs}", "train.max_new_tokens=2"]
     for module in ("train.data", "train.base", "train.run"):
