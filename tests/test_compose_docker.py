@@ -60,7 +60,7 @@ POST /completion  POST /infill  GET /lora-adapters  POST /embedding  POST /v1/me
 POST /invocations  POST /score  POST /v1/score  POST /rerank  POST /v1/rerank  POST /pooling  POST /classify
 GET /version  GET /load  POST /pause  POST /v1/load_lora_adapter  GET /docs  GET /openapi.json  GET /ping
 GET /api/tags  POST /api/create  POST /api/pull  POST /api/push  POST /api/generate  POST /api/chat  GET /api/version
-DELETE /api/delete  POST /api/blobs/sha256:00  GET /debug/pprof/  GET /v1/models/small  GET /v1/health
+DELETE /api/delete  POST /api/blobs/sha256:00  GET /debug/pprof/  GET /v1/models/another  GET /v1/health
 POST /health  HEAD /v1/models  DELETE /v1/models  GET /v1/chat/completions  PUT /v1/chat/completions  OPTIONS /health
 GET /v1/models/  GET /v1//models  GET //v1/models  GET /V1/models  GET /v1/Models  GET /v1/%6dodels  GET /v1%2fmodels
 GET /v1/models%2f  GET /v1/models%00  GET /v1/models%20  GET /v1/models?a=1  GET /v1/models?  GET /v1/models;a
@@ -77,6 +77,11 @@ def test_every_other_address_is_refused(stack: Stack, request_line: str) -> None
     status, _, body = stack.ask(method, path, body=b"{}" if method in ("POST", "PUT") else b"")
     assert status in (400, 404), body
     assert b"prompt_tokens_total" not in body and b'"object"' not in body
+
+
+def test_the_model_is_described_by_its_name(stack: Stack) -> None:
+    status, _, body = stack.ask("GET", "/v1/models/small")
+    assert status == 200 and json.loads(body).items() >= {"id": "small", "object": "model"}.items()
 
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", CHAT, "/v1/completions", "/v1/embeddings", "/metrics", "/"])
