@@ -36,10 +36,10 @@ CONVERTER = CACHE / f"llama.cpp-{LLAMA_CPP_PYTHON}"
 CONVERTER_PARTS = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 COMPILED = ROOT / "setup/llama_cpp.cmake"
 LOCKED = ["--no-deps", "--require-hashes", "--requirement"]
-# pip's settings under uv's names for them, which does not read pip's configuration.
+# pip's settings under uv's names for them, which does not read pip's configuration. Not extra indexes: of a wheel for
+# each Python that partial indexes share out, uv takes one for another Python; what is only there pip installs.
 UV_NAMES = {
     "index-url": "UV_DEFAULT_INDEX",
-    "extra-index-url": "UV_INDEX",
     "find-links": "UV_FIND_LINKS",
     "trusted-host": "UV_INSECURE_HOST",
     "cert": "SSL_CERT_FILE",
@@ -195,8 +195,7 @@ def indexes(place: Environment) -> dict[str, str]:
     """Where pip is told to look for packages, as uv takes it; with a hash each, it does not matter who has them."""
     rows = re.findall(r"^(global|install|:env:)\.(\S+)='(.*)'$", place.asked("config", "list"), re.M)
     rows.sort(key=lambda row: ("global", "install", ":env:").index(row[0]))  # the last one holds
-    named = {UV_NAMES[key]: " ".join(value.replace(r"\n", " ").split()) for _, key, value in rows if key in UV_NAMES}
-    return {"UV_INDEX_STRATEGY": "unsafe-best-match"} | named
+    return {UV_NAMES[key]: " ".join(value.replace(r"\n", " ").split()) for _, key, value in rows if key in UV_NAMES}
 
 
 def install_torch(place: Environment, target: str) -> None:

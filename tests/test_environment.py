@@ -156,7 +156,7 @@ def test_uv_looks_where_pip_is_told_to_look(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PIP_CERT", "/own.pem")
     found = environment.indexes(Environment(Path(sys.prefix), tmp_path / "setup.log"))
     assert (found["UV_DEFAULT_INDEX"], found["SSL_CERT_FILE"]) == ("https://installs/simple", "/own.pem")
-    assert found["UV_INDEX"] == "https://one/ https://two/"
+    assert "UV_INDEX" not in found  # it would take a wheel for another Python, where indexes share them out
 
 
 def test_what_is_compiled_with_other_flags_is_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
