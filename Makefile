@@ -33,7 +33,7 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor plan resolve ready data base preview train reference eval merge gguf compare prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard test test-ollama lint format lock clean
+.PHONY: help setup doctor plan resolve ready data base preview train reference eval merge gguf compare prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard test test-all test-ollama lint format lock clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -174,12 +174,16 @@ tensorboard: | .venv/.complete ## Show the loss curves in the browser, on 127.0.
 	@test -d $(RUN)/logs || { echo "error: no $(RUN)/logs: run 'make train RECIPE=$(RECIPE)' first" >&2; exit 1; }
 	@.venv/bin/tensorboard --host 127.0.0.1 --logdir $(RUN)/logs
 
-test: | .venv/.complete ## Run the tests; ARGS='-k name' goes to pytest
-	@$(PYTHON) -m pytest $(ARGS)
+test: | .venv/.complete ## Run the tests that take seconds, one process a core; ARGS='-k name' goes to pytest
+	@$(PYTHON) -m pytest -n auto --dist loadfile -m "not slow" tests/unit tests/line $(ARGS)
+
+test-all: test ## And the slow ones, those in a browser, of the real engines and in containers
+	@$(PYTHON) -m pytest -n auto --dist loadfile -m slow tests/unit tests/line $(ARGS)
+	@$(PYTHON) -m pytest tests/engines tests/browser tests/containers $(ARGS)
 
 test-ollama: | .venv/.complete ## Run the tests of `make register` against the real Ollama at OLLAMA_HOST
 	@test -n "$$OLLAMA_HOST" || { echo "error: OLLAMA_HOST is not set: name a running Ollama" >&2; exit 1; }
-	@TEST_OLLAMA_HOST="$$OLLAMA_HOST" $(PYTHON) -m pytest tests/test_register.py $(ARGS)
+	@TEST_OLLAMA_HOST="$$OLLAMA_HOST" $(PYTHON) -m pytest tests/unit/test_register.py $(ARGS)
 
 lint: | .venv/.complete ## Check style and types
 	@$(PYTHON) -m ruff check

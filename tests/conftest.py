@@ -16,8 +16,9 @@ import pytest
 from pipeline import Recipe, Run, command, load
 from pipeline.stages import stage
 
-# Before a library reads them. The tests may run under make, whose variables must not reach the one under test.
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Before a library reads them. One thread each: tests run side by side, and sums depend on the threads.
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+# The tests may run under make, whose variables must not reach the one under test.
 OURS = "SET PORT UI UI_PORT ENGINE PROFILE RECIPE Q ROW NPROC NODE_RANK MASTER_ADDR MASTER_PORT"
 MAKES = "MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL"
 for leaked in f"{OURS} {MAKES} OLLAMA_HOST OLLAMA_API_KEY".split():

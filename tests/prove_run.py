@@ -65,7 +65,6 @@ def write_base(folder: Path) -> None:
     tokenizer = trained_tokenizer(CORPUS)
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=256,
@@ -110,12 +109,10 @@ class Proved:
 
     def make(self, *names: str) -> None:
         """Run the stages, up to date or not."""
-        import torch
 
         wishes = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         try:
             warnings.simplefilter("ignore")  # pytest restores the filters after each test
-            torch.set_num_threads(1)  # so small a model is slower in several, above all where others work too
             for name in names:
                 self.run.receipt_path(name).unlink(missing_ok=True)
                 module = import_module(stage(name).module)
