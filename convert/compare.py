@@ -25,7 +25,7 @@ from pipeline.recipe import NEEDS_IMATRIX, QUANTIZATIONS
 from pipeline.recommend import loss, recommend
 from pipeline.reference import Reference, read_reference
 from pipeline.rows import heldout, rendered
-from pipeline.score import facts_in
+from pipeline.scores import facts_in
 
 log = logging.getLogger("truetune")
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "numpy")

@@ -35,7 +35,7 @@ from pipeline.progress import progress
 from pipeline.proof import Bounds, Comparison, compare_tokens
 from pipeline.recipe import QUANTIZATIONS
 from pipeline.reference import Reference, read_reference
-from pipeline.score import key_fact_accuracy
+from pipeline.scores import key_fact_accuracy
 
 log = logging.getLogger("truetune")
 LEAST_BITS = 0.75  # of what the type has in Llama 3 8B; a fallback takes more, a larger model a little less

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.confidence import Estimate, Score, compare, squared_and_added, verdict
 from pipeline.error import UserError
+from pipeline.scores import Estimate, Score, compare, squared_and_added, verdict
 
 RESAMPLES = 1000  # for the error of a task's own measure that is no mean of its rows
 NORMAL = 1.96  # standard errors of a 95 % interval

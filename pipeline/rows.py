@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.bounds import at_most
 from pipeline.error import UserError
+from pipeline.machine import at_most
 
 # Marks the assistant's words for transformers alone: training removes it, loaders of GGUF files refuse it.
 GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")

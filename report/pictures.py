@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from pipeline.confidence import Estimate, Score
 from pipeline.proof import Comparison
 from pipeline.run import Receipt
-from pipeline.scores import change, figure
+from pipeline.scores import Estimate, Score, change, figure
 from pipeline.units import number, power, size
 from report.chart import (
     Chart,

@@ -13,7 +13,7 @@ from pipeline.load import as_dict
 from pipeline.proof import Comparison
 from pipeline.recipe import Recipe
 from pipeline.run import Fingerprints, Receipt, Run
-from pipeline.score import has_fact
+from pipeline.scores import has_fact
 from pipeline.stages import STAGES
 from report.verdict import Verdict
 

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import Recipe, Run, UserError, harness
 from pipeline.command import boundary, recipe_of_arguments
-from pipeline.confidence import METHOD, as_rows, median
 from pipeline.files import write_whole
 from pipeline.progress import progress
 from pipeline.rows import heldout
-from pipeline.scores import show
+from pipeline.scores import METHOD, as_rows, median, show
 from serve.asking.client import Answer, connect, failures, reason
 from serve.running.session import Session, find, memory_bytes
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import Recipe, Run, load
-from pipeline.confidence import METHOD, Estimate, Score
 from pipeline.files import fingerprint, write_whole
 from pipeline.load import as_dict
 from pipeline.proof import Comparison, write_comparisons
 from pipeline.run import Receipt
+from pipeline.scores import METHOD, Estimate, Score
 from pipeline.stages import STAGES, stage
 
 NAME = "mine"

@@ -15,12 +15,10 @@ from typing import Any
 
 from pipeline import Made, Recipe, Run, UserError, harness
 from pipeline.command import boundary, recipe_of_arguments, up_to_date
-from pipeline.confidence import METHOD, Score, as_rows, compare
 from pipeline.files import fingerprint
 from pipeline.recipe import Train
 from pipeline.rows import count, heldout, picked, rendered
-from pipeline.score import facts_in
-from pipeline.scores import show
+from pipeline.scores import METHOD, Score, as_rows, compare, facts_in, show
 from pipeline.stages import stage
 from train.scoring.classification import PROMPT, Labelled, labelled, path_of, spoken
 from train.scoring.likelihood import Choices, Likelihood, choice_losses, likelihoods

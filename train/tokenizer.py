@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import UserError
-from pipeline.bounds import at_most_more
 from pipeline.files import read_object, write_whole
+from pipeline.machine import at_most_more
 from pipeline.rows import GENERATION_TAG, rendered
 from train.embeddings import add_rows
 from train.template import settled

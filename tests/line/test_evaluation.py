@@ -12,8 +12,7 @@ import pytest
 from conftest import REPOSITORY, Workplace
 
 from pipeline import Run, load
-from pipeline.confidence import Score, compare
-from pipeline.scores import show
+from pipeline.scores import Score, compare, show
 from train.evaluate import KNOWLEDGE, choices_of, of_answers, question_of, right_answers
 from train.scoring.likelihood import TOKENS_AT_ONCE, Choices, batches, choice_losses, likelihoods
 from train.scoring.pair import Pair, round_once

@@ -9,7 +9,7 @@ import pytest
 from conftest import Workplace
 
 from pipeline import UserError, harness
-from pipeline.confidence import Score
+from pipeline.scores import Score
 
 CHOOSING = """
 task: colours

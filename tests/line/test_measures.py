@@ -6,8 +6,18 @@ import re
 import numpy as np
 import pytest
 
-from pipeline.confidence import LEAST_ROWS, Estimate, Score, as_rows, compare, newcombe, squared_and_added, wilson
-from pipeline.scores import change, table
+from pipeline.scores import (
+    LEAST_ROWS,
+    Estimate,
+    Score,
+    as_rows,
+    change,
+    compare,
+    newcombe,
+    squared_and_added,
+    table,
+    wilson,
+)
 from pipeline.units import share
 from train.scoring.measures import confusion, macro_f1, matthews, normalized, text_measures, token_f1, words
 

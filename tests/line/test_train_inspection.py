@@ -413,7 +413,7 @@ def test_a_template_is_held_to_seconds_and_to_one_line(case: str, base_folder: P
 
     from transformers import AutoTokenizer
 
-    from pipeline.bounds import at_most_more
+    from pipeline.machine import at_most_more
     from train.tokenizer import TEMPLATE_BYTES, end_of_turn
 
     text, why = TEMPLATES[case]

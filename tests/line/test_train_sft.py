@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pipeline import UserError
-from pipeline.score import has_fact, key_fact_accuracy
+from pipeline.scores import has_fact, key_fact_accuracy
 from train import run as stage
 from train.planning.disk import check_disk, needed_bytes
 from train.template import examples

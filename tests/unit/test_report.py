@@ -15,7 +15,7 @@ import pytest
 from report_run import EVERY, METRICS, SCORES, TYPES, Told, comparisons
 
 from pipeline import Run, UserError
-from pipeline.confidence import Score
+from pipeline.scores import Score
 from report.pictures import change_chart, loss_chart
 from report.report import page, report
 from report.summary import lineage

@@ -245,7 +245,7 @@ def test_the_shipped_questions_pass_and_are_enough() -> None:
 
 
 def test_the_reference_answers_contain_their_own_facts() -> None:
-    from pipeline.score import has_fact
+    from pipeline.scores import has_fact
 
     missing = [
         (row.place, fact)

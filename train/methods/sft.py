@@ -17,7 +17,7 @@ from pipeline.files import write_whole
 from pipeline.progress import progress
 from pipeline.recipe import Train
 from pipeline.rows import heldout
-from pipeline.score import key_fact_accuracy
+from pipeline.scores import key_fact_accuracy
 from train.scoring.score import answers
 from train.template import IGNORED
 from train.tokens import longest_and_sum, row_tokens

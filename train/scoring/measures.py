@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.confidence import mean
+from pipeline.scores import mean
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 # A letter of a script that writes no spaces is a word; of the others, letters and digits in a row.

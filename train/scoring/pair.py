@@ -10,10 +10,10 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline import Recipe, Run
-from pipeline.confidence import median
 from pipeline.machine import fast_precision, resident_bytes
 from pipeline.model import Trained, load_trained
 from pipeline.rows import rendered
+from pipeline.scores import median
 from train.tuners import base_to_train
 
 SPEED_TOKENS, SPEED_REPEATS = 16, 6
