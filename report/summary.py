@@ -1,24 +1,115 @@
-"""What the receipts of a run tell, section by section, for its page and its model card; what is not known is absent."""
+"""What the receipts of a run tell its page and its model card: verdict, data, lineage, answers, costs."""
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pipeline.load import as_dict
-from pipeline.proof import Comparison
+from pipeline.proof import Comparison, read_comparisons
 from pipeline.recipe import Recipe
 from pipeline.run import Fingerprints, Receipt, Run
 from pipeline.scores import has_fact
 from pipeline.stages import STAGES
-from report.verdict import Verdict
+from pipeline.units import bars
 
 MOST_QUESTIONS = 60
 LINK_OF_STAGE = {"base": "base", "train": "trained", "reference": "reference", "merge": "merged"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`answer` is yes, no or open; `reasons` say what was found, what is missing, or what has changed since.
+
+    `rows` are the comparisons that it rests on, `outdated` whether they are of an older state of the run.
+    """
+
+    answer: str
+    reasons: list[str]
+    rows: list[Comparison]
+    outdated: bool = False
+
+    @property
+    def headline(self) -> str:
+        """The answer in a sentence, with the artefact in which the model was lost."""
+        lost = next((row.name for row in self.rows if row.problems), "")
+        return {
+            "yes": "Yes: it is the model that was trained.",
+            "no": f"No: {lost} is not the model that was trained.",
+            "open": "Not proved yet.",
+        }[self.answer]
+
+
+def verdict(recipe: Recipe, run: Run) -> Verdict:
+    """By the newest comparisons that still hold: those of `make prove`, else those of the files alone."""
+    command = f"run 'make prove RECIPE={run.name}'"
+    proof, files = run.find_receipt("prove"), run.find_receipt("compare")
+    all_rows = [Comparison(**row) for row in proof.metrics["comparisons"]] if proof else []
+    found = run.path("compare.jsonl")
+    file_rows = read_comparisons(found) if files and found.is_file() else []
+    changed = run.state("prove" if proof else "compare", recipe).changed
+    if proof and not changed:
+        problems = _problems(all_rows)
+        return Verdict("no" if problems else "yes", problems or _passed(all_rows), all_rows)
+
+    again = f"The last proof no longer holds: {changed}; {command} again."
+    if file_rows and not run.state("compare", recipe).changed:
+        problems = _problems(file_rows)
+        missing = again if proof else f"The served endpoint has not been asked yet: {command}."
+        return Verdict("no" if problems else "open", problems or [missing], file_rows)
+    if proof or file_rows:
+        return Verdict("open", [again], all_rows or file_rows, outdated=True)
+    return Verdict("open", [f"Nothing has been compared yet: {command}."], [])
+
+
+def _problems(rows: list[Comparison]) -> list[str]:
+    """The first artefact in which the model was lost comes first; the line is in the order in which it is made."""
+    return [f"{row.name}: {problem}" for row in rows for problem in row.problems]
+
+
+def _passed(rows: list[Comparison]) -> list[str]:
+    names = ", ".join(row.name for row in rows)
+    return [f"Everything made from it says what the trained model says, within the recipe's bounds: {names}."]
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """From the receipt of `data` and from `tokens/preview.json`; what is not known is empty."""
+
+    sources: list[dict[str, Any]] = field(default_factory=list)  # `source`, `format`, `rows`, `rejected` by reason
+    steps: list[tuple[str, int, int]] = field(default_factory=list)  # (cleaning step, rows changed, rows left out)
+    parts: list[dict[str, Any]] = field(default_factory=list)  # a row of counts for train and for validation
+    lengths: list[tuple[str, int, float]] = field(default_factory=list)  # (tokens, rows, bar of 0 to 1)
+    packing: dict[str, Any] = field(default_factory=dict)
+    example: dict[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.sources or self.parts)
+
+
+def conversations(run: Run) -> Conversations:
+    """What this run tells of its data."""
+    receipt = run.find_receipt("data")
+    told = receipt.metrics if receipt else {}
+    changed, rejected = (told.get(key) for key in ("changed", "rejected"))
+    changed, rejected = (steps if isinstance(steps, dict) else {} for steps in (changed, rejected))
+    steps = [(name, changed.get(name, 0), rejected.get(name, 0)) for name in sorted({*changed, *rejected})]
+    try:
+        found = json.loads(run.path("tokens", "preview.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return Conversations(told.get("sources", []), steps)
+    return Conversations(
+        told.get("sources", []),
+        steps,
+        [{"part": part} | counts for part, counts in found["parts"].items() if counts.get("rows")],
+        bars(found["lengths"]),
+        found["packing"],
+        found["example"],
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from report_run import EVERY, Told, comparisons
 
-from report.card import card, plain
+from report.report import card, plain
 
 pytest_plugins = ["report_fixtures"]
 

@@ -16,7 +16,7 @@ from report_run import EVERY, METRICS, SCORES, TYPES, Told, comparisons
 
 from pipeline import Run, UserError
 from pipeline.scores import Score
-from report.pictures import change_chart, loss_chart
+from report.chart import change_chart, loss_chart
 from report.report import page, report
 from report.summary import lineage
 

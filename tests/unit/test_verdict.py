@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from report_run import EVERY, NAME, RECIPE, Told, comparisons
 
-from report.verdict import verdict
+from report.summary import verdict
 
 pytest_plugins = ["report_fixtures"]
 FILES = EVERY[:-1]  # all but the proof of the endpoint
