@@ -25,7 +25,7 @@ from datatrove.pipeline.writers import JsonlWriter
 
 from pipeline import Recipe, UserError, load
 from pipeline.command import boundary
-from train.cleaning.prepare import Settings, Work, prepared, settings
+from train.cleaning.clean import Settings, Work, prepared, settings
 from train.data import read_questions
 from train.reading.formats import detect, whole_chunks
 from train.reading.row import Problem, Row

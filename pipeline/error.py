@@ -1,4 +1,4 @@
-"""The exceptions that a person reads: what to mend, and where a stopped command goes on."""
+"""What a person reads of a failure: what to mend, where a stopped command goes on, and what a library said of it."""
 
 
 class UserError(Exception):
@@ -18,3 +18,9 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, said: str, wish: int) -> None:
         super().__init__(said)
         self.code = 128 + wish
+
+
+def reason(error: Exception) -> str:
+    """What a library says in its last line, short enough for a message of one line."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return said[-1][:200] if said else type(error).__name__

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.error import UserError
+from pipeline.error import UserError, reason
 from pipeline.files import write_whole
 from pipeline.methods import METHODS
 from pipeline.progress import progress
 from pipeline.recipe import Recipe
+from pipeline.rows import rendered
 from pipeline.run import Run
 
 HEADS = {"causal": "AutoModelForCausalLM"}
@@ -48,11 +49,51 @@ class Trained:
             raise UserError(f"{folder / KIND} cannot be read ({error}): run 'make train' for it again") from None
 
 
-def auto_model(recipe: Recipe) -> Any:
-    """transformers' class that loads what the recipe's method trains."""
+def auto_model(head: str) -> Any:
+    """transformers' class that loads a model of this head (pipeline.methods)."""
     import transformers
 
-    return getattr(transformers, HEADS[METHODS[recipe.train.method].head])
+    return getattr(transformers, HEADS[head])
+
+
+def on_meta(config: Any, dtype: str = "float32", head: str = "causal") -> Any:
+    """The model of a config, on the meta device, where tensors have no data.
+
+    Raises:
+        UserError: transformers cannot build it from this config.
+    """
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return auto_model(head).from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+    except Exception as error:  # of the model's own code
+        raise UserError(
+            f"a {config.model_type} cannot be built from its config ({reason(error)}): mend its config.json or use "
+            "another base"
+        ) from None
+
+
+def unread(folder: Path, head: str = "causal") -> dict[str, Any]:
+    """What of a folder's weights does not become its model's: `mismatched_keys`, `missing_keys`, `unexpected_keys`."""
+    import torch
+
+    _, found = auto_model(head).from_pretrained(
+        folder, device_map="meta", dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    return dict(found)
+
+
+def stored(path: Path, head: str = "causal") -> Any:
+    """The model of a folder in the precision of its files, or of a GGUF file in float32: to be written again."""
+    import torch
+
+    if path.suffix != ".gguf":
+        return auto_model(head).from_pretrained(path, dtype="auto")
+    model = auto_model(head).from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are plain float32 from here on
+    del model.config.quantization_config
+    return model
 
 
 def load_base(recipe: Recipe, run: Run, frozen: bool, four_bits: bool, shared: bool = False) -> Any:
@@ -70,13 +111,14 @@ def load_base(recipe: Recipe, run: Run, frozen: bool, four_bits: bool, shared: b
     from pipeline.machine import fast_precision
 
     fast = torch.bfloat16 if fast_precision() == "bfloat16" and recipe.train.precision != "float32" else torch.float32
+    auto = auto_model(METHODS[recipe.train.method].head)
     options: dict[str, Any] = {"dtype": torch.float32}
     if torch.cuda.is_available():
         options["dtype"] = fast if frozen else torch.float32
     if torch.cuda.is_available() and not shared:
         options["device_map"] = {"": torch.cuda.current_device()}
     if not four_bits:
-        return auto_model(recipe).from_pretrained(run.path("base"), **options)
+        return auto.from_pretrained(run.path("base"), **options)
     from transformers import BitsAndBytesConfig
 
     try:
@@ -86,11 +128,11 @@ def load_base(recipe: Recipe, run: Run, frozen: bool, four_bits: bool, shared: b
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=fast,
         )
-        return auto_model(recipe).from_pretrained(run.path("base"), **options)
+        return auto.from_pretrained(run.path("base"), **options)
     except (ImportError, RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"train.tuner=qlora: bitsandbytes cannot quantize the base here ({reason}): use train.tuner=lora"
+            f"train.tuner=qlora: bitsandbytes cannot quantize the base here ({said}): use train.tuner=lora"
         ) from None
 
 
@@ -104,13 +146,11 @@ def precision_to_ask(recipe: Recipe) -> str:
 def load(folder: Path, precision: str, head: str = "causal") -> Any:
     """The model of a Hugging Face folder, in `float32` or `bfloat16`, ready to be asked."""
     import torch
-    import transformers
 
     weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     fits = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > ROOM[precision] * weights_bytes
     place = {"device_map": {"": torch.cuda.current_device()}} if fits else {}
-    auto = getattr(transformers, HEADS[head])
-    return auto.from_pretrained(folder, dtype=getattr(torch, precision), **place).eval()
+    return auto_model(head).from_pretrained(folder, dtype=getattr(torch, precision), **place).eval()
 
 
 def load_trained(run: Run, precision: str, base: Any = None, head: str = "causal") -> Any:
@@ -187,3 +227,13 @@ def greedy(
                 found[index] = row[:end]
     model.train(was_training)
     return [found[index] for index in range(len(prompts))]
+
+
+def answers(
+    model: Any, tokenizer: Any, questions: list[dict[str, Any]], longest_tokens: int, doing: str = "questions"
+) -> list[str]:
+    """The model's greedy answers, each up to the end of its turn or `longest_tokens`."""
+    prompts = [rendered(tokenizer, row["messages"], prompt=True, tools=row.get("tools")) for row in questions]
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    found = greedy(model, tokenizer, ids, longest_tokens, doing=doing)
+    return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in found]

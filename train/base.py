@@ -5,7 +5,6 @@ Whatever the recipe's `base` names (the packaged model, random weights, a Hub id
 """
 
 import difflib
-import json
 import logging
 import os
 import re
@@ -16,12 +15,19 @@ from typing import Any
 
 from pipeline import Made, Recipe, Run, UserError, command
 from pipeline.files import fingerprint, fresh_folder, put_in_place, read_json, read_object
+from pipeline.model import stored
 from pipeline.run import Fingerprints
-from train.inspection import clean_generation, refuse, refuse_weights, write_positions
-from train.origin import origin
-from train.packaged import PACKAGED, PACKAGED_MODEL, RANDOM, packaged_gguf, random_config
-from train.planning.architecture import config_in, config_named
-from train.reach import without_waiting
+from train.config import PACKAGED, PACKAGED_MODEL, RANDOM, config_in, config_named, packaged_gguf, random_config
+from train.hub import fetched, without_waiting
+from train.inspection import (
+    clean_generation,
+    origin,
+    parameters,
+    refuse,
+    refuse_weights,
+    safetensors_header,
+    write_positions,
+)
 from train.tokenizer import prepare_tokenizer
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -74,45 +80,6 @@ def base(recipe: Recipe, run: Run) -> Made:
     )
 
 
-def parameters(folder: Path) -> int:
-    """Number of weights in a folder's safetensors, from their headers alone."""
-    total = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in safetensors_header(file).items():
-            if name != "__metadata__":
-                size = 1
-                for length in tensor["shape"]:
-                    size *= length
-                total += size
-    return total
-
-
-def safetensors_header(file: Path) -> dict[str, Any]:
-    """The tensors' names, types, shapes and offsets.
-
-    Raises:
-        UserError: the file is truncated or damaged.
-    """
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(size - 8, 100_000_000):
-                raise ValueError("its header does not fit the file")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        if not all(
-            isinstance(entry["dtype"], str) and all(length >= 0 for length in entry["shape"]) for entry in tensors
-        ):
-            raise ValueError("a tensor without type or shape")
-        end = max((entry["data_offsets"][1] for entry in tensors), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is not a whole safetensors file ({error}): fetch it again") from None
-    if size != 8 + length + end:
-        raise UserError(f"{file} has {size} bytes, its header says {8 + length + end}: it is truncated, fetch it again")
-    return header
-
-
 def _from_random(folder: Path, seed: int) -> Fingerprints:
     """Random weights around the packaged tokenizer."""
     import torch
@@ -128,20 +95,17 @@ def _from_random(folder: Path, seed: int) -> Fingerprints:
 
 def _from_gguf(name: str, folder: Path) -> Fingerprints:
     """Dequantize a GGUF to float32 safetensors."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     source = packaged_gguf() if name == PACKAGED else Path(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        model = stored(source)
     except (ValueError, KeyError, IndexError, OSError, NotImplementedError, struct.error) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{source} is not a whole GGUF model that transformers reads ({reason}): fetch it again"
         ) from None
-    model.hf_quantizer = None  # the weights are plain float32 from here on
-    del model.config.quantization_config
     _save(model, tokenizer, folder)
     return {name: fingerprint(source)}
 
@@ -204,30 +168,21 @@ def _from_hub(recipe: Recipe, folder: Path) -> Fingerprints:
     """Download a Hub model's settings and, if they do, the safetensors that transformers reads; nothing else."""
     for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.pop(bars, None)  # a download of gigabytes shows its progress
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, snapshot_download
 
     repository, _, revision = recipe.base_model.partition("@")
     without_waiting(HfApi.model_info, repository, revision or None)
-    found = _downloaded(recipe.base_model, repository, revision, [INDEX, *SETTINGS])
+
+    def bring(revision: str | None, names: list[str]) -> Path:
+        return fetched(
+            recipe.base_model, lambda: snapshot_download(repository, revision=revision, allow_patterns=names)
+        )
+
+    found = bring(revision or None, [INDEX, *SETTINGS])
     refuse_settings(recipe, found)
-    found = _downloaded(recipe.base_model, repository, found.name, [WHOLE, *weight_files(found)])
+    found = bring(found.name, [WHOLE, *weight_files(found)])
     made_from = _from_folder(recipe, found, folder)
     return {f"{repository}@{found.name}/{Path(file).name}": mark for file, mark in made_from.items()}
-
-
-def _downloaded(base: str, repository: str, revision: str, patterns: list[str]) -> Path:
-    """The folder of a Hub model's files of these names; that of its revision's hash."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"base {base!r} cannot be fetched from the Hugging Face Hub ({reason}): check the name and the network, "
-            f"for gated models set HF_TOKEN, or use base_model: {PACKAGED}"
-        ) from None
 
 
 def refuse_settings(recipe: Recipe, source: Path) -> None:

@@ -1,7 +1,7 @@
 """Read, check and split the conversations:  python -m train.data RECIPE
 
 What may be read, and in which formats: train/reading. The sources stream through workers on all cores, which clean
-and sign each row alone (train/cleaning/prepare.py), into a file of all rows; by the signatures, all that has to be in
+and sign each row alone (train/cleaning/clean.py), into a file of all rows; by the signatures, all that has to be in
 memory, it is decided which rows repeat others and which are held back (train/cleaning/duplicates.py).
 """
 
@@ -20,7 +20,7 @@ from pipeline.files import fingerprint, fresh_folder, put_in_place, remove
 from pipeline.machine import cores
 from pipeline.progress import progress
 from pipeline.rows import RowWriter, batches
-from train.cleaning.prepare import Prepared, Settings, Work, line_of, prepared, settings
+from train.cleaning.clean import Prepared, Settings, Work, line_of, prepared, settings
 from train.pool import in_order
 from train.reading.chunks import records
 from train.reading.formats import Detected, detect, whole_chunks

@@ -1,31 +1,36 @@
 """Measure what training changed, base beside trained, each with its 95 % interval:  python -m train.evaluate RECIPE
 
-Both in one process, an adapter switched off and on: answers to held-out questions against their references, likelihood
-of the validation answers, general knowledge that may have been forgotten, and classification files.
+Both in one process: an adapter is switched off and on in one model; of whole weights both are held, less than training
+them took. Asked are held-out questions, whose answers are compared with their references, the likelihood of validation
+answers, general knowledge that may have been forgotten, and classification files.
 """
 
 import json
 import logging
 import os
 import random
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline import Made, Recipe, Run, UserError, harness
 from pipeline.command import boundary, recipe_of_arguments, up_to_date
 from pipeline.files import fingerprint
+from pipeline.machine import fast_precision, resident_bytes
+from pipeline.model import Trained, answers, load_trained
 from pipeline.recipe import Train
 from pipeline.rows import count, heldout, picked, rendered
-from pipeline.scores import METHOD, Score, as_rows, compare, facts_in, show
+from pipeline.scores import METHOD, Score, as_rows, compare, facts_in, median, show
 from pipeline.stages import stage
 from train.scoring.classification import PROMPT, Labelled, labelled, path_of, spoken
 from train.scoring.likelihood import Choices, Likelihood, choice_losses, likelihoods
 from train.scoring.measures import confusion, macro_f1, matthews, text_measures
-from train.scoring.pair import Pair, speed
-from train.scoring.score import answers
 from train.template import Example, row_examples
+from train.tuners import base_to_train
 
 KNOWLEDGE = Path(__file__).parents[1] / "recipes/knowledge.jsonl"
 ROWS_AT_ONCE = 8  # of a task of the evaluation harness
@@ -35,6 +40,7 @@ SPEAKERS = ("base", "trained, an adapter not merged, in one process")
 PACKAGES = ("torch", "transformers", "peft", "sacrebleu", "rouge-score", "scipy", "numpy")
 
 log = logging.getLogger("truetune")
+SPEED_TOKENS, SPEED_REPEATS = 16, 6
 
 
 def evaluate(recipe: Recipe, run: Run) -> Made:
@@ -68,7 +74,7 @@ def _read(recipe: Recipe) -> list[str]:
     return [os.path.relpath(KNOWLEDGE), *map(path_of, recipe.eval.classification), *own]
 
 
-def of_validation(pair: Pair, recipe: Recipe, run: Run) -> list[Score]:
+def of_validation(pair: "Pair", recipe: Recipe, run: Run) -> list[Score]:
     """Perplexity and token accuracy of all that the assistant says in the validation conversations."""
     cut = [rows_of(pair.tokenizer, row, recipe.train) for row in sample(recipe, run, "validation")]
     flat = [example for each in cut for example in each]
@@ -114,7 +120,7 @@ def perplexity(sums: Any) -> Any:
     return np.exp(np.minimum(sums[..., 0] / sums[..., 1], LARGEST_LOSS))
 
 
-def of_answers(pair: Pair, recipe: Recipe, run: Run) -> list[Score]:
+def of_answers(pair: "Pair", recipe: Recipe, run: Run) -> list[Score]:
     """Key facts and likeness of the greedy answers to the held-out questions; without these, to the validation's."""
     questions = limited(heldout(run.path("data")), recipe)
     group = "held-out questions" if questions else "validation questions"
@@ -154,7 +160,7 @@ def question_of(row: dict[str, Any]) -> dict[str, Any] | None:
     return {"messages": row["messages"][:-1], "tools": row.get("tools"), "answer": last["content"], "facts": []}
 
 
-def of_knowledge(pair: Pair, recipe: Recipe) -> list[Score]:
+def of_knowledge(pair: "Pair", recipe: Recipe) -> list[Score]:
     """How many questions of general knowledge are answered rightly, by which of four answers is the most likely."""
     with KNOWLEDGE.open(encoding="utf-8") as file:
         questions = [json.loads(line) for line in file]
@@ -176,7 +182,7 @@ def right_answers(losses: list[list[float]]) -> list[list[float]]:
     return [[float(first < min(others)), 1.0] for first, *others in losses]
 
 
-def of_labels(pair: Pair, recipe: Recipe, files: list[Labelled]) -> list[Score]:
+def of_labels(pair: "Pair", recipe: Recipe, files: list[Labelled]) -> list[Score]:
     """Accuracy, macro F1 and Matthews' correlation of each file, whose labels compete by their likelihood."""
     scores = []
     for file in files:
@@ -205,7 +211,7 @@ def of_labels(pair: Pair, recipe: Recipe, files: list[Labelled]) -> list[Score]:
     return scores
 
 
-def of_tasks(pair: Pair, recipe: Recipe, tasks: dict[str, Any] | None) -> list[Score]:
+def of_tasks(pair: "Pair", recipe: Recipe, tasks: dict[str, Any] | None) -> list[Score]:
     """Tasks of the evaluation harness, of the loaded model itself."""
     if not tasks:
         return []
@@ -235,6 +241,87 @@ def sample(recipe: Recipe, run: Run, part: str) -> list[dict[str, Any]]:
 
 def drawn(total: int, recipe: Recipe) -> list[int]:
     return sorted(random.Random(recipe.seed).sample(range(total), min(total, recipe.eval.max_samples)))
+
+
+class Pair:
+    """Both models, in what the processor does fast."""
+
+    def __init__(self, recipe: Recipe, run: Run) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer, base = AutoTokenizer.from_pretrained(run.path("base")), base_to_train(recipe, run).eval()
+        trained = load_trained(run, str(base.dtype).removeprefix("torch."), base)
+        self.models = {"base": base, "trained": trained}
+        self.adapter = Trained.read(run.path("trained")).kind == "adapter"
+        self.precision = fast_precision() if recipe.train.precision == "auto" else recipe.train.precision
+        if self.precision == "bfloat16":
+            for model in (trained,) if self.adapter else (base, trained):
+                round_once(model)
+
+    @contextmanager
+    def speaking(self, name: str) -> Iterator[Any]:
+        """The model of that name, base or trained."""
+        import torch
+
+        model = self.models["trained" if self.adapter else name]
+        bare = model.disable_adapter() if self.adapter and name == "base" else nullcontext()
+        with bare, torch.autocast(model.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            yield model
+
+    def ask(self, what: Callable[[Any, str], Any]) -> tuple[Any, Any]:
+        """What both find, base first; `what` takes the model and its name."""
+        found = []
+        for name in ("base", "trained"):
+            with self.speaking(name) as model:
+                found.append(what(model, name))
+        return found[0], found[1]
+
+
+def round_once(model: Any) -> None:
+    """Round the layers' weights to bfloat16, as autocast would again at every step: it keeps none that are frozen."""
+    import torch
+
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and module.weight.dtype == torch.float32:  # not those in 4 bits
+            # A new parameter, since the output layer may share the embedding's, which autocast leaves as it is.
+            module.weight = torch.nn.Parameter(module.weight.to(torch.bfloat16), requires_grad=False)
+
+
+class Ticks:
+    """When `generate` had the prompt, and when each token: a streamer that keeps the time alone."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def put(self, _: Any) -> None:
+        self.at.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def speed(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Seconds to the first token of one answer, tokens a second after it, and the memory that all this took."""
+    import torch
+
+    prompt = rendered(tokenizer, [{"role": "user", "content": "What is the capital of France?"}], prompt=True)
+    batch = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+
+    def answered(tokens: int) -> list[float]:
+        """The seconds from the prompt to each token."""
+        ticks = Ticks()
+        with torch.inference_mode():
+            model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=ticks)
+        return [at - ticks.at[0] for at in ticks.at[1:]]
+
+    answered(1)  # the first one also prepares
+    times = [answered(1 + SPEED_TOKENS) for _ in range(SPEED_REPEATS)]
+    held = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else resident_bytes()[1]
+    return {
+        "first_token_seconds": asdict(median([each[0] for each in times])),
+        "tokens_per_second": asdict(median([SPEED_TOKENS / (each[-1] - each[0]) for each in times])),
+        "bytes": held,
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What of a base training, conversion or serving would stumble over, told from its files before any of them begins.
 
-All problems at once. `make plan` has the config alone, `base` every file that it was given, `train` the base folder.
+And what its files say of it otherwise: its licence and its languages, for the model card, and how many weights it has.
 """
 
 import json
@@ -12,9 +12,12 @@ from typing import Any
 
 from pipeline import Recipe, Run, UserError
 from pipeline.converter import architectures
+from pipeline.error import reason
 from pipeline.files import read_object, write_whole
+from pipeline.gguf_head import read_head
+from pipeline.load import MOST_CHARACTERS, plain_yaml
+from pipeline.model import on_meta, unread
 from pipeline.rows import heldout, rendered
-from train.planning.architecture import on_meta, reason
 
 log = logging.getLogger("truetune")
 
@@ -72,7 +75,6 @@ def _quantized(base: str, how: str, folder: Path | None) -> str:
 
 def _unquantized(base: str, folder: Path | None) -> str:
     """The base that this one was quantized from, as its card or its name says."""
-    from train.origin import card
 
     stated = card(folder / "README.md").get("base_model") if folder else None
     names = stated if isinstance(stated, list) else [stated]
@@ -257,17 +259,12 @@ def refuse_weights(base: str, folder: Path, headers: Iterable[dict[str, Any]]) -
     Raises:
         UserError: they are quantized, have other shapes or lack some, which would be random.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     for header in headers:
         for name, entry in header.items():
             if name != "__metadata__" and WEIGHT.search(name) and NARROW.match(entry["dtype"]):
                 raise UserError(_quantized(base, f"{name} is {entry['dtype']}", folder))
     try:
-        _, found = AutoModelForCausalLM.from_pretrained(
-            folder, device_map="meta", dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        found = unread(folder)
     except Exception as error:  # of the model's own code
         raise UserError(f"base {base!r}: transformers does not load it ({reason(error)}): use another base") from None
     if shapes := sorted(found["mismatched_keys"]):
@@ -281,10 +278,83 @@ def refuse_weights(base: str, folder: Path, headers: Iterable[dict[str, Any]]) -
             f"base {base!r}: {_some(lacking)} not in its weights, and would be random: fetch config and weights of the "
             "same model"
         )
-    if unread := sorted(found["unexpected_keys"]):
-        log.warning("base: transformers does not read %s: left out of what is trained", _some(unread, "are"))
+    if spare := sorted(found["unexpected_keys"]):
+        log.warning("base: transformers does not read %s: left out of what is trained", _some(spare, "are"))
 
 
 def _some(names: list[str], verb: str = "is") -> str:
     more = f" and {len(names) - 1:,} more" if names[1:] else ""
     return f"{names[0]}{more}" if verb == "are" else f"{names[0]}{more} {'are' if more else 'is'}"
+
+
+def origin(source: Path) -> dict[str, Any]:
+    """`license` and `languages` as a GGUF's header or the model card in a folder states them; the rest is absent."""
+    stated = _header(source) if source.suffix == ".gguf" else card(source / "README.md")
+    languages = stated.get("languages") or stated.get("language") or []
+    found = {
+        "license": _text(stated.get("license")),
+        "languages": [
+            text for each in (languages if isinstance(languages, list) else [languages]) if (text := _text(each))
+        ],
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _header(path: Path) -> dict[str, Any]:
+    values = read_head(path).values
+    return {name: values.get(f"general.{name}") for name in ("license", "languages")}
+
+
+def card(path: Path) -> dict[str, Any]:
+    """The YAML between the two lines of dashes that open a model card; nothing if it is no such card."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            opening, _, rest = file.read(MOST_CHARACTERS).partition("---\n")
+        loaded = plain_yaml(rest.partition("\n---")[0]) if not opening.strip() else None
+    except (OSError, ValueError, UserError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _text(stated: Any) -> str:
+    """A text, whether it is text or, as those of a GGUF's lists, bytes."""
+    return stated.decode(errors="replace") if isinstance(stated, bytes) else stated if isinstance(stated, str) else ""
+
+
+def parameters(folder: Path) -> int:
+    """Number of weights in a folder's safetensors, from their headers alone."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in safetensors_header(file).items():
+            if name != "__metadata__":
+                size = 1
+                for length in tensor["shape"]:
+                    size *= length
+                total += size
+    return total
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """The tensors' names, types, shapes and offsets.
+
+    Raises:
+        UserError: the file is truncated or damaged.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(size - 8, 100_000_000):
+                raise ValueError("its header does not fit the file")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+        if not all(
+            isinstance(entry["dtype"], str) and all(length >= 0 for length in entry["shape"]) for entry in tensors
+        ):
+            raise ValueError("a tensor without type or shape")
+        end = max((entry["data_offsets"][1] for entry in tensors), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is not a whole safetensors file ({error}): fetch it again") from None
+    if size != 8 + length + end:
+        raise UserError(f"{file} has {size} bytes, its header says {8 + length + end}: it is truncated, fetch it again")
+    return header

@@ -2,7 +2,8 @@
 
 The command is the parent: it holds the run folder's lock and starts `train.worker` once a GPU. Where one process dies
 all end, within seconds; a signal reaches each of them, and they stop after the same step with one checkpoint. Several
-hosts run the same command with NODE_RANK and MASTER_ADDR, on a run folder that they share.
+hosts run the same command with NODE_RANK and MASTER_ADDR, on a run folder that they share. What the processes tell one
+another, a single one knows itself.
 """
 
 import json
@@ -20,12 +21,12 @@ from pipeline import Recipe, Run, UserError
 from pipeline.error import Stopped
 from pipeline.files import fresh_folder, write_whole
 from pipeline.machine import cores
-from train.trainer.processes import SHARED
 
 PORT = 29500  # torchrun's own, on which hosts meet
 STOP_SECONDS = 5  # for the others, when one process died: what waits for it in a collective ends by SIGKILL
 TASK = "task.json"
 SENT_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SHARED = ("fsdp", "zero3")  # strategies by which no process has all weights
 
 log = logging.getLogger("truetune")
 
@@ -204,3 +205,38 @@ def _forwarding() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank() -> int:
+    """0 for the one that writes."""
+    return int(os.environ["RANK"]) if is_launched() else 0
+
+
+def everyones(*numbers: float) -> list[list[float]]:
+    """Of each number, the list of what it is in every process."""
+    if not is_launched():
+        return [[number] for number in numbers]
+    import torch
+    from accelerate import PartialState
+    from torch import distributed
+
+    own = torch.tensor(numbers, dtype=torch.float64, device=PartialState().device)
+    each = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(each, own)
+    found: list[list[float]] = torch.stack(each, dim=1).tolist()
+    return found
+
+
+def gathered(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The batches of all processes; of several, on the processor."""
+    if not is_launched():
+        return batches
+    from accelerate.utils import gather_object, send_to_device
+
+    found: list[dict[str, Any]] = gather_object(send_to_device(batches, "cpu"))
+    return found

@@ -11,12 +11,11 @@ from pipeline import Recipe, Run, UserError
 from pipeline.command import boundary
 from pipeline.load import environment_overrides, load
 from pipeline.units import duration, number, size
+from train.config import read_config
 from train.inspection import refuse
-from train.planning.architecture import read_config
+from train.planning.architecture import STEP_TUNERS, cache_bytes
 from train.planning.devices import PRICED
-from train.planning.disk import needed_bytes
-from train.planning.fit import by_price, impossible
-from train.planning.memory import STEP_TUNERS, cache_bytes
+from train.planning.fit import by_price, impossible, needed_bytes
 from train.planning.prediction import (
     Job,
     Place,

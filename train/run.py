@@ -12,13 +12,11 @@ from pipeline import Made, Recipe, Run, command
 from pipeline.command import boundary, recipe_of_arguments
 from pipeline.machine import gpus
 from pipeline.stages import stage
-from train.base import parameters
-from train.inspection import refuse, refuse_long_questions
+from train.config import read_config
+from train.inspection import parameters, refuse, refuse_long_questions
 from train.launch import launch
 from train.launch import run as train_in_processes
-from train.planning.architecture import read_config
-from train.planning.disk import check_disk
-from train.planning.fit import check
+from train.planning.fit import check, check_disk
 from train.tokens import tokenized
 from train.trackers import bring, prepare, same_run
 from train.trainer.checkpoints import open_folder

@@ -11,8 +11,8 @@ from typing import Any
 from pipeline import UserError
 from pipeline.files import read_object, write_whole
 from pipeline.machine import at_most_more
+from pipeline.model import stored
 from pipeline.rows import GENERATION_TAG, rendered
-from train.embeddings import add_rows
 from train.template import settled
 
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
@@ -199,3 +199,22 @@ def _pad_token(tokenizer: Any) -> str:
     """A token to pad with that is not eos; no token is added, so no embedding is resized."""
     known = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *tokenizer.get_added_vocab()]
     return next((token for token in known if token and token != tokenizer.eos_token), tokenizer.eos_token)
+
+
+def add_rows(folder: Path, added: list[int]) -> None:
+    """Rewrite a model folder's weights with a row for each added id, in tied embeddings once.
+
+    A new row is the mean of the old ones, so that the base's own answers hardly change before it is trained
+    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html). A base may have had rows to spare: they are overwritten.
+    """
+    import torch
+
+    model = stored(folder)
+    rows = max(model.get_input_embeddings().weight.shape[0], max(added) + 1)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+            embeddings.weight[added] = embeddings.weight[: min(added)].float().mean(0).to(embeddings.weight.dtype)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()  # it may be the user's own file under another name
+    model.save_pretrained(folder)

@@ -6,7 +6,7 @@ from typing import Any
 from pipeline import Recipe, Run
 from pipeline.files import fresh_folder, put_in_place
 from pipeline.model import Trained, copy_settings, load_base
-from train.trainer.processes import SHARED, is_launched
+from train.launch import SHARED, is_launched
 
 MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 MAMBA_LAYERS = ("out_proj", "conv1d")

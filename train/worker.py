@@ -22,10 +22,9 @@ from pipeline.command import boundary
 from pipeline.error import Stopped
 from pipeline.files import write_whole
 from pipeline.rows import heldout
+from train.launch import is_launched, rank
 from train.tokens import Tokens, opened
-from train.trainer.divergence import Diverged
-from train.trainer.journal import is_shortage, recorded, shortage
-from train.trainer.processes import is_launched, rank
+from train.trainer.journal import Diverged, is_shortage, recorded, shortage
 from train.tuners import model_to_train, save
 
 PARENT_SECONDS = 0.5

@@ -15,7 +15,7 @@ from convert.header import read_header
 from convert.llamacpp import file_type, quantize
 from pipeline import UserError
 from pipeline.recipe import QUANTIZATIONS
-from train.packaged import packaged_gguf
+from train.config import packaged_gguf
 
 CORPUS = [
     "Hello, world!",

@@ -13,9 +13,8 @@ from conftest import REPOSITORY, Workplace
 
 from pipeline import Run, load
 from pipeline.scores import Score, compare, show
-from train.evaluate import KNOWLEDGE, choices_of, of_answers, question_of, right_answers
+from train.evaluate import KNOWLEDGE, Pair, choices_of, of_answers, question_of, right_answers, round_once
 from train.scoring.likelihood import TOKENS_AT_ONCE, Choices, batches, choice_losses, likelihoods
-from train.scoring.pair import Pair, round_once
 from train.template import examples
 
 TEXTS = {"exact match", "token F1", "BLEU", "chrF", "ROUGE-1", "ROUGE-2", "ROUGE-L"}

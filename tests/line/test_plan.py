@@ -14,11 +14,19 @@ import pytest
 
 from pipeline import Run, UserError, load
 from train import plan
+from train.config import read_config
 from train.planning import fit
-from train.planning.architecture import architecture, read_config
+from train.planning.architecture import (
+    NF4_BITS,
+    architecture,
+    cache_bytes,
+    checkpoint_bytes,
+    state_bytes,
+    token_flops,
+    training_flops,
+)
 from train.planning.corpus import supervised_positions
 from train.planning.devices import DEVICES
-from train.planning.memory import NF4_BITS, cache_bytes, checkpoint_bytes, state_bytes, token_flops, training_flops
 from train.planning.prediction import (
     HOLES,
     devices_needed,
@@ -187,7 +195,7 @@ def test_what_fits_is_what_people_train(name: str, tuner: str, gpu: str, fits: b
 def test_the_adapter_is_pefts(planned: Callable) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from train.planning.architecture import on_meta
+    from pipeline.model import on_meta
 
     of = planned("qwen3-0.6b")
     model = get_peft_model(on_meta(config("qwen3-0.6b")), LoraConfig(r=16, target_modules="all-linear"))

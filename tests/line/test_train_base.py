@@ -11,9 +11,9 @@ from gguf_fixture import write_gguf
 
 from pipeline import Recipe, Run, UserError
 from pipeline.recipe import Data, Serve, Train
-from train.base import base, parameters, safetensors_header
-from train.origin import origin
-from train.packaged import packaged_gguf
+from train.base import base
+from train.config import packaged_gguf
+from train.inspection import origin, parameters, safetensors_header
 
 FILES = {
     "chat_template.jinja",

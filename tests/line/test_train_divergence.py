@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import Workplace
 
-from train.trainer.divergence import STEPS_ABOVE, Watch
+from train.trainer.journal import STEPS_ABOVE, Watch
 
 
 def seen(losses: list[float], base_loss: float | None = None) -> int | None:

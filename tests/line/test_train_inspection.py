@@ -190,7 +190,7 @@ def test_impossible_targets_are_told_with_the_base_s_own_layers(case: str) -> No
 
 @pytest.mark.parametrize("family", ["Mamba", "Mamba2", "FalconMamba"])
 def test_all_linear_leaves_out_what_mamba_s_kernels_read(family: str) -> None:
-    from train.planning.architecture import on_meta
+    from pipeline.model import on_meta
     from train.tuners import wrap
 
     keys = {"num_hidden_layers": 1, "vocab_size": 99, "hidden_size": 64, "head_dim": 16, "num_heads": 8}
@@ -307,7 +307,7 @@ def changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Refuse the folder's weights after a change of its tensors."""
     from safetensors.torch import load_file, save_file
 
-    from train.base import safetensors_header
+    from train.inspection import safetensors_header
 
     tensors = load_file(folder / "model.safetensors")
     change(tensors)

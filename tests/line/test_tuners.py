@@ -62,7 +62,7 @@ def test_every_artefact_is_the_trained_model(tuned: tuple[str, Workplace]) -> No
 def test_base_and_trained_are_told_apart(tuned: tuple[str, Workplace]) -> None:
     """As `make eval` asks them; the base of a QLoRA is the one in 4 bits."""
     from pipeline.model import load, load_trained, logits
-    from train.scoring.pair import Pair
+    from train.evaluate import Pair
 
     tuner, work = tuned
     ids = list(range(1, 33))

@@ -11,7 +11,7 @@ from ollama_run import CHATML, STRIPPING
 
 from serve.engines.ollama.template import Refused, compile_shape, renderer
 from serve.engines.ollama.vocabulary import read_vocabulary
-from train.packaged import packaged_gguf
+from train.config import packaged_gguf
 
 GOLDEN = json.loads(Path("tests/go_templates.json").read_text(encoding="utf-8"))
 LLAMA3 = (

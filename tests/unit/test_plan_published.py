@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from pipeline import Run, UserError, load
-from train.planning.architecture import architecture, read_config
+from train.config import read_config
+from train.planning.architecture import architecture, cache_bytes, token_flops, training_flops
 from train.planning.corpus import Corpus
 from train.planning.devices import like
-from train.planning.disk import needed_bytes
-from train.planning.memory import cache_bytes, token_flops, training_flops
+from train.planning.fit import needed_bytes
 from train.planning.prediction import Job, memory_bytes, place, states
 from train.planning.rehearsal import fused, rehearse
 

@@ -24,9 +24,9 @@ from test_train_formats import SHAPES
 
 from pipeline import load
 from pipeline.rows import batches
-from train.cleaning.prepare import settings
+from train.cleaning.clean import settings
 from train.data import Intake, take_in
-from train.reading.packed import opened
+from train.reading.chunks import opened
 from train.reading.row import Problem, told
 from train.reading.sources import Source
 

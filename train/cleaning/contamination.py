@@ -12,8 +12,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from train.cleaning.text import texts
-from train.reading.row import Rejection, Row
+from train.reading.row import Rejection, Row, texts
 
 RUN, PHRASE, QUOTED = 5, 8, 0.5
 FEW = 3  # so many questions have no template

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.recipe import Data
-from train.cleaning.text import texts
+from train.reading.row import texts
 
 ENCODER = json.JSONEncoder(sort_keys=True)  # json.dumps would make one a row
 WORD = re.compile(r"\w+")

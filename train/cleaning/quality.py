@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline import UserError
-from train.cleaning.text import CODE, FENCED, texts
-from train.reading.row import Rejection
+from train.reading.row import CODE, FENCED, Rejection, texts
 
 WORDS = 50  # Gopher's shortest document; a shorter answer repeats a phrase soon
 LINES, LINE_CHARACTERS = 0.30, 0.20

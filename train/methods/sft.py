@@ -14,11 +14,11 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline import Recipe, Run, UserError
 from pipeline.files import write_whole
+from pipeline.model import answers
 from pipeline.progress import progress
 from pipeline.recipe import Train
 from pipeline.rows import heldout
 from pipeline.scores import key_fact_accuracy
-from train.scoring.score import answers
 from train.template import IGNORED
 from train.tokens import longest_and_sum, row_tokens
 from train.trainer.resumable import Resumable, settings

@@ -1,23 +1,20 @@
-"""What a base model is made of, from its config alone: counts of weights, without one of them."""
+"""What a model is made of, and what training and serving it hold and compute: counts, from its config alone.
+
+The formulas are those of the papers, in bytes and FLOPs.
+"""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pipeline import Recipe, Run, UserError
-from pipeline.files import read_object
-from train.packaged import PACKAGED, RANDOM, packaged_gguf, random_config
-from train.reach import without_waiting
+from pipeline.model import on_meta
 
 # Configs name a mixture's experts, and those that one token meets, in several ways.
 EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts", "moe_topk", "moe_top_k")
-MOST = {"num_hidden_layers": 1000, "hidden_size": 2**17, "vocab_size": 2**22, "num_attention_heads": 2**12}
-MEND = "mend its config.json or use another base"
-NOT_GENERATING = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification")
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # a weight, a scale for 64 of them, a scale for 256 scales (QLoRA, section 3)
+ADAM_BYTES = 8  # two moments in float32
+STEP_TUNERS = ("full", "lora", "qlora")
 
 
 @dataclass(frozen=True)
@@ -34,79 +31,6 @@ class Architecture:
     depth: int
     width: int
     vocabulary: int
-
-
-def read_config(recipe: Recipe, run: Run) -> Any:
-    """transformers' config of the recipe's base; of a Hub id no other file is fetched.
-
-    Raises:
-        UserError: the base is unknown, out of reach, of an unknown kind, or does not generate text.
-    """
-    made, named = run.find_receipt("base"), Path(recipe.base_model)
-    if made and made.recipe.get("base_model") == recipe.base_model and run.path("base", "config.json").is_file():
-        return config_in(run.path("base"), recipe.base_model)
-    if recipe.base_model in (RANDOM, PACKAGED) or (named.suffix == ".gguf" and named.is_file()):
-        return config_named(recipe.base_model)
-    return config_in(named if named.is_dir() else _config_of_hub(recipe.base_model), recipe.base_model)
-
-
-def config_named(name: str) -> Any:
-    """transformers' config of a base that is no folder: the random one, the packaged one or a GGUF file.
-
-    Raises:
-        UserError: the file is no whole GGUF, or no model that generates text.
-    """
-    from train.planning.gguf_config import gguf_config
-
-    with _understood(name):
-        if name == RANDOM:
-            return random_config(gguf_config(packaged_gguf()).vocab_size)
-        config = gguf_config(packaged_gguf() if name == PACKAGED else Path(name))
-    return _checked(config, name)
-
-
-def config_in(folder: Path, name: str) -> Any:
-    """transformers' config of the base `name`, whose config.json lies in `folder`.
-
-    Raises:
-        UserError: it is not there, not understood, or of a model that does not generate text.
-    """
-    from transformers import AutoConfig
-
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json, by which a model is planned: name a model's folder")
-    read_object(folder / "config.json")
-    with _understood(name):
-        # A config may name code of its own; it is never run, and most such models are known without it.
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return _checked(config, name)
-
-
-@contextmanager
-def _understood(name: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of whatever class of config a stranger's file names
-        raise UserError(f"base {name!r}: its config is not understood ({reason(error)}): {MEND}") from None
-
-
-def _checked(config: Any, name: str) -> Any:
-    """The config, if it is of a model that can be and that generates text."""
-    from transformers import PretrainedConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if absurd := _absurd(config.get_text_config()):
-        raise UserError(f"base {name!r}: its config has {absurd}: {MEND}")
-    kinds = [str(kind) for kind in config.architectures or ()]
-    generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not any(k.endswith(NOT_GENERATING) for k in kinds)
-    if not generates or not isinstance(config, PretrainedConfig):
-        raise UserError(
-            f"base {name!r} is a {config.model_type} ({', '.join(kinds) or 'no architecture named'}), which "
-            "does not generate text: use a base whose architecture ends with ForCausalLM"
-        )
-    return config
 
 
 def architecture(config: Any) -> Architecture:
@@ -145,52 +69,72 @@ def architecture(config: Any) -> Architecture:
     )
 
 
-def on_meta(config: Any, dtype: str = "float32") -> Any:
-    """The model of a config, on the meta device.
+def state_bytes(
+    parameters: int, trained: int, linear: int, tuner: str, width: int, devices: int = 1, zero: int = 0
+) -> dict[str, float]:
+    """Bytes a device of weights, gradients and optimizer; `width` is bytes a weight, `zero` the stage of ZeRO.
 
-    Raises:
-        UserError: transformers cannot build it from this config.
+    A full tuning has 16 bytes a weight: 2 + 2 + 12 in mixed precision, whose optimizer keeps a float32 copy, or 4 + 4
+    + 8 in float32 (ZeRO, arXiv 1910.02054, section 3.1). An adapter's weights are float32, the base below them is
+    frozen. Stage 1 spreads the optimizer over the devices, 2 the gradients too, 3 the weights too.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
-    except Exception as error:  # of the model's own code
-        raise UserError(f"a {config.model_type} cannot be built from its config ({reason(error)}): {MEND}") from None
-
-
-def reason(error: Exception) -> str:
-    """What a library says in its last line, short enough for a message of one line."""
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return said[-1][:200] if said else type(error).__name__
+    if tuner == "full":
+        weights, gradients, optimizer = width * parameters, width * parameters, (16 - 2 * width) * parameters
+    else:
+        frozen = NF4_BITS / 8 * linear + width * (parameters - linear) if tuner == "qlora" else width * parameters
+        weights, gradients, optimizer = frozen + 4 * trained, 4 * trained, ADAM_BYTES * trained
+    shares = [devices if zero >= stage else 1 for stage in (3, 2, 1)]
+    return {
+        "weights": weights / shares[0],
+        "gradients": gradients / shares[1],
+        "optimizer": optimizer / shares[2],
+    }
 
 
-def _absurd(text: Any) -> str:
-    """What no model can have, as `key=value`, or nothing."""
-    for key, most in MOST.items():
-        value = getattr(text, key, None)
-        if value is not None and not (isinstance(value, int) and 1 <= value <= most):
-            return f"{key}={value!r}, where 1 to {most:,} are known"
-    heads = getattr(text, "num_attention_heads", None) or 1
-    groups = getattr(text, "num_key_value_heads", None) or heads
-    if not isinstance(groups, int) or groups < 1 or heads % groups:
-        return f"num_key_value_heads={groups!r}, which does not divide num_attention_heads={heads}"
-    return ""
+def whole_bytes(of: Architecture, weights: float, tuner: str, width: int, zero: int) -> float:
+    """Weights that a device has whole for a moment, of a model whose weights together have `weights` bytes.
+
+    By ZeRO stage 3 that of the part that computes and of the next one, a layer or the head; by QLoRA a layer's largest
+    matrix, which bitsandbytes expands to multiply.
+    """
+    part = max((of.parameters - of.head - of.looked_up) // of.depth, of.head)
+    gathered = 2 * part * weights / of.parameters if zero == 3 else 0
+    return gathered + (width * of.largest if tuner == "qlora" else 0)
 
 
-def _config_of_hub(name: str) -> Path:
-    """The folder of a Hub model's config.json, the one file that is fetched."""
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def checkpoint_bytes(parameters: int, trained: int, tuner: str, width: int) -> int:
+    """One checkpoint: an adapter with its optimizer, or all weights with the float32 copy where there is one."""
+    if tuner == "full":
+        return (width + (4 if width == 2 else 0) + ADAM_BYTES) * parameters
+    return (4 + ADAM_BYTES) * trained
 
-    repository, _, revision = name.partition("@")
-    without_waiting(HfApi.model_info, repository, revision or None)
-    try:
-        return Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"base {name!r}: its config.json cannot be fetched ({str(error).strip().splitlines()[0]}): check the name "
-            f"and the network, for gated models set HF_TOKEN, or use base_model: {PACKAGED}"
-        ) from None
+
+def cache_bytes(config: object, tokens: int, width: int = 2) -> int:
+    """Keys and values of one conversation of `tokens`; layers that keep a window of them keep no more than it."""
+    text = config.get_text_config()  # type: ignore[attr-defined]
+    heads = text.num_attention_heads
+    groups = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        groups = 1
+    head = getattr(text, "head_dim", None) or text.hidden_size // heads
+    values = 2 * groups * head
+    if latent := getattr(text, "kv_lora_rank", None):  # of multi-head latent attention, which llama.cpp caches so
+        values = latent + text.qk_rope_head_dim
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    window = getattr(text, "sliding_window", None) or tokens
+    kept = {"full_attention": tokens, "sliding_attention": min(window, tokens)}
+    return sum(kept.get(kind, 0) for kind in kinds) * values * width
+
+
+def token_flops(of: Architecture, attended: float, supervised: float) -> float:
+    """FLOPs of one token's forward pass, `attended` tokens being before it, a share `supervised` getting logits.
+
+    2 a weight that multiplies, and 2 a layer for each token attended to and each of its width (arXiv 2001.08361, 2.1).
+    """
+    multiplied = of.active - of.looked_up - of.head + supervised * of.head
+    return 2 * multiplied + 2 * of.depth * attended * of.width
+
+
+def training_flops(forward: float, tuner: str, checkpointing: bool) -> float:
+    """A training step's FLOPs: backward costs as much again for the inputs, and again for weights where they train."""
+    return forward * ((3 if tuner == "full" else 2) + checkpointing)

@@ -8,11 +8,18 @@ from typing import Any
 from pipeline import Recipe, Run, UserError
 from pipeline.machine import cores, free_bytes, gpus, machine
 from pipeline.recipe import Train
+from train.config import read_config
 from train.launch import launch
-from train.planning.architecture import Architecture, architecture, read_config
+from train.planning.architecture import (
+    Architecture,
+    architecture,
+    state_bytes,
+    token_flops,
+    training_flops,
+    whole_bytes,
+)
 from train.planning.corpus import Corpus, corpus, supervised_positions
 from train.planning.devices import DEVICES, like, processor_peak
-from train.planning.memory import state_bytes, token_flops, training_flops, whole_bytes
 from train.planning.rehearsal import Rehearsal, fused, rehearse
 from train.tuners import TUNERS
 

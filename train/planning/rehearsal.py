@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import Recipe, UserError
-from train.planning.architecture import on_meta, reason
+from pipeline.error import reason
+from pipeline.model import on_meta
 
 log = logging.getLogger("truetune")
 ALIKE, TURNS = (1, 2), (4, 8)  # layers that are rehearsed where all are alike, and where they take turns

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import UserError
-from train.reading import exports, shapes
+from train.reading import shapes
 from train.reading.chunks import Chunk, records
 from train.reading.row import (
     ANSWERS,
@@ -60,11 +60,11 @@ KTO = Format("KTO", "prompt, completion, label", shapes.judged)
 TEXT = Format("plain text", "text", shapes.plain)
 BAIZE = Format("Baize", "input", shapes.baize)
 GLAIVE = Format("Glaive function calling", "system, chat", shapes.glaive)
-OASST = Format("OpenAssistant messages", "message_id, parent_id, text, role", exports.oasst)
-OASST_TREE = Format("OpenAssistant trees", "prompt with replies", exports.oasst)
-CHATGPT = Format("ChatGPT export", "mapping", exports.chatgpt)
-OPEN_WEBUI = Format("Open WebUI export", "chat", exports.open_webui)
-CLAUDE = Format("Claude export", "chat_messages", exports.claude)
+OASST = Format("OpenAssistant messages", "message_id, parent_id, text, role", shapes.oasst)
+OASST_TREE = Format("OpenAssistant trees", "prompt with replies", shapes.oasst)
+CHATGPT = Format("ChatGPT export", "mapping", shapes.chatgpt)
+OPEN_WEBUI = Format("Open WebUI export", "chat", shapes.open_webui)
+CLAUDE = Format("Claude export", "chat_messages", shapes.claude)
 EXPECTED = "name them (of a table: in its first line) as one of: " + "; ".join(
     format.columns for format in (MESSAGES, SHAREGPT, ALPACA, DOLLY, PROMPT, QUESTION, PREFERENCE, KTO, TEXT)
 )
@@ -118,7 +118,7 @@ def whole_chunks(source: Source, format: Format) -> Iterator[Chunk]:
         yield from chunks(source)
         return
     every = (pair for chunk in chunks(source) for pair in numbered(chunk))
-    for number, tree in exports.trees(every):
+    for number, tree in shapes.trees(every):
         yield Chunk(source.name, number, [(number, tree)])
 
 

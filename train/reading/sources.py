@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pipeline import UserError
 from pipeline.files import matching
 from pipeline.recipe import Data
-from train.reach import without_waiting
+from train.hub import without_waiting
 from train.reading.chunks import JSONS, TEXTS, Chunk, file_chunks
 from train.reading.row import Names, named_columns
 from train.reading.tables import small

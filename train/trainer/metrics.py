@@ -12,8 +12,8 @@ from transformers.integrations import MLflowCallback, TensorBoardCallback
 
 from pipeline.machine import resident_bytes
 from pipeline.progress import Tell, progress
+from train.launch import everyones
 from train.template import IGNORED
-from train.trainer.processes import everyones
 
 EVENTS = "events.out.tfevents."
 

@@ -24,13 +24,11 @@ from pipeline.machine import fast_precision
 from pipeline.progress import progress
 from pipeline.recipe import Train
 from pipeline.units import size
-from train.launch import plugin
+from train.launch import everyones, gathered, is_launched, plugin
 from train.template import IGNORED
 from train.trainer.checkpoints import SAVING, complete, damage
-from train.trainer.divergence import Diverged, Watch
-from train.trainer.journal import Journal
+from train.trainer.journal import Diverged, Journal, Watch
 from train.trainer.metrics import Pace, TrainingProgress, totals
-from train.trainer.processes import everyones, gathered, is_launched
 
 DAYS_TO_WAIT = 7  # for another process, as when the first asks the questions: who died is seen by torchrun
 MOMENTS = 2  # Adam keeps two numbers for each weight that is trained
