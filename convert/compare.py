@@ -12,10 +12,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.comparison import UNREADABLE, Logits, check_stops, check_template, compare_text, measure, reason, shown_by
+from convert.comparison import (
+    UNREADABLE,
+    Found,
+    Logits,
+    Task,
+    check_stops,
+    check_template,
+    compare_text,
+    measure,
+    measured,
+    reason,
+    shown_by,
+)
 from convert.evaluator import Asked
-from convert.llamacpp import quantize
-from convert.measure import Found, Task, measured
+from convert.quantizer import quantize
 from pipeline import Made, Recipe, Run, UserError, command
 from pipeline.files import fresh_folder, remove, write_whole
 from pipeline.machine import cores, free_bytes

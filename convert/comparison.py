@@ -1,6 +1,17 @@
-"""What is asked of the merged weights and of a GGUF alike, and how their answers are compared with the reference."""
+"""What is asked of the merged weights and of a GGUF alike, and how their answers are compared with the reference.
 
+A GGUF is asked in a process of its own (`convert.measure`), which a crash of native code ends alone.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from convert.evaluator import Asked
@@ -11,6 +22,7 @@ from pipeline.rows import GENERATION_TAG
 
 # What the libraries raise for files that are damaged or do not belong together.
 UNREADABLE = (UserError, OSError, ValueError, KeyError, IndexError, RuntimeError, AttributeError)
+log = logging.getLogger("truetune")
 Logits = Callable[[Iterable[Asked]], Iterable[Any]]
 
 
@@ -86,3 +98,62 @@ def check_stops(comparison: Comparison, reference: Reference, stops: list[Any]) 
             f"stop token: the trained model ends its turn with {lost}, this one stops at {stops}"
         )
     comparison.measures["stops"] = not lost
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to ask of which file; `questions` are prompts with key facts, `threads` 0 takes every core.
+
+    `only_divergence` asks the probes alone.
+    """
+
+    kind: str
+    path: str
+    tokenizer: str
+    template: str
+    reference: str
+    bounds: tuple[float, float]
+    questions: list[dict[str, Any]] = field(default_factory=list)
+    answer_tokens: int = 0
+    threads: int = 0
+    only_divergence: bool = False
+
+
+@dataclass
+class Found:
+    """The comparison, and the answers to the questions, or none if the file cannot be used."""
+
+    comparison: Comparison
+    answers: list[str] = field(default_factory=list)
+
+
+def measured(task: Task) -> Found:
+    """What a process of its own finds; its death is a problem of the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder, "task.json"), Path(folder, "found.json")
+        given.write_text(json.dumps(asdict(task)), encoding="utf-8")
+        words, status = _run([sys.executable, "-m", "convert.measure", str(given), str(made)])
+        if made.is_file():
+            row = json.loads(made.read_text(encoding="utf-8"))
+            return Found(Comparison(**row["comparison"]), row["answers"])
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    says = next((f" ({word})" for word in words if "ASSERT" in word or "rror" in word), "")
+    return Found(Comparison(task.kind, {}, [f"{task.path} cannot be used: what reads it ended with {how}{says}"]))
+
+
+def _run(command: list[str]) -> tuple[list[str], int]:
+    """(what it wrote to standard error but for its progress, which is shown; its exit status)."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    words = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True, errors="replace") as process:
+        assert process.stderr
+        try:
+            for line in process.stderr:
+                if line.startswith("prove:"):
+                    log.info("%s", line.rstrip())
+                else:
+                    words.append(line.strip())
+        except BaseException:
+            process.kill()
+            raise
+    return words, process.returncode

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from convert.header import Header, read_header
-from convert.imatrix import IMATRIX, Matrix, imatrix, training_tokens, write_imatrix
-from convert.llamacpp import convert, file_type, quantize
+from convert.evaluator import Header, read_header
+from convert.llamacpp import convert
+from convert.quantizer import IMATRIX, Matrix, file_type, imatrix, quantize, training_tokens, write_imatrix
 from pipeline import Made, Recipe, Run, UserError, command
 from pipeline.files import fresh_folder, put_in_place, remove
 from pipeline.recipe import WITHOUT_IMATRIX

@@ -1,26 +1,53 @@
-"""The pinned llama.cpp: its converter script and its quantizer, both of llama-cpp-python's own version."""
+"""llama.cpp's own converter of the pinned version, and the name by which it knows how a tokenizer splits text.
 
+The converter knows published tokenizers by a hash of their output, which no newly trained one can match. Here what
+tokenizer.json declares is compared, character by character, with what llama.cpp's source names as its own
+(src/llama-vocab.cpp, llm_tokenizer_bpe, "original regex from tokenizer.json"); it is never guessed.
+"""
+
+import json
 import os
-import re
 import subprocess
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.imatrix import DATASET, IMATRIX, Matrix, chunks
-from convert.pretokenizer import pre_tokenizer
 from pipeline import UserError
 from pipeline.converter import converter
-from pipeline.machine import cores
-from pipeline.progress import progress
-from pipeline.recipe import NEEDS_IMATRIX
 
-FALLBACK = re.compile(r"warning: *(\S+) *- ncols .*?required for type *(\w+)\).*?falling back to *(\w+)")
-FALLBACK_COUNT = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback")
 UNRECOGNIZED = "BPE pre-tokenizer was not recognized"
-PROGRESS = re.compile(r"^\[ *(\d+)/ *(\d+)\]")
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # what ByteLevel itself splits by
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+LATER = r" ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+START = r"[^\r\n\p{L}\p{N}]?"
+CASED = r"|\p{N}{digits}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES
+
+# Patterns, and whether whole words of the vocabulary skip the merges (`ignore_merges`) -> llama.cpp's name.
+NAMES: dict[tuple[tuple[str, ...], bool], str] = {
+    ((GPT2,), False): "gpt-2",
+    ((r"\p{N}", GPT2), False): "smollm",
+    ((CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + LATER,), False): "qwen2",
+    (
+        (CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + SPACES,),
+        False,
+    ): "qwen35",
+    ((CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + LATER,), True): "llama-bpe",
+    ((CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + LATER,), False): "smaug-bpe",
+    (
+        (f"{START}{UPPER}*{LOWER}+|{START}{UPPER}+{LOWER}*" + CASED.replace("{digits}", ""),),
+        True,
+    ): "tekken",
+    (
+        (
+            f"{START}{UPPER}*{LOWER}+{CONTRACTIONS}?|{START}{UPPER}+{LOWER}*{CONTRACTIONS}?"
+            + CASED.replace("{digits}", "{1,3}"),
+        ),
+        False,
+    ): "gpt-4o",
+}
 
 
 def convert(model: Path, output: Path, kind: str, settings_only: bool = False) -> None:
@@ -62,108 +89,33 @@ def _declared_pre_tokenizer(model: Path) -> tuple[str, UserError | None]:
         return "", error
 
 
-@dataclass
-class Quantization:
-    """What the quantizer said: tensors that could not take the type asked for, by `wanted -> written`."""
-
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    counted: int = 0
-    words: list[str] = field(default_factory=list)
-
-
-def quantize(source: Path, output: Path, kind: str, matrix: Matrix | None = None) -> Quantization:
-    """Quantize an unquantized GGUF to one of llama.cpp's types, its rounding weighed by an importance matrix, if any.
+def pre_tokenizer(model: Path) -> str:
+    """llama.cpp's name of the way in which the model folder's tokenizer splits text.
 
     Raises:
-        UserError: the quantizer failed, with its last words, or the type needs a matrix and there is none.
+        UserError: llama.cpp has no such way, or the tokenizer does what llama.cpp cannot.
     """
-    import llama_cpp
-
-    if matrix is None and kind in NEEDS_IMATRIX:
-        raise UserError(f"{kind} needs an importance matrix: set gguf.imatrix_tokens, say to 4096")
-
-    said = Quantization()
-    pending = [""]
-
-    def listen(level: int, text: bytes, data: object) -> None:
-        *lines, pending[0] = (pending[0] + text.decode("utf-8", errors="replace")).split("\n")
-        for line in lines:
-            _hear(said, line)
-            if tensor := PROGRESS.match(line.strip()):
-                tell(100 * int(tensor[1]) / int(tensor[2]))
-
-    callback = llama_cpp.llama_log_callback(listen)
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = file_type(kind)
-    parameters.nthread = cores()
-    kept = _weigh(parameters, matrix) if matrix else ()  # the arrays that the parameters point to
-    try:
-        with progress(f"gguf: {kind}", 100, "%") as tell:
-            llama_cpp.llama_log_set(callback, None)
-            status = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
-    finally:
-        del kept
-        _hear(said, pending[0])
-        be_quiet()
-    if status != 0:
-        reason = said.words[-1] if said.words else f"status {status}"
-        raise UserError(f"llama.cpp cannot quantize {source} to {kind} ({reason}): choose another type")
-    if said.counted != said.fallbacks.total():
-        raise RuntimeError(f"llama.cpp counts {said.counted} fallbacks, its log names {said.fallbacks.total()}")
-    return said
+    declared = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    steps = declared.get("pre_tokenizer") or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    patterns = tuple(pattern for step in steps for pattern in _patterns(step))
+    ignores = bool(declared["model"].get("ignore_merges"))
+    name = NAMES.get((patterns, ignores))
+    if name is None:
+        raise UserError(
+            f"llama.cpp has no pre-tokenizer that splits by {list(patterns)} with ignore_merges={ignores}, "
+            f"as {model / 'tokenizer.json'} does: train the tokenizer with a known one, such as GPT-2's ByteLevel"
+        )
+    return name
 
 
-def _weigh(parameters: Any, matrix: Matrix) -> tuple[Any, ...]:
-    """Hand the matrix to the quantizer, and the keys by which llama.cpp's own tool records it in the file."""
-    import ctypes
-
-    import llama_cpp.llama_cpp as bindings
-
-    means = {name: importance.means for name, importance in matrix.items()}
-    data = (bindings.llama_model_imatrix_data * (len(means) + 1))()  # ends with one without a name
-    for entry, (name, values) in zip(data, means.items(), strict=False):
-        entry.name, entry.size = name.encode(), values.size
-        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    record = {"file": IMATRIX, "dataset": DATASET, "entries_count": len(means), "chunks_count": chunks(matrix)}
-    keys = (bindings.llama_model_kv_override * (len(record) + 1))()  # ends with one without a key
-    for override, (name, value) in zip(keys, record.items(), strict=False):
-        override.key = f"quantize.imatrix.{name}".encode()
-        if isinstance(value, str):
-            override.tag, override.value.val_str = bindings.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
-        else:
-            override.tag, override.value.val_i64 = bindings.LLAMA_KV_OVERRIDE_TYPE_INT, value
-    parameters.imatrix = ctypes.cast(data, ctypes.POINTER(bindings.llama_model_imatrix_data))
-    parameters.kv_overrides = ctypes.cast(keys, ctypes.POINTER(bindings.llama_model_kv_override))
-    return data, keys, means
-
-
-def file_type(kind: str) -> int:
-    """llama.cpp's number of a type, such as 15 for Q4_K_M."""
-    import llama_cpp
-
-    name = "LLAMA_FTYPE_ALL_F32" if kind == "F32" else f"LLAMA_FTYPE_MOSTLY_{kind}"
-    return int(getattr(llama_cpp, name))
-
-
-def _hear(said: Quantization, line: str) -> None:
-    if found := FALLBACK.search(line):
-        said.fallbacks[f"{found[2].upper()} -> {found[3].upper()}"] += 1
-    elif found := FALLBACK_COUNT.search(line):
-        said.counted = int(found[1])
-    elif line.strip() and not PROGRESS.match(line.strip()):
-        said.words.append(line.strip())
-
-
-def _silence(level: int, text: bytes, data: object) -> None:
-    """llama.cpp's log, once nobody listens."""
-
-
-_quiet: list[object] = []  # ctypes callbacks must outlive their use
-
-
-def be_quiet() -> None:
-    import llama_cpp
-
-    if not _quiet:
-        _quiet.append(llama_cpp.llama_log_callback(_silence))
-    llama_cpp.llama_log_set(_quiet[0], None)
+def _patterns(step: dict[str, Any]) -> list[str]:
+    """The regular expressions by which one step splits; text that is in no table for what cannot be expressed."""
+    kind = step.get("type")
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return [GPT2] if step.get("use_regex", True) else []
+    if kind == "Digits" and step.get("individual_digits"):
+        return [r"\p{N}"]
+    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return [step["pattern"].get("Regex", "")]
+    return [json.dumps(step)]

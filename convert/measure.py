@@ -6,18 +6,16 @@ peak memory is the file's.
 
 import json
 import logging
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from convert.comparison import (
     UNREADABLE,
+    Found,
+    Task,
     asked_of,
     check_stops,
     check_template,
@@ -26,9 +24,8 @@ from convert.comparison import (
     reason,
     shown_by,
 )
-from convert.evaluator import PASS_SEQUENCES, Evaluator
-from convert.header import Header, read_header
-from convert.llamacpp import file_type
+from convert.evaluator import PASS_SEQUENCES, Evaluator, Header, read_header
+from convert.quantizer import file_type
 from pipeline.files import write_whole
 from pipeline.machine import resident_bytes
 from pipeline.progress import progress
@@ -41,65 +38,6 @@ log = logging.getLogger("truetune")
 LEAST_BITS = 0.75  # of what the type has in Llama 3 8B; a fallback takes more, a larger model a little less
 PROMPT_TOKENS, DECODED_TOKENS, REPEATS = 128, 16, 3
 CACHE_TOKENS = 2048  # room for PASS_SEQUENCES questions of usual length at once
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to ask of which file; `questions` are prompts with key facts, `threads` 0 takes every core.
-
-    `only_divergence` asks the probes alone.
-    """
-
-    kind: str
-    path: str
-    tokenizer: str
-    template: str
-    reference: str
-    bounds: tuple[float, float]
-    questions: list[dict[str, Any]] = field(default_factory=list)
-    answer_tokens: int = 0
-    threads: int = 0
-    only_divergence: bool = False
-
-
-@dataclass
-class Found:
-    """The comparison, and the answers to the questions, or none if the file cannot be used."""
-
-    comparison: Comparison
-    answers: list[str] = field(default_factory=list)
-
-
-def measured(task: Task) -> Found:
-    """What a process of its own finds; its death is a problem of the file."""
-    with tempfile.TemporaryDirectory() as folder:
-        given, made = Path(folder, "task.json"), Path(folder, "found.json")
-        given.write_text(json.dumps(asdict(task)), encoding="utf-8")
-        words, status = _run([sys.executable, "-m", "convert.measure", str(given), str(made)])
-        if made.is_file():
-            row = json.loads(made.read_text(encoding="utf-8"))
-            return Found(Comparison(**row["comparison"]), row["answers"])
-    how = f"signal {-status}" if status < 0 else f"status {status}"
-    says = next((f" ({word})" for word in words if "ASSERT" in word or "rror" in word), "")
-    return Found(Comparison(task.kind, {}, [f"{task.path} cannot be used: what reads it ended with {how}{says}"]))
-
-
-def _run(command: list[str]) -> tuple[list[str], int]:
-    """(what it wrote to standard error but for its progress, which is shown; its exit status)."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    words = []
-    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, text=True, errors="replace") as process:
-        assert process.stderr
-        try:
-            for line in process.stderr:
-                if line.startswith("prove:"):
-                    log.info("%s", line.rstrip())
-                else:
-                    words.append(line.strip())
-        except BaseException:
-            process.kill()
-            raise
-    return words, process.returncode
 
 
 def ask_file(task: Task) -> Found:

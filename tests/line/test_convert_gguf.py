@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from gguf_fixture import write_gguf
 
+from convert.evaluator import read_header
 from convert.gguf import check_range, gguf, report
-from convert.header import read_header
-from convert.llamacpp import file_type, quantize
+from convert.quantizer import file_type, quantize
 from pipeline import UserError
 from pipeline.recipe import QUANTIZATIONS
 from train.config import packaged_gguf

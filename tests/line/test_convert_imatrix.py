@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from prove_run import CORPUS, REPOSITORY, TEMPLATE, trained_tokenizer
 
-from convert.header import read_header
-from convert.imatrix import Importance, Tensor, chunks, imatrix, training_tokens, write_imatrix
-from convert.llamacpp import convert, file_type, quantize
+from convert.evaluator import read_header
+from convert.llamacpp import convert
+from convert.quantizer import Importance, Tensor, chunks, file_type, imatrix, quantize, training_tokens, write_imatrix
 from pipeline import UserError
 from pipeline.recipe import NEEDS_IMATRIX, QUANTIZATIONS, WITHOUT_IMATRIX
 from pipeline.rows import count

@@ -100,7 +100,7 @@ def test_a_crash_of_what_reads_a_file_is_a_problem_of_that_file(
     crashing = tmp_path / "python"
     crashing.write_text("#!/bin/sh\necho 'ggml.c:7: GGML_ASSERT(false) failed' >&2\nkill -ABRT $$\n")
     crashing.chmod(0o755)
-    monkeypatch.setattr("convert.measure.sys.executable", str(crashing))
+    monkeypatch.setattr("convert.comparison.sys.executable", str(crashing))
     told = failed(healthy.comparisons())
     assert told["Q8_0"] == (
         "runs/healthy/gguf/healthy-Q8_0.gguf cannot be used: what reads it ended with signal 6 "

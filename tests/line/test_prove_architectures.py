@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from prove_run import CORPUS, REPOSITORY, TEMPLATE, trained_tokenizer
 
-from convert.pretokenizer import CONTRACTIONS, GPT2, NAMES, pre_tokenizer
+from convert.llamacpp import CONTRACTIONS, GPT2, NAMES, pre_tokenizer
 from pipeline import UserError
 
 TEXTS = [

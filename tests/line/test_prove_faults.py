@@ -412,7 +412,7 @@ def test_a_fault_of_a_file_is_named_there(healthy: Proved, fault: str) -> None:
 
 @pytest.mark.parametrize("lying", [False, True])
 def test_another_type_under_the_name_that_was_asked(healthy: Proved, lying: bool) -> None:
-    from convert.llamacpp import file_type, quantize
+    from convert.quantizer import file_type, quantize
 
     healthy.gguf("Q8_0").unlink()
     quantize(healthy.gguf("F16"), healthy.gguf("Q8_0"), "Q4_0")

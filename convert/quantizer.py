@@ -1,25 +1,33 @@
-"""The importance matrix: how large each input of each weight matrix is on the user's own training text.
+"""llama.cpp's own quantizer, and the importance matrix by which it rounds: on the user's own training text.
 
-The quantizer rounds the columns with large inputs more carefully. The sums are those of llama.cpp's tools/imatrix,
-taken by the callback that its scheduler calls for each node of the graph, and written in that tool's format.
+The matrix is how large each input of each weight matrix is; columns with large inputs are rounded more carefully. The
+sums are those of llama.cpp's tools/imatrix, taken by the callback that its scheduler calls for each node of the graph,
+and written in that tool's format.
 """
 
 import ctypes
 import logging
 import random
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.evaluator import PASS_TOKENS, Evaluator
+from convert.evaluator import PASS_TOKENS, Evaluator, be_quiet
 from pipeline import UserError
+from pipeline.machine import cores
 from pipeline.progress import progress
+from pipeline.recipe import NEEDS_IMATRIX
 from pipeline.rows import count, picked, row_text
 
 IMATRIX = "imatrix.gguf"
 DATASET = "data/train.arrow"  # what the files say that it was computed from
 FLOAT32 = 0  # GGML_TYPE_F32
 LAST = b"result_norm"  # what follows, the logits, is a fifth of a small model's work and of no use here
+FALLBACK = re.compile(r"warning: *(\S+) *- ncols .*?required for type *(\w+)\).*?falling back to *(\w+)")
+FALLBACK_COUNT = re.compile(r"WARNING: (\d+) of (\d+) tensor\(s\) required fallback")
+PROGRESS = re.compile(r"^\[ *(\d+)/ *(\d+)\]")
 
 
 @dataclass
@@ -39,6 +47,96 @@ class Importance:
 
 
 Matrix = dict[str, Importance]
+
+
+@dataclass
+class Quantization:
+    """What the quantizer said: tensors that could not take the type asked for, by `wanted -> written`."""
+
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    counted: int = 0
+    words: list[str] = field(default_factory=list)
+
+
+def quantize(source: Path, output: Path, kind: str, matrix: Matrix | None = None) -> Quantization:
+    """Quantize an unquantized GGUF to one of llama.cpp's types, its rounding weighed by an importance matrix, if any.
+
+    Raises:
+        UserError: the quantizer failed, with its last words, or the type needs a matrix and there is none.
+    """
+    import llama_cpp
+
+    if matrix is None and kind in NEEDS_IMATRIX:
+        raise UserError(f"{kind} needs an importance matrix: set gguf.imatrix_tokens, say to 4096")
+
+    said = Quantization()
+    pending = [""]
+
+    def listen(level: int, text: bytes, data: object) -> None:
+        *lines, pending[0] = (pending[0] + text.decode("utf-8", errors="replace")).split("\n")
+        for line in lines:
+            _hear(said, line)
+            if tensor := PROGRESS.match(line.strip()):
+                tell(100 * int(tensor[1]) / int(tensor[2]))
+
+    callback = llama_cpp.llama_log_callback(listen)
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_type(kind)
+    parameters.nthread = cores()
+    kept = _weigh(parameters, matrix) if matrix else ()  # the arrays that the parameters point to
+    try:
+        with progress(f"gguf: {kind}", 100, "%") as tell:
+            llama_cpp.llama_log_set(callback, None)
+            status = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), parameters)
+    finally:
+        del kept
+        _hear(said, pending[0])
+        be_quiet()
+    if status != 0:
+        reason = said.words[-1] if said.words else f"status {status}"
+        raise UserError(f"llama.cpp cannot quantize {source} to {kind} ({reason}): choose another type")
+    if said.counted != said.fallbacks.total():
+        raise RuntimeError(f"llama.cpp counts {said.counted} fallbacks, its log names {said.fallbacks.total()}")
+    return said
+
+
+def _weigh(parameters: Any, matrix: Matrix) -> tuple[Any, ...]:
+    """Hand the matrix to the quantizer, and the keys by which llama.cpp's own tool records it in the file."""
+    import llama_cpp.llama_cpp as bindings
+
+    means = {name: importance.means for name, importance in matrix.items()}
+    data = (bindings.llama_model_imatrix_data * (len(means) + 1))()  # ends with one without a name
+    for entry, (name, values) in zip(data, means.items(), strict=False):
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    record = {"file": IMATRIX, "dataset": DATASET, "entries_count": len(means), "chunks_count": chunks(matrix)}
+    keys = (bindings.llama_model_kv_override * (len(record) + 1))()  # ends with one without a key
+    for override, (name, value) in zip(keys, record.items(), strict=False):
+        override.key = f"quantize.imatrix.{name}".encode()
+        if isinstance(value, str):
+            override.tag, override.value.val_str = bindings.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+        else:
+            override.tag, override.value.val_i64 = bindings.LLAMA_KV_OVERRIDE_TYPE_INT, value
+    parameters.imatrix = ctypes.cast(data, ctypes.POINTER(bindings.llama_model_imatrix_data))
+    parameters.kv_overrides = ctypes.cast(keys, ctypes.POINTER(bindings.llama_model_kv_override))
+    return data, keys, means
+
+
+def file_type(kind: str) -> int:
+    """llama.cpp's number of a type, such as 15 for Q4_K_M."""
+    import llama_cpp
+
+    name = "LLAMA_FTYPE_ALL_F32" if kind == "F32" else f"LLAMA_FTYPE_MOSTLY_{kind}"
+    return int(getattr(llama_cpp, name))
+
+
+def _hear(said: Quantization, line: str) -> None:
+    if found := FALLBACK.search(line):
+        said.fallbacks[f"{found[2].upper()} -> {found[3].upper()}"] += 1
+    elif found := FALLBACK_COUNT.search(line):
+        said.counted = int(found[1])
+    elif line.strip() and not PROGRESS.match(line.strip()):
+        said.words.append(line.strip())
 
 
 def imatrix(model: Path, sequences: list[list[int]]) -> Matrix:
