@@ -71,7 +71,7 @@ def _memory(of: Job, at: Place) -> str:
     ]
     spread = f" x {at.devices}, {of.recipe.launch.strategy}" if at.devices > 1 else ""
     seconds = of.data.tokens * of.recipe.train.epochs / tokens_per_second(of, at)[0]
-    rows.append(["time", *(duration(seconds * flops(of, each) / flops(of)) for each in tuners)])
+    rows.append(["time", *(duration(seconds * flops(of, at, each) / flops(of, at)) for each in tuners)])
     told = [f"memory of a step on {at.name}{spread}, {at.precision}", table(["", *heads], rows)]
     if "qlora" in tuners and of.base.experts:
         told.append(f"qlora keeps {number(of.base.experts)} weights of experts in 16 bits: bitsandbytes leaves them")

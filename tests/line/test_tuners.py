@@ -80,12 +80,11 @@ def test_the_recipe_knows_the_tuners() -> None:
     assert set(get_args(get_type_hints(Train)["tuner"])) == set(TUNERS)
 
 
+@pytest.mark.parametrize("tuned", ["full"], indirect=True)
 def test_bfloat16_is_rounded_from_whole_weights(tuned: tuple[str, Workplace], tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    tuner, work = tuned
-    if tuner != "full":
-        pytest.skip("an adapter's merge in bfloat16 has a test of its own")
+    _, work = tuned
     other = copied(work.folder, tmp_path)
     with contextlib.chdir(tmp_path):
         Path("line.yaml").write_text(Path("line.yaml").read_text() + "merge: {precision: bfloat16}\n")
@@ -94,9 +93,8 @@ def test_bfloat16_is_rounded_from_whole_weights(tuned: tuple[str, Workplace], tm
             assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
 
 
-def test_an_adapter_that_no_weights_can_take_is_refused(
-    tuned: tuple[str, Workplace], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("tuned", ["lora"], indirect=True)
+def test_an_adapter_that_no_weights_can_take_is_refused(tuned: tuple[str, Workplace], tmp_path: Path) -> None:
     from convert.merge import merge
     from pipeline import UserError
 
