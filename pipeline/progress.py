@@ -12,6 +12,7 @@ from typing import Any, Protocol, TextIO
 
 from pipeline.units import duration
 
+BAR_SECONDS = 0.05  # a person sees no more
 LINE_SECONDS = 5
 LEAST_BAR = 8  # columns: what a narrow terminal has no more room for is left out, the last first
 
@@ -59,12 +60,16 @@ def progress(doing: str, total: float = 0, unit: str = "", scale: float = 1) -> 
     console = _console()
     columns = (TextColumn("{task.description}", markup=False), BarColumn())
     texts = TextColumn("{task.fields[text]}", markup=False)
-    with Progress(*columns, texts, console=console, transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task(doing, total=total or None, text="")
+    # Without rich's thread, whose drawing and a log line's mix: half a bar is left then.
+    with Progress(*columns, texts, console=console, transient=True, redirect_stdout=False, auto_refresh=False) as bar:
+        task, drawn = bar.add_task(doing, total=total or None, text=""), 0.0
 
         def draw(done: float = 0, *notes: str, seconds_left: float | None = None) -> None:
+            nonlocal drawn
             room = console.width - len(doing) - LEAST_BAR - 2
-            bar.update(task, completed=done, text=_fitting(told(done, notes, seconds_left), room))
+            is_due = time.monotonic() - drawn >= BAR_SECONDS
+            drawn = time.monotonic() if is_due else drawn
+            bar.update(task, completed=done, text=_fitting(told(done, notes, seconds_left), room), refresh=is_due)
 
         yield draw
 

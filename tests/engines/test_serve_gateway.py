@@ -64,27 +64,13 @@ def test_what_is_no_question_is_refused(server: Server, body: bytes) -> None:
     assert ask(server.port, CHAT, server.key, question())[0] == 200
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/slots",
-        "/completion",
-        "/v1/responses",
-        "/v1/embeddings",
-        "/infill",
-        "/models/load",
-        "/",
-        "/v1",
-        "/v1/chat",
-        "//health",
-    ],
-)
-@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "OPTIONS"])
-def test_there_is_nothing_else(server: Server, path: str, method: str) -> None:
-    for key, status in ((server.key, 404), ("wrong", 401)):
-        with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
-            connection.request(method, path, headers={"Authorization": f"Bearer {key}"})
-            assert connection.getresponse().status == status
+@pytest.mark.parametrize("path", ["/slots", "/completion", "/v1/embeddings", "/v1", "//health"])
+def test_there_is_nothing_else(server: Server, path: str) -> None:
+    for method in ("GET", "POST", "DELETE"):
+        for key, status in ((server.key, 404), ("wrong", 401)):
+            with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
+                connection.request(method, path, headers={"Authorization": f"Bearer {key}"})
+                assert connection.getresponse().status == status
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/apply-template", "/tokenize"])

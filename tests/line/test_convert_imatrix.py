@@ -125,6 +125,7 @@ def test_the_file_has_llama_cpp_s_format(tmp_path: Path, matrix: dict[str, Impor
     assert len(tensors) == 2 * len(matrix)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
 def test_every_type_of_the_schema_is_written(
     kind: str, llama: tuple[Path, Any], matrix: dict[str, Importance], tmp_path: Path

@@ -21,6 +21,7 @@ def change(file: Path, **keys: Any) -> None:
     file.write_text(json.dumps(written))
 
 
+@pytest.mark.slow
 def test_a_base_that_llama_cpp_takes_passes_and_leaves_nothing(based: Any) -> None:
     before = based.files("")
     trial(based.recipe, based.run)
@@ -39,6 +40,7 @@ def test_what_its_converter_refuses_is_one_line_before_training(based: Any) -> N
     trial(replace(based.recipe, gguf=Gguf(types=())), based.run)  # which asks nothing of llama.cpp
 
 
+@pytest.mark.slow
 def test_a_context_beyond_what_llama_cpp_knows_is_told(based: Any) -> None:
     long = replace(based.recipe, serve=Serve(context=4096))
     with pytest.raises(UserError, match=r"^serve\.context: 4096 is more than the 2048 tokens that llama\.cpp knows"):

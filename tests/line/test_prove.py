@@ -18,6 +18,7 @@ from pipeline.reference import CONTINUATION_TOKENS, read_reference
 from serve.prove import made_from, verdict
 
 pytest_plugins = ["prove_fixtures"]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,6 @@ def test_a_lost_model_has_a_perplexity_that_json_can_hold() -> None:
     assert json.dumps(perplexity([1e6], [1])).count("Infinity") == 0
 
 
-@pytest.mark.slow
 def test_a_healthy_run_passes(healthy: Proved) -> None:
     rows = healthy.comparisons()
     assert failed(rows) == {}
@@ -58,7 +58,6 @@ def test_a_healthy_run_passes(healthy: Proved) -> None:
         assert row.measures["perplexity"] == pytest.approx(row.measures["trained_perplexity"], rel=0.05)
 
 
-@pytest.mark.slow
 def test_questions_are_answered_as_the_trained_model_answers(healthy: Proved) -> None:
     """Together, with what they all begin with computed once, as torch answered each alone."""
     reference = read_reference(healthy.run.path("reference"))
@@ -69,7 +68,6 @@ def test_questions_are_answered_as_the_trained_model_answers(healthy: Proved) ->
     assert sum(same) >= 0.9 * len(same)  # rounding to F16 may turn a near tie
 
 
-@pytest.mark.slow
 def test_what_a_type_costs_is_measured(healthy: Proved) -> None:
     healthy.question("What says the cat?", "meow")
     rows = healthy.comparisons()
@@ -93,7 +91,6 @@ def cache_bytes(healthy: Proved) -> int:
     return int(2 * 2 * width * config["num_hidden_layers"])
 
 
-@pytest.mark.slow
 def test_a_crash_of_what_reads_a_file_is_a_problem_of_that_file(
     healthy: Proved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +110,6 @@ def rows_of(healthy: Proved) -> list[dict[str, Any]]:
     return [json.loads(line) for line in healthy.run.path("reference/probes.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_what_is_lost_in_the_merge_is_not_blamed_on_later_stages(healthy: Proved) -> None:
     shutil.copy(healthy.run.path("base/model.safetensors"), healthy.run.path("merged/model.safetensors"))
     healthy.sign("merge")
@@ -137,18 +133,15 @@ def served_after(healthy: Proved, **values: Any) -> Comparison:
     return healthy.served()
 
 
-@pytest.mark.slow
 def test_a_server_that_adds_a_beginning_of_text(healthy: Proved) -> None:
     found = served_after(healthy, tokenizer__ggml__add_bos_token=True, tokenizer__ggml__bos_token_id=0)
     assert found.problems == ["token ids: probe 'plain', position 0: [0], trained with [1]"]
 
 
-@pytest.mark.slow
 def test_a_server_that_adds_the_beginning_of_text_that_the_template_writes(healthy: Proved) -> None:
     assert served_after(healthy, tokenizer__ggml__add_bos_token=True).problems == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("template, byte", [(CHATML, 12), (TEMPLATE.replace("You are a test.", ""), 19)])
 def test_a_server_with_another_template(healthy: Proved, template: str, byte: int) -> None:
     [problem] = served_after(healthy, tokenizer__chat_template=template).problems
@@ -165,7 +158,6 @@ ENGINES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("line", ENGINES)
 def test_a_server_that_was_told_otherwise(healthy: Proved, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (healthy.folder / "sitecustomize.py").write_text(
@@ -181,7 +173,6 @@ def test_a_server_that_was_told_otherwise(healthy: Proved, line: str, monkeypatc
     assert problem.startswith(ENGINES[line])
 
 
-@pytest.mark.slow
 def test_a_server_of_another_model(healthy: Proved) -> None:
     shutil.copy(healthy.run.path("base/model.safetensors"), healthy.run.path("merged/model.safetensors"))
     healthy.sign("merge")
@@ -193,7 +184,6 @@ def test_a_server_of_another_model(healthy: Proved) -> None:
     assert problem.startswith("answers: ")
 
 
-@pytest.mark.slow
 def test_a_context_that_is_too_short_for_some_is_said(healthy: Proved) -> None:
     healthy.change(context=256)
     found = healthy.served()
@@ -202,7 +192,6 @@ def test_a_context_that_is_too_short_for_some_is_said(healthy: Proved) -> None:
     assert healthy.run.receipt("prove").metrics["notes"][0] == note
 
 
-@pytest.mark.slow
 def test_a_context_that_is_too_short_for_all_proves_nothing(healthy: Proved) -> None:
     rows = [row for row in rows_of(healthy) if row["name"] in ("long", "multi-turn")]
     wanted = healthy.run.path("reference/probes.jsonl")

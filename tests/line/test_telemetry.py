@@ -43,6 +43,7 @@ def left(folder: Path, *words: str, **more: str) -> tuple[list[str], str]:
     return log.read_text().splitlines(), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_training_does_not_leave_the_machine(based: Workplace) -> None:
     attempts, output = left(based.folder, "-m", "train.run", "line.yaml")
     assert based.run.receipt_path("train").is_file(), output

@@ -115,6 +115,7 @@ def test_a_signal_saves_a_checkpoint_and_ends(
 
 
 @pytest.mark.parametrize("step", [5, 10])
+@pytest.mark.slow
 def test_a_signal_ends_a_validation_which_the_next_start_does_first(
     step: int, based: Workplace, _trained: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

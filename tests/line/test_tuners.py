@@ -22,7 +22,10 @@ MODEL = {"chat_template.jinja", "config.json", "generation_config.json", "model.
 FILES = {tuner: ADAPTER for tuner in TUNERS} | {"full": MODEL | {"kind.json"}}
 
 
-@pytest.fixture(scope="module", params=TUNERS)
+@pytest.fixture(
+    scope="module",
+    params=[tuner if tuner == "lora" else pytest.param(tuner, marks=pytest.mark.slow) for tuner in TUNERS],
+)
 def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, _based: Path) -> Iterator[Any]:
     """(the tuner, a workplace in which it went through the line)."""
     work = copied(_based, tmp_path_factory.mktemp(request.param))
@@ -80,6 +83,7 @@ def test_the_recipe_knows_the_tuners() -> None:
     assert set(get_args(get_type_hints(Train)["tuner"])) == set(TUNERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuned", ["full"], indirect=True)
 def test_bfloat16_is_rounded_from_whole_weights(tuned: tuple[str, Workplace], tmp_path: Path) -> None:
     from safetensors import safe_open
