@@ -55,7 +55,7 @@ setup: .venv/.complete ## Make the environment: .venv and .cache
 doctor: ## Show what this machine has, and what is missing for which target
 	@$(or $(SYSTEM_PYTHON),$(shell command -v python3),$(error $(NO_PYTHON))) -m setup.doctor
 
-.venv/.complete: pyproject.toml requirements.lock setup/environment.py
+.venv/.complete: pyproject.toml requirements.lock setup/environment.py setup/install.py
 	@$(or $(SYSTEM_PYTHON),$(error $(NO_PYTHON))) -m setup.environment
 
 # SET is for this once: a plan changes nothing.
@@ -195,7 +195,7 @@ format: | .venv/.complete ## Put the code in its one format, and the generated p
 	@$(PYTHON) -m ruff format
 	@$(PYTHON) -m setup.documentation
 
-# torch has a CPU and a CUDA build with different hashes; llama-cpp-python is compiled: setup/environment.py has both.
+# torch has a CPU and a CUDA build with different hashes; llama-cpp-python is compiled: setup/ has both.
 # On PyPI these are built for CUDA: torch's CPU build comes from elsewhere, text needs none of the others.
 CPU_WITHOUT := torch torchvision torchaudio torchcodec triton cuda-toolkit cuda-bindings nvidia-cudnn-cu13 \
 	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvshmem-cu13

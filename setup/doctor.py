@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setup import environment as env
-from setup.step import SetupError
+from setup import install as env
+from setup.install import SetupError
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "llama_cpp_python", "xllamacpp", "bitsandbytes")
 FAST_BF16 = ("amx_bf16", "avx512_bf16", "bf16")

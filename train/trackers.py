@@ -12,8 +12,7 @@ from urllib.parse import urlsplit
 
 from pipeline import Run, UserError
 from pipeline.files import write_whole
-from setup.environment import LOCKS, add, unfinished
-from setup.step import SetupError
+from setup.install import LOCKS, SetupError, add, unfinished
 
 PROJECT = "truetune"
 

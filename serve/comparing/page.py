@@ -18,7 +18,7 @@ from pipeline.run import Run
 from serve.comparing.artefacts import Artefact, artefacts
 from serve.comparing.conversation import Conversation, Made, Messages, append, as_html, tokens
 from serve.comparing.pool import Chunk, ModelPool, Sampling, together
-from setup.environment import device
+from setup.install import device
 
 CSS = Path(__file__).with_suffix(".css")
 QUEUE = 16

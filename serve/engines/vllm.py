@@ -17,7 +17,7 @@ from serve.asking.endpoint import ERRORS, HOST, ask, is_healthy, url_of
 from serve.asking.key import make_key
 from serve.running.backend import Backend, Endpoint, Service
 from serve.running.environment import environment
-from setup.environment import ROOT
+from setup.install import ROOT
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that `--max-lora-rank` takes (vllm/config/lora.py)
 BLOCK_TOKENS = 128  # the CPU build gives its cache out in blocks of so many

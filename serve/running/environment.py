@@ -12,19 +12,19 @@ import time
 from pathlib import Path
 
 from pipeline.error import UserError
-from setup.environment import (
+from setup.install import (
     CACHE,
     LOCKS,
     ROOT,
     TORCH,
     Environment,
+    SetupError,
     alone,
     device,
     install_locked,
     install_torch,
     make_venv,
 )
-from setup.step import SetupError
 
 NEEDED_BYTES = {"cpu": 5_000_000_000, "cuda": 15_000_000_000}
 

@@ -17,8 +17,7 @@ from pipeline.recipe import Data, Serve
 from serve.api import refuse_taken_ports, ui_url
 from serve.asking.endpoint import ask, with_environment
 from serve.running.session import Session, find, held, report
-from setup.environment import Environment
-from setup.step import SetupError
+from setup.install import Environment, SetupError
 
 pytest_plugins = ["serve_fixtures"]
 

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from setup import environment, step
-from setup.environment import Environment
-from setup.step import SetupError
+from setup import environment, install
+from setup.install import Environment, SetupError
 
 LOCK = Path("requirements.lock").read_text(encoding="utf-8")
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
@@ -31,7 +30,7 @@ ENTRIES = re.findall(r"^([a-z0-9][a-z0-9._-]*)==(\S+)(.*(?:\n {4}--hash=.*)*)", 
 def checkout(tmp_path: Path) -> Path:
     """A folder with the files that the set-up reads, and no environment."""
     (tmp_path / "setup").mkdir()
-    for name in ("pyproject.toml", "requirements.lock", "setup/environment.py", "setup/step.py", "setup/doctor.py"):
+    for name in ("pyproject.toml", "requirements.lock", "setup/environment.py", "setup/install.py", "setup/doctor.py"):
         (tmp_path / name).write_bytes(Path(name).read_bytes())
     return tmp_path
 
@@ -42,8 +41,8 @@ def pinned(name: str) -> str:
 
 
 def test_the_pins_of_the_set_up_are_those_of_the_project() -> None:
-    assert environment.TORCH == pinned("torch")
-    assert environment.LLAMA_CPP_PYTHON == pinned("llama-cpp-python")
+    assert install.TORCH == pinned("torch")
+    assert install.LLAMA_CPP_PYTHON == pinned("llama-cpp-python")
 
 
 def test_every_locked_package_has_a_hash() -> None:
@@ -75,7 +74,7 @@ def test_no_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_a_named_compiler_that_is_not_there_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    assert environment.find_compiler() is None
+    assert install.find_compiler() is None
 
 
 @pytest.mark.parametrize(
@@ -90,8 +89,8 @@ def test_a_failed_step_says_why(tmp_path: Path, output: str, told: str) -> None:
     (log := tmp_path / "setup.log").touch()
     failing = [sys.executable, "-c", f"print({output!r}); raise SystemExit(1)"]
     with pytest.raises(SetupError, match=told):
-        step.run(log, "a step", failing)
-    assert not step.run(log, "a step", failing, may_fail=True)
+        install.run(log, "a step", failing)
+    assert not install.run(log, "a step", failing, may_fail=True)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +108,7 @@ def test_a_failed_step_says_why(tmp_path: Path, output: str, told: str) -> None:
     ],
 )
 def test_progress_tells_how_far_and_how_long(seconds: int, output: str, told: str) -> None:
-    assert step.progress(output, seconds) == told
+    assert install.progress(output, seconds) == told
 
 
 @pytest.fixture
@@ -134,17 +133,17 @@ def test_locked_packages_come_from_pips_index_by_uv_and_by_pip_without_it(
 ) -> None:
     place = Environment(tmp_path / ".venv", tmp_path / "setup.log")
     place.log.touch()
-    environment.make_venv(place, "cpu")
+    install.make_venv(place, "cpu")
     (installer,) = [place.folder / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"]
-    for uv, name in ((environment.ROOT, "uv"), (tmp_path / "nothing", "pip")):
-        monkeypatch.setattr(environment, "ROOT", uv)
-        environment.install_locked(place, index)
+    for uv, name in ((install.ROOT, "uv"), (tmp_path / "nothing", "pip")):
+        monkeypatch.setattr(install, "ROOT", uv)
+        install.install_locked(place, index)
         assert (installer / "probe-1.0.dist-info/INSTALLER").read_text().strip() == name
         shutil.rmtree(installer / "probe-1.0.dist-info")
     monkeypatch.undo()
     index.write_text(index.read_text()[:-5] + "beef\n")
     with pytest.raises(SetupError, match="by pip: see"):
-        environment.install_locked(place, index)
+        install.install_locked(place, index)
 
 
 def test_uv_looks_where_pip_is_told_to_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +153,7 @@ def test_uv_looks_where_pip_is_told_to_look(tmp_path: Path, monkeypatch: pytest.
     )
     monkeypatch.setenv("PIP_CONFIG_FILE", str(settings))
     monkeypatch.setenv("PIP_CERT", "/own.pem")
-    found = environment.indexes(Environment(Path(sys.prefix), tmp_path / "setup.log"))
+    found = install.indexes(Environment(Path(sys.prefix), tmp_path / "setup.log"))
     assert (found["UV_DEFAULT_INDEX"], found["SSL_CERT_FILE"]) == ("https://installs/simple", "/own.pem")
     assert "UV_INDEX" not in found  # it would take a wheel for another Python, where indexes share them out
 
@@ -174,16 +173,16 @@ def test_an_unknown_device_is_refused(checkout: Path) -> None:
 
 def test_a_matching_stamp_changes_nothing_and_is_renewed(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
-    (checkout / environment.CONVERTER).mkdir(parents=True)
+    (checkout / install.CONVERTER).mkdir(parents=True)
     (checkout / ".venv/bin").mkdir(parents=True)
     (checkout / ".venv/bin/python").symlink_to(sys.executable)
     stamp = checkout / ".venv/.complete"
-    stamp.write_text(environment.digest("cpu"))
+    stamp.write_text(install.digest("cpu"))
     os.utime(stamp, (0, 0))
     done = run_script("setup.environment", checkout, TRUETUNE_DEVICE="cpu")
     assert (done.returncode, done.stderr) == (0, "")
     assert stamp.stat().st_mtime > 0
-    assert environment.digest("cpu") != environment.digest("cuda")
+    assert install.digest("cpu") != install.digest("cuda")
 
 
 def test_the_doctor_works_before_set_up(checkout: Path) -> None:
@@ -222,8 +221,7 @@ def test_an_installer_that_outlives_its_parent_keeps_others_out(tmp_path: Path) 
     begun = tmp_path / "begun"
     code = f"""
 from pathlib import Path
-from setup.environment import Environment, alone
-from setup.step import run
+from setup.install import Environment, alone, run
 place = Environment(Path({str(tmp_path)!r}), Path({str(tmp_path / "setup.log")!r}))
 place.log.touch()
 with alone(place):
