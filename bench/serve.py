@@ -19,7 +19,7 @@ import httpx
 
 from pipeline import Run, UserError, load
 from pipeline.command import boundary
-from serve.asking.key import read_key
+from serve.asking.endpoint import read_key
 from serve.running.session import Session, find, memory_bytes
 
 HUNG_SECONDS = 600

@@ -19,7 +19,7 @@ from pipeline.command import boundary, recipe_of_arguments
 from pipeline.error import UserError
 from pipeline.recipe import Recipe
 from pipeline.run import Run
-from serve.asking.key import KEY_FILE
+from serve.asking.endpoint import KEY_FILE
 from serve.engines.vllm import Machine, Model, model_arguments, model_of
 
 WAYS = ("replicas", "nodes", "ray")

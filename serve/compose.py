@@ -19,8 +19,7 @@ from pipeline.load import find
 from pipeline.recipe import Recipe
 from pipeline.recommend import chosen, refuse_without_gguf
 from pipeline.run import Run
-from serve.asking.endpoint import port_of_environment, port_problem, url_of, with_environment
-from serve.asking.key import KEY_FILE, make_key
+from serve.asking.endpoint import KEY_FILE, make_key, port_of_environment, port_problem, url_of, with_environment
 from serve.engines.llamacpp import refuse_long_context, served_file
 from serve.engines.vllm import END_SECONDS, Model, machine_for, model_arguments
 from serve.openwebui import EMAIL, PASSWORD_FILE, SECRET_FILE

@@ -9,8 +9,7 @@ from pipeline.error import UserError
 from pipeline.proof import Comparison
 from pipeline.reference import CONTINUATION_TOKENS, read_reference
 from pipeline.run import Run
-from serve.asking.endpoint import ERRORS, HOST, ask, url_of
-from serve.asking.key import make_key, read_key
+from serve.asking.endpoint import ERRORS, HOST, ask, make_key, read_key, url_of
 from serve.running.backend import Endpoint, Service
 from serve.running.environment import environment
 from serve.running.session import find

@@ -18,10 +18,8 @@ from pipeline.error import UserError
 from pipeline.files import own_folder
 from pipeline.recipe import Recipe
 from pipeline.run import Run
-from serve.asking.endpoint import HOST, port_problem
-from serve.asking.key import make_key
-from serve.comparing.artefacts import artefacts
-from serve.comparing.pool import ModelPool
+from serve.asking.endpoint import HOST, make_key, port_problem
+from serve.comparing.pool import ModelPool, artefacts
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

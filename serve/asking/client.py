@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.error import UserError
 from pipeline.recipe import Recipe
 from pipeline.run import Run
-from serve.asking.endpoint import HOST, is_healthy, port_of_environment, served_model, url_of
-from serve.asking.key import read_key
+from serve.asking.endpoint import HOST, is_healthy, port_of_environment, read_key, served_model, url_of
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -15,9 +15,8 @@ import gradio as gr
 from pipeline.error import UserError
 from pipeline.recipe import Recipe
 from pipeline.run import Run
-from serve.comparing.artefacts import Artefact, artefacts
 from serve.comparing.conversation import Conversation, Made, Messages, append, as_html, tokens
-from serve.comparing.pool import Chunk, ModelPool, Sampling, together
+from serve.comparing.pool import Artefact, Chunk, ModelPool, Sampling, artefacts, together
 from setup.install import device
 
 CSS = Path(__file__).with_suffix(".css")

@@ -10,8 +10,7 @@ from pipeline.files import fingerprint
 from pipeline.gguf_head import read_head
 from pipeline.recipe import Recipe, Serve
 from pipeline.run import Fingerprints, Run
-from serve.asking.endpoint import ERRORS, HOST, ask, is_healthy, served_model, url_of
-from serve.asking.key import KEY_FILE, make_key
+from serve.asking.endpoint import ERRORS, HOST, KEY_FILE, ask, is_healthy, make_key, served_model, url_of
 from serve.running.backend import Backend, Endpoint, Service
 
 ANSWER_SECONDS = 600

@@ -13,8 +13,7 @@ from pipeline.machine import cores, fast_precision, gpus
 from pipeline.recipe import Recipe
 from pipeline.reference import read_probes
 from pipeline.run import Fingerprints, Run
-from serve.asking.endpoint import ERRORS, HOST, ask, is_healthy, url_of
-from serve.asking.key import make_key
+from serve.asking.endpoint import ERRORS, HOST, ask, is_healthy, make_key, url_of
 from serve.running.backend import Backend, Endpoint, Service
 from serve.running.environment import environment
 from setup.install import ROOT

@@ -20,11 +20,10 @@ from pipeline.error import UserError
 from pipeline.files import own_folder
 from pipeline.model import load, with_adapter
 from pipeline.rows import rendered
-from serve.asking.endpoint import HOST
-from serve.asking.key import read_key
+from serve.asking.endpoint import HOST, read_key
 from serve.gateway.connection import listen
+from serve.gateway.exchange import CHAT, COMPLETIONS, TEMPLATE
 from serve.gateway.gateway import Bounds, Gateway
-from serve.gateway.request import CHAT, COMPLETIONS, TEMPLATE
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -13,8 +13,7 @@ from typing import Any
 
 from pipeline.files import own_folder
 from pipeline.machine import cores
-from serve.asking.endpoint import url_of
-from serve.asking.key import read_key
+from serve.asking.endpoint import read_key, url_of
 from serve.engines.llamacpp import Settings, longest_token
 from serve.gateway.connection import listen
 from serve.gateway.gateway import Bounds, Gateway

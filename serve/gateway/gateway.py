@@ -13,9 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.gateway.answer import event, joined, legacy_logprobs, refusal, total
 from serve.gateway.auth import ApiKeyAuth
-from serve.gateway.request import CHAT, COMPLETIONS, TEMPLATE, Model, Refusal, answerable, unknown_model
+from serve.gateway.exchange import (
+    CHAT,
+    COMPLETIONS,
+    TEMPLATE,
+    Model,
+    Refusal,
+    answerable,
+    event,
+    joined,
+    legacy_logprobs,
+    refusal,
+    total,
+    unknown_model,
+)
 
 if TYPE_CHECKING:
     import httpx

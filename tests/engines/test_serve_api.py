@@ -15,8 +15,7 @@ from gguf_fixture import CONTEXT, NAME, SLOTS, TRAINED, Server, environment, fre
 from pipeline.error import UserError
 from pipeline.files import fingerprint
 from pipeline.proof import Comparison, write_comparisons
-from serve.asking.endpoint import ask
-from serve.asking.key import make_key, read_key
+from serve.asking.endpoint import ask, make_key, read_key
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -263,7 +262,7 @@ def test_a_bad_key_is_refused(tmp_path: Path, content: str):
 
 
 def test_two_starts_at_once_agree_on_one_key(tmp_path: Path):
-    make = "from serve.asking.key import make_key; print(make_key())"
+    make = "from serve.asking.endpoint import make_key; print(make_key())"
     makers = [
         subprocess.Popen([sys.executable, "-c", make], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE)
         for _ in range(4)

@@ -13,7 +13,7 @@ from openai.types.shared import ErrorObject
 from pydantic import BaseModel
 
 from serve.asking.endpoint import ask
-from serve.gateway.answer import refusal
+from serve.gateway.exchange import refusal
 from serve.gateway.json_schema import is_enforced, unenforced
 
 pytest_plugins = ["serve_fixtures"]

@@ -12,9 +12,8 @@ from data_fixtures import read
 from pipeline.error import UserError
 from pipeline.model import Trained
 from pipeline.run import Receipt, Run
-from serve.comparing.artefacts import artefacts
 from serve.comparing.conversation import Conversation, Made, Token, _texts, append, as_html
-from serve.comparing.pool import Chunk, Sampling, together
+from serve.comparing.pool import Chunk, Sampling, artefacts, together
 from serve.playground import TokenAuth
 
 ASKED = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Who are you?"}]
@@ -102,7 +101,7 @@ def test_a_server_that_is_gone_cannot_be_chosen() -> None:
 
 
 def test_a_key_is_in_no_text_of_a_choice() -> None:
-    from serve.comparing.artefacts import Artefact
+    from serve.comparing.pool import Artefact
 
     assert "sesame" not in repr(Artefact("a", "b", "endpoint", "http://x/v1", "m", key="sesame"))
 

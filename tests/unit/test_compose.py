@@ -22,7 +22,7 @@ from serve.asking.endpoint import with_environment
 from serve.compose import check, refuse_without_docker
 from serve.engines import vllm
 from serve.running.backend import Endpoint
-from setup import environment
+from setup import install
 
 TEXT = Path("compose.yaml").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load(TEXT)
@@ -194,7 +194,7 @@ def test_make_up_sets_what_the_file_asks_for() -> None:
 def test_the_images_have_the_versions_of_the_environment() -> None:
     pins = dict(re.findall(r"^ARG (\w+)=(\S+)", DOCKERFILE, re.M))
     for name in ("TORCH", "LLAMA_CPP_PYTHON"):
-        assert pins[name] == getattr(environment, name)
+        assert pins[name] == getattr(install, name)
     assert re.search(r"openwebui:([\d.]+)$", SERVICES["openwebui"]["image"])[1] in re.findall(
         r"^open-webui==([\d.]+)", Path("setup/locks/openwebui.txt").read_text(encoding="utf-8"), re.M
     )

@@ -9,8 +9,8 @@ import pytest
 from ollama_double import TEMPLATES, collated, distance, nearest
 from ollama_run import CHATML, STRIPPING
 
+from serve.engines.ollama.proof import read_vocabulary
 from serve.engines.ollama.template import Refused, compile_shape, renderer
-from serve.engines.ollama.vocabulary import read_vocabulary
 from train.config import packaged_gguf
 
 GOLDEN = json.loads(Path("tests/go_templates.json").read_text(encoding="utf-8"))

@@ -24,10 +24,9 @@ from pipeline.reference import read_probes
 from pipeline.run import Receipt
 from pipeline.stages import stage
 from serve.engines.llamacpp import refuse_long_context, served_file
-from serve.engines.ollama.proof import prove_answers, prove_prompts, refused
+from serve.engines.ollama.proof import Vocabulary, prove_answers, prove_prompts, read_vocabulary, refused
 from serve.engines.ollama.server import OllamaServer, server_url
 from serve.engines.ollama.template import Refused, compile_shape, renderer
-from serve.engines.ollama.vocabulary import Vocabulary, read_vocabulary
 from serve.running.backend import Backend, Endpoint, refuse_disproved
 
 TAG = r"[0-9a-f]{12}"
