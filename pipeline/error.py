@@ -1,8 +1,8 @@
-"""What a person reads of a failure: what to mend, where a stopped command goes on, and what a library said of it."""
+"""What a person reads of a failure: what to fix, where a stopped command resumes, and what a library said of it."""
 
 
 class UserError(Exception):
-    """Something the user can mend: each problem is `what, with the value: what fixes it`.
+    """Something the user can fix: each problem is `what, with the value: what fixes it`.
 
     Raised anywhere, printed in one place only (`pipeline.command.boundary`), one `error:` line a problem.
     """

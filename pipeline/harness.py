@@ -46,10 +46,10 @@ def tasks_named(names: tuple[str, ...]) -> dict[str, Any]:
         try:
             loaded = manager.load([name])
         except (OSError, DatasetsError) as error:  # of the network, too
-            problems.append(f"eval.tasks: the data of {name} is out of reach ({_reason(error)}): {_MEND}")
+            problems.append(f"eval.tasks: the data of {name} is out of reach ({_reason(error)}): {_FIX}")
             continue
         except (YAMLError, TemplateError, *WRONGLY_WRITTEN) as error:
-            problems.append(f"eval.tasks: the harness cannot read {name} ({_reason(error)}): mend the task")
+            problems.append(f"eval.tasks: the harness cannot read {name} ({_reason(error)}): fix the task")
             continue
         for part, values in loaded.items():
             found[part] |= values
@@ -63,7 +63,7 @@ def tasks_named(names: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-_MEND = "go online once, so that it is kept, or name the YAML file of a task with data of your own"
+_FIX = "go online once, so that it is kept, or name the YAML file of a task with data of your own"
 
 
 def asked(model: Any, tasks: dict[str, Any], rows: int, seed: int) -> Any:
@@ -89,7 +89,7 @@ def asked(model: Any, tasks: dict[str, Any], rows: int, seed: int) -> Any:
         )
     except (TemplateError, *WRONGLY_WRITTEN) as error:
         names = ", ".join(tasks["tasks"])
-        raise UserError(f"eval.tasks: the harness cannot ask {names} ({_reason(error)}): mend the task") from error
+        raise UserError(f"eval.tasks: the harness cannot ask {names} ({_reason(error)}): fix the task") from error
 
 
 def compared(base: Any, trained: Any, seed: int) -> list[Score]:

@@ -69,7 +69,7 @@ def on_meta(config: Any, dtype: str = "float32", head: str = "causal") -> Any:
             return auto_model(head).from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     except Exception as error:  # of the model's own code
         raise UserError(
-            f"a {config.model_type} cannot be built from its config ({reason(error)}): mend its config.json or use "
+            f"a {config.model_type} cannot be built from its config ({reason(error)}): fix its config.json or use "
             "another base"
         ) from None
 

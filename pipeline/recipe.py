@@ -37,7 +37,7 @@ def knob(
 @dataclass(frozen=True)
 class Clean:
     unicode: bool = knob(True, "Write characters composed (NFC), drop control characters but tab and line ends")
-    encoding: bool = knob(True, "Mend text that was decoded in a wrong encoding, such as `Ã©` for `é`; never in code")
+    encoding: bool = knob(True, "Fix text that was decoded in a wrong encoding, such as `Ã©` for `é`; never in code")
     empty_turns: bool = knob(True, "End a conversation before its first empty turn, reject it if no answer is left")
     min_answer_characters: int = knob(0, "Fewest characters that the answers of a conversation have together", 0)
     max_characters: int = knob(0, "Most characters of a conversation; 0 sets no limit", 0)

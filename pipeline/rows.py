@@ -129,7 +129,7 @@ def rendered(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None, 
                 break
     roles = ", ".join(message["role"] for message in messages[:ROLES_SHOWN])
     raise UserError(
-        f"the chat template refuses a conversation of {roles} ({problems[0]}): mend the data or the template"
+        f"the chat template refuses a conversation of {roles} ({problems[0]}): fix the data or the template"
     )
 
 

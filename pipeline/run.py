@@ -91,13 +91,13 @@ class Run:
         Raises:
             UserError: a file is gone or its hash differs from the receipt that made it.
         """
-        mend = f"delete {self.receipt_path(name)} and run 'make {name} RECIPE={self.name}'"
+        fix = f"delete {self.receipt_path(name)} and run 'make {name} RECIPE={self.name}'"
         outputs = {path: known for path, known in self.receipt(name).outputs.items() if only in path}
         for path, known in outputs.items():
             if not Path(path).is_file():
-                raise UserError(f"{path}, which '{name}' wrote, is gone: {mend}")
+                raise UserError(f"{path}, which '{name}' wrote, is gone: {fix}")
             if Path(path).stat().st_size != known["bytes"] or fingerprint(Path(path)) != known:
-                raise UserError(f"{path} is not what '{name}' wrote, its sha256 differs: {mend}")
+                raise UserError(f"{path} is not what '{name}' wrote, its sha256 differs: {fix}")
         return outputs
 
     def write_receipt(self, receipt: Receipt) -> None:

@@ -26,26 +26,26 @@ def verify(run: Run) -> list[tuple[str, int]]:
     checked = []
     hashes: Fingerprints = {}  # each file is read once
     for stage, receipt in found.items():
-        mend = f"run 'make {stage.name} RECIPE={run.name}' again, or restore the file"
+        fix = f"run 'make {stage.name} RECIPE={run.name}' again, or restore the file"
         upstream: Fingerprints = {}
         for before in stage.after:
             upstream |= run.receipt(before).outputs
         for path, known in receipt.inputs.items():
             if path in upstream and upstream[path] != known:
-                raise UserError(f"{stage.name}: it was made from another {path} than the one that stands there: {mend}")
+                raise UserError(f"{stage.name}: it was made from another {path} than the one that stands there: {fix}")
         if stage.name != "serve" and (unread := sorted(upstream.keys() - receipt.inputs.keys())):
-            raise UserError(f"{stage.name}: it was made without {unread[0]}, which stands there now: {mend}")
+            raise UserError(f"{stage.name}: it was made without {unread[0]}, which stands there now: {fix}")
         files = receipt.inputs | receipt.outputs
         for path, known in files.items():
             if path not in hashes and Path(path).is_file():
                 hashes[path] = fingerprint(Path(path))
             if path in receipt.outputs and path not in hashes:
-                raise UserError(f"{stage.name}: {path} is gone: {mend}")
+                raise UserError(f"{stage.name}: {path} is gone: {fix}")
             if path in hashes and hashes[path] != known:
                 what = (
                     "is not what the stage wrote" if path in receipt.outputs else "has changed since the stage read it"
                 )
-                raise UserError(f"{stage.name}: {path} {what}, its sha256 differs: {mend}")
+                raise UserError(f"{stage.name}: {path} {what}, its sha256 differs: {fix}")
         for folder in {Path(path).parent for path in receipt.outputs} - {run.folder}:
             for file in files_below(folder):
                 if str(file) not in written:

@@ -131,5 +131,5 @@ if __name__ == "__main__":
     except SetupError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        say("stopped: the same command goes on from here")
+        say("stopped: the same command resumes from here")
         sys.exit(130)

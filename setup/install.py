@@ -71,7 +71,7 @@ OURS = Environment(Path(".venv"), CACHE / "setup.log")
 
 
 class SetupError(Exception):
-    """What is wrong and what mends it."""
+    """What is wrong and what fixes it."""
 
 
 def device() -> str:

@@ -18,7 +18,7 @@ PACKAGED = "smollm2-135m"
 PACKAGED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RANDOM = "random"
 MOST = {"num_hidden_layers": 1000, "hidden_size": 2**17, "vocab_size": 2**22, "num_attention_heads": 2**12}
-MEND = "mend its config.json or use another base"
+FIX = "fix its config.json or use another base"
 NOT_GENERATING = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification")
 
 
@@ -73,7 +73,7 @@ def _understood(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of whatever class of config a stranger's file names
-        raise UserError(f"base {name!r}: its config is not understood ({reason(error)}): {MEND}") from None
+        raise UserError(f"base {name!r}: its config is not understood ({reason(error)}): {FIX}") from None
 
 
 def _checked(config: Any, name: str) -> Any:
@@ -82,7 +82,7 @@ def _checked(config: Any, name: str) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if absurd := _absurd(config.get_text_config()):
-        raise UserError(f"base {name!r}: its config has {absurd}: {MEND}")
+        raise UserError(f"base {name!r}: its config has {absurd}: {FIX}")
     kinds = [str(kind) for kind in config.architectures or ()]
     generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not any(k.endswith(NOT_GENERATING) for k in kinds)
     if not generates or not isinstance(config, PretrainedConfig):

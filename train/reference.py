@@ -207,7 +207,7 @@ def probe_cases(tokenizer: Any, own: list[dict[str, Any]]) -> dict[str, Case]:
 
 
 def composes(tokenizer: Any, text: str) -> bool:
-    """Whether the tokenizer normalizes to NFC (Qwen's does); llama.cpp does not, which no conversion can mend."""
+    """Whether the tokenizer normalizes to NFC (Qwen's does); llama.cpp does not, which no conversion can fix."""
     composed = unicodedata.normalize("NFC", text)
     return bool(tokenizer(text)["input_ids"] == tokenizer(composed)["input_ids"])
 

@@ -120,7 +120,7 @@ def renderings(tokenizer: Any, messages: list[Message], tools: Any = None, super
     # Weight 0 is OpenAI's mark of an answer that others follow and that is not to be learned itself.
     turns = [index for index in turns if messages[index].get("weight") != 0]
     if not turns:
-        raise UserError("its last answer is marked as one that is only read: set train.supervise=all, or mend the row")
+        raise UserError("its last answer is marked as one that is only read: set train.supervise=all, or fix the row")
     whole = rendered(tokenizer, messages, tools)
     _check_shown(tokenizer, messages, tools, whole)
     answers, only_read = [], []
@@ -171,7 +171,7 @@ def _as_served(prompt: str, answered: str) -> str:
     if not turn.startswith(opening):
         raise UserError(
             f"the chat template opens the assistant's turn with {prompt[-40:]!r} but writes a past turn as "
-            f"{answered[-40:]!r}: training and serving would differ, mend the template"
+            f"{answered[-40:]!r}: training and serving would differ, fix the template"
         )
     return prompt + turn.removeprefix(opening)
 
@@ -397,7 +397,7 @@ def settled(template: str, system: str | None, arguments: dict[str, Any] | None)
         try:
             parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
         except (TemplateError, RecursionError) as error:
-            raise UserError(f"the chat template is not Jinja ({error}): mend it, or use another") from None
+            raise UserError(f"the chat template is not Jinja ({error}): fix it, or use another") from None
         known = sorted(meta.find_undeclared_variables(parsed) - RENDERERS)
         for name, value in arguments.items():
             if name not in known:

@@ -29,7 +29,7 @@ def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def talks(many: int) -> list[str]:
-    """Rows of which some repeat others, nearly repeat them, need mending, or are of no use."""
+    """Rows of which some repeat others, nearly repeat them, need fixing, or are of no use."""
     dice, lines = random.Random(0), []
     for number in range(many):
         turns = [
@@ -138,7 +138,7 @@ def test_a_stopped_run_leaves_no_process_and_nothing_half_written(sent: str) -> 
         assert workers or len(os.sched_getaffinity(0)) == 1
         process.send_signal(getattr(signal, sent))
         assert process.wait(30) == 130
-        assert process.stderr and "stopped: the same command goes on from here" in process.stderr.read()
+        assert process.stderr and "stopped: the same command resumes from here" in process.stderr.read()
     assert psutil.wait_procs(workers, timeout=10)[1] == []
     assert [path.name for path in Path("runs/r").iterdir()] == [".lock"]
 

@@ -107,7 +107,7 @@ def test_a_task_that_is_wrongly_written_is_one_clear_line(
     with pytest.raises(UserError) as error:
         harness.tasks_named((path,))
     (problem,) = error.value.problems
-    assert problem.startswith(f"eval.tasks: the harness cannot read {path} (") and problem.endswith("): mend the task")
+    assert problem.startswith(f"eval.tasks: the harness cannot read {path} (") and problem.endswith("): fix the task")
     assert "\n" not in problem
 
 

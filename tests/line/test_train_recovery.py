@@ -92,7 +92,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_next_start_goes_on(
     assert ended.value.code == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: the disk of runs/line/checkpoints has ") and " checkpoint-10 needs " in said
-    assert said.endswith(" MB: free some space, the same command goes on from the last checkpoint")
+    assert said.endswith(" MB: free some space, the same command resumes from the last checkpoint")
     assert [path.name for path in based.run.path("checkpoints").glob("*checkpoint*")] == ["checkpoint-5"]
     small_disk(4 * one)
     with caplog.at_level(logging.INFO, "truetune"):

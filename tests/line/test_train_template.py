@@ -245,7 +245,7 @@ def test_a_template_that_forgets_nothing_here_gives_one_row(tokenizer: Any) -> N
 
 def test_a_template_that_opens_turns_in_two_ways_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>bot\n{% endif %}")
-    with pytest.raises(UserError, match=r"opens the assistant's turn with .*bot.* but writes a past turn as .*mend"):
+    with pytest.raises(UserError, match=r"opens the assistant's turn with .*bot.* but writes a past turn as .*fix"):
         examples(tokenizer, talk("Hello", "Hi."), LONG)
 
 
@@ -307,7 +307,7 @@ def test_a_template_that_fails_or_breaks_out_is_refused(name: str, tokenizer: An
     [said] = str(raised.value).splitlines()
     assert said.startswith("the chat template refuses a conversation of user, assistant (")
     assert reason in said
-    assert said.endswith("): mend the data or the template")
+    assert said.endswith("): fix the data or the template")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Cleaning: what is mended, what must stay as it is to the byte, and which rows are rejected by which step."""
+"""Cleaning: what is fixed, what must stay as it is to the byte, and which rows are rejected by which step."""
 
 import json
 import random
@@ -103,7 +103,7 @@ def test_characters_are_composed_and_controls_dropped(case: str) -> None:
 
 def test_every_text_of_a_row_is_mended_and_nothing_else() -> None:
     call = {"id": "Ã©", "type": "function", "function": {"name": "Ã©", "arguments": {"Ã©": ["fiancÃ©", 1, None]}}}
-    mended = {"id": "Ã©", "type": "function", "function": {"name": "Ã©", "arguments": {"Ã©": ["fiancé", 1, None]}}}
+    fixed = {"id": "Ã©", "type": "function", "function": {"name": "Ã©", "arguments": {"Ã©": ["fiancé", 1, None]}}}
     answer = {"role": "assistant", "content": "", "reasoning_content": "schÃ¶n", "tool_calls": [call]}
     tools = [{"type": "function", "function": {"name": "x", "description": "fiancÃ©"}}]
     opening, rejected = talk("schÃ¶n")["messages"], talk("x", "schÃ¶n")["messages"]
@@ -111,7 +111,7 @@ def test_every_text_of_a_row_is_mended_and_nothing_else() -> None:
     assert value == {
         "messages": [
             {"role": "user", "content": "schön"},
-            {"role": "assistant", "content": "", "reasoning_content": "schön", "tool_calls": [mended]},
+            {"role": "assistant", "content": "", "reasoning_content": "schön", "tool_calls": [fixed]},
         ],
         "rejected": talk("x", "schön")["messages"],
         "tools": tools,

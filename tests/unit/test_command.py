@@ -66,12 +66,12 @@ def bounded(statement: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 ENDS = {
     "success": ("print('made')", 0, "made\n", ""),
-    "one problem": ("raise UserError('a 1: mend it')", 1, "", "error: a 1: mend it\n"),
+    "one problem": ("raise UserError('a 1: fix it')", 1, "", "error: a 1: fix it\n"),
     "several problems": (
-        "raise UserError('a: mend it', 'b: mend it too')",
+        "raise UserError('a: fix it', 'b: fix it too')",
         1,
         "",
-        "error: a: mend it\nerror: b: mend it too\n",
+        "error: a: fix it\nerror: b: fix it too\n",
     ),
     "more than anyone reads": (
         "raise UserError(*(f'a {number}' for number in range(20_000)))",
@@ -85,7 +85,7 @@ ENDS = {
         "",
         f"error: {'x' * 1000} ... {'y' * 1000}\n",
     ),
-    "Ctrl-C": ("raise KeyboardInterrupt", 130, "", "stopped: the same command goes on from here\n"),
+    "Ctrl-C": ("raise KeyboardInterrupt", 130, "", "stopped: the same command resumes from here\n"),
     "full disk": (
         "open('/dev/full', 'wb', buffering=0).write(b'x')",
         1,
@@ -183,7 +183,7 @@ def test_a_signal_unwinds(wish: signal.Signals, tmp_path: Path) -> None:
         process.stdout.readline()
         start = time.monotonic()
         process.send_signal(wish)
-        assert process.stderr.read() == b"stopped: the same command goes on from here\n"
+        assert process.stderr.read() == b"stopped: the same command resumes from here\n"
     assert process.returncode == 130
     assert time.monotonic() - start < 10
     assert (tmp_path / "unwound").exists()

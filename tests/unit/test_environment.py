@@ -1,4 +1,4 @@
-"""The environment: its pins agree, its lock is whole, and its failures say what mends them."""
+"""The environment: its pins agree, its lock is whole, and its failures say what fixes them."""
 
 import fcntl
 import hashlib

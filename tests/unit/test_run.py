@@ -186,8 +186,8 @@ def test_an_input_that_is_not_what_was_written_stops(how: str, capsys: pytest.Ca
     change(path)
     with pytest.raises(SystemExit) as raised:
         command("train", stop)
-    mend = "delete runs/mine/data.json and run 'make data RECIPE=mine'"
-    assert (raised.value.code, capsys.readouterr().err) == (1, f"error: {said.format(path)}: {mend}\n")
+    fix = "delete runs/mine/data.json and run 'make data RECIPE=mine'"
+    assert (raised.value.code, capsys.readouterr().err) == (1, f"error: {said.format(path)}: {fix}\n")
 
 
 def test_only_the_outputs_asked_for_are_proved() -> None:

@@ -42,11 +42,11 @@ BAD_QUESTIONS = {
     "answer no text": (messages(USER, facts=["x"], answer=1), "'answer' must be text, it is int"),
     "broken surrogate in a fact": (
         messages(USER, facts=["\ud83d"]),
-        "'facts' has a broken surrogate pair (a cut emoji): mend it",
+        "'facts' has a broken surrogate pair (a cut emoji): fix it",
     ),
     "broken surrogate in the answer": (
         messages(USER, facts=["x"], answer="\ud83d"),
-        "'answer' has a broken surrogate pair (a cut emoji): mend it",
+        "'answer' has a broken surrogate pair (a cut emoji): fix it",
     ),
     "no conversation": ("{}", SHAPE),
 }

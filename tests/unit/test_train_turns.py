@@ -73,7 +73,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "questions alone": ({"turns": ["ping", "more?"]}, "no format has the columns turns: name them"),
     "broken surrogate": (
         messages({"role": "user", "content": "cut \ud83d"}, ASSISTANT),
-        "messages[0]: 'content' has a broken surrogate pair (a cut emoji): mend it",
+        "messages[0]: 'content' has a broken surrogate pair (a cut emoji): fix it",
     ),
     "tools no list": (messages(*TALK, tools="{"), "'tools' is text that is not JSON ('{')"),
     "a tool without a name": (messages(*TALK, tools=[{}]), "a tool without 'name'"),

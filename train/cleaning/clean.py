@@ -1,4 +1,4 @@
-"""What a worker does with a chunk of a source: rows are read, each is mended or rejected, and signed for comparison.
+"""What a worker does with a chunk of a source: rows are read, each is fixed or rejected, and signed for comparison.
 
 Every step of cleaning is a switch of `data.clean`, looks at one row alone, and is told by name: what changed a row, or
 rejected it.
@@ -166,7 +166,7 @@ def characters(text: str) -> str:
 
 
 def encoding(text: str) -> str:
-    """The text with what was decoded in a wrong encoding mended, line by line; what stands in code marks is left alone.
+    """The text with what was decoded in a wrong encoding fixed, line by line; what stands in code marks is left alone.
 
     Of ftfy only this is used: quotes, ligatures, widths and HTML stay as they were written.
     """
@@ -180,12 +180,12 @@ def encoding(text: str) -> str:
 
     careful = TextFixerConfig(replace_lossy_sequences=False, explain=False)
 
-    def mended(line: str) -> str:
-        # An A with tilde and a space may be a mangled `à`, or Portuguese: it is no reason to mend a line.
+    def fixed(line: str) -> str:
+        # An A with tilde and a space may be a mangled `à`, or Portuguese: it is no reason to fix a line.
         return fix_encoding(line, careful) if is_bad(line.replace("Ã ", "")) else line
 
     pieces = IN_CODE.split(text)  # every second one is code
-    pieces[::2] = ["\n".join(map(mended, piece.split("\n"))) for piece in pieces[::2]]
+    pieces[::2] = ["\n".join(map(fixed, piece.split("\n"))) for piece in pieces[::2]]
     return "".join(pieces)
 
 

@@ -62,10 +62,10 @@ def impossible(of: Job, at: Place) -> str:
     if needed <= at.memory:
         return ""
     changes = fitting(of, at)
-    mend = f"SET='{' '.join(changes)}' fits" if changes else f"a base of at most {_weights(largest_base(of, at))} fits"
+    fix = f"SET='{' '.join(changes)}' fits" if changes else f"a base of at most {_weights(largest_base(of, at))} fits"
     rent = next((name for name in by_price() if devices_needed(of, of.recipe, name, most=1)), "")
     where = f", or plan.gpu={rent}" if rent and rent != of.recipe.plan.gpu else ""
-    return f"training needs {size(needed)} a device, {at.name} has {size(at.memory)}: {mend}{where}"
+    return f"training needs {size(needed)} a device, {at.name} has {size(at.memory)}: {fix}{where}"
 
 
 def _of_this_machine(recipe: Recipe) -> Recipe:

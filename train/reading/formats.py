@@ -153,7 +153,7 @@ def rows(detected: Detected, chunk: Chunk) -> Read:
         except ValueError as error:
             read.problems.append(Problem(place, str(error)))
         except (AttributeError, KeyError, TypeError):  # deep inside what no vendor publishes a schema of
-            why = f"a part of it is of another type than {format.name} has there: mend the row, or leave it out"
+            why = f"a part of it is of another type than {format.name} has there: fix the row, or leave it out"
             read.problems.append(Problem(place, why))
     return read
 

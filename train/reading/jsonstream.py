@@ -176,4 +176,4 @@ class _Scanner:
     def _error(self, message: str, line: int) -> UserError:
         if not message:
             return UserError(f"{self.name}:{line}: the file ends before its JSON does: it was cut off, get it again")
-        return UserError(f"{self.name}:{line}: not JSON ({message}): mend it, or write one JSON object a line")
+        return UserError(f"{self.name}:{line}: not JSON ({message}): fix it, or write one JSON object a line")

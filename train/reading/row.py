@@ -80,7 +80,7 @@ class Rejected:
 
 
 class Problem(NamedTuple):
-    """What is wrong with a file or a line of it, and what mends it; the user has to."""
+    """What is wrong with a file or a line of it, and what fixes it; the user has to."""
 
     place: str
     text: str

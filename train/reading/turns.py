@@ -212,7 +212,7 @@ def text(content: Any, where: str) -> str:
     if not isinstance(content, str):
         raise ValueError(f"{where} must be text, it is {type(content).__name__}")
     if not content.isascii() and SURROGATE.search(content):
-        raise ValueError(f"{where} has a broken surrogate pair (a cut emoji): mend it")
+        raise ValueError(f"{where} has a broken surrogate pair (a cut emoji): fix it")
     return content
 
 

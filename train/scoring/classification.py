@@ -141,11 +141,11 @@ def _rows(path: Path, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
                 header = list(COLA)
             place = f"{path}:{reader.line_num}"
             if len(cells) < len(header):
-                problems.append(f"{place}: has {len(cells)} columns of {len(header)}: mend the line")
+                problems.append(f"{place}: has {len(cells)} columns of {len(header)}: fix the line")
             else:
                 found.append((place, dict(zip(header, cells, strict=False))))
     except csv.Error as error:
-        problems.append(f"{path}:{reader.line_num}: not CSV ({error}): mend the quotes")
+        problems.append(f"{path}:{reader.line_num}: not CSV ({error}): fix the quotes")
     return found
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger("truetune")
 
 
 def open_folder(folder: Path, key: str) -> Path | None:
-    """Make `folder` hold checkpoints of the training named by `key` only; the one to go on from, if there is any."""
+    """Make `folder` hold checkpoints of the training named by `key` only; the one to resume from, if there is any."""
     mark = folder / "training.key"
     if folder.exists() and (not mark.is_file() or mark.read_text(encoding="utf-8") != key):
         for old in folder.iterdir():  # the folder itself may be a disk of its own

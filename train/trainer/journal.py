@@ -174,7 +174,7 @@ def _astray(diverged: "Diverged", recipe: Recipe, run: Run) -> UserError:
     lower = f"set train.learning_rate={recipe.train.learning_rate / SMALLER:.1g} or lower"
     return UserError(
         f"the training diverged at step {diverged.step}: {diverged.why} ({measures}; {kept}): {lower}, look at the "
-        "conversations of that step, or go on regardless with train.stop_on_divergence=false",
+        "conversations of that step, or continue regardless with train.stop_on_divergence=false",
         f"step {diverged.step}: {read}",
     )
 
@@ -228,7 +228,7 @@ class Watch:
         self.above = 0
 
     def learn(self, losses: Iterable[float]) -> None:
-        """The losses of the steps before the checkpoint that training goes on from."""
+        """The losses of the steps before the checkpoint that training resumes from."""
         for loss in losses:
             self.see(loss, 0.0)
 

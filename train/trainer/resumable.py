@@ -378,7 +378,7 @@ class Resumable(Trainer):  # type: ignore[misc]
         return begun
 
     def _is_unvalidated(self) -> bool:
-        """Whether a signal ended the validation of the step that training goes on from: it comes first then."""
+        """Whether a signal ended the validation of the step that training resumes from: it comes first then."""
         state, step = self.state, self.state.global_step
         due = step > 0 and (step % state.eval_steps == 0 or step >= state.max_steps)
         return (
@@ -388,7 +388,7 @@ class Resumable(Trainer):  # type: ignore[misc]
         )
 
     def _forget_best(self, best: Path, damaged: str) -> None:
-        """Let the checkpoint that training goes on from be the best, if it was validated."""
+        """Let the checkpoint that training resumes from be the best, if it was validated."""
         state, here = self.state, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         log.warning("%s, the best so far, is lost (%s): the best of the others will be kept", best, damaged)
         losses = [
@@ -414,5 +414,5 @@ def _no_space(folder: Path, step: int, needed: int) -> UserError:
     free = shutil.disk_usage(folder).free
     return UserError(
         f"the disk of {folder} has {free / 1e6:,.1f} MB free, checkpoint-{step} needs {needed / 1e6:,.1f} MB: "
-        "free some space, the same command goes on from the last checkpoint"
+        "free some space, the same command resumes from the last checkpoint"
     )
