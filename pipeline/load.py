@@ -300,7 +300,7 @@ def _build_section(cls: Any, tree: dict[str, Any], prefix: str, places: dict[str
 
 
 def _coerce(value: Any, kind: Any, rules: Any) -> Any:
-    """`value` as `kind`; YAML reads 1e-3 as text, so numbers are read from text too.
+    """`value` as `kind`; YAML reads 1e-3 as text, so numbers are read from text too, and on and off as truths.
 
     Raises:
         ValueError: what is wrong with the value.
@@ -310,6 +310,8 @@ def _coerce(value: Any, kind: Any, rules: Any) -> Any:
         plain = next(option for option in get_args(kind) if option is not NoneType and not get_args(option))
         return value if value in words else _coerce(value, plain, rules)
     if get_origin(kind) is Literal:
+        if isinstance(value, bool) and "on" in get_args(kind):
+            return "on" if value else "off"
         if value not in get_args(kind):
             raise ValueError(_choose(value, [str(choice) for choice in get_args(kind)]))
         return value

@@ -105,6 +105,9 @@ class Train:
     lr_scheduler: Literal["cosine", "linear", "constant"] = knob("cosine", "How the learning rate falls after warm-up")
     warmup_ratio: float = knob(0.05, "Share of the steps in which the learning rate rises", 0, 1)
     max_length: int = knob(1024, "Longest conversation, the rest is cut and counted; most tokens of a packed row", 16)
+    packing: Literal["auto", "on", "off"] = knob(
+        "auto", "`on`: several conversations a row; `off`: one, padded; `auto`: on, if the base keeps them apart"
+    )
     on_template_error: Literal["error", "skip"] = knob("error", "What a row does that the template refuses or cuts")
     supervise: Literal["all", "last"] = knob("all", "`last`: of each conversation only the last answer is learned")
     order: Literal["random", "short_first", "easy_first"] = knob(
@@ -112,7 +115,7 @@ class Train:
     )
     neftune: float = knob(0.0, "Noise on the embeddings in training (NEFTune); 5 is usual, 0 adds none", 0)
     label_smoothing: float = knob(0.0, "Share of each target that is spread over the vocabulary", 0, 0.9)
-    batch_size: int = knob(1, "Packed rows a step on each device", 1)
+    batch_size: int = knob(1, "Rows a step on each device: packed ones, or conversations where `packing` is off", 1)
     gradient_accumulation: int = knob(1, "Steps whose gradients are added up before the weights move", 1)
     evals_per_epoch: int = knob(1, "Validation losses and checkpoints an epoch", 1)
     early_stopping_patience: int = knob(

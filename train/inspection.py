@@ -18,6 +18,7 @@ from pipeline.gguf_head import read_head
 from pipeline.load import MOST_CHARACTERS, plain_yaml
 from pipeline.model import on_meta, unread
 from pipeline.rows import heldout, rendered
+from train.packing import cannot_pack
 
 log = logging.getLogger("truetune")
 
@@ -38,13 +39,15 @@ def refuse(recipe: Recipe, config: Any, folder: Path | None = None) -> None:
     """Say what is wrong between the recipe and the base of this config, and with the settings in `folder`.
 
     Raises:
-        UserError: a problem a line: quantized weights, an architecture or positions that do not do, targets of LoRA
-            that it has not.
+        UserError: a problem a line: quantized weights, an architecture, positions or packing that do not do, targets
+            of LoRA that it has not.
     """
     quantized = quantization(recipe.base_model, config, folder)
     problems = [quantized] if quantized else []
     problems += _unconvertible(recipe, config)
     problems += too_long(recipe, positions(config))
+    if recipe.train.packing == "on" and (why := cannot_pack(config)):
+        problems.append(f"train.packing=on: base {recipe.base_model!r} cannot pack, {why}: set it to auto or off")
     if not quantized:
         problems += wrong_targets(recipe, config)
     if problems:

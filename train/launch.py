@@ -232,6 +232,15 @@ def everyones(*numbers: float) -> list[list[float]]:
     return found
 
 
+def of_first(found: Any) -> Any:
+    """What the first process found, in every process."""
+    if not is_launched():
+        return found
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([found])[0]
+
+
 def gathered(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The batches of all processes; of several, on the processor."""
     if not is_launched():

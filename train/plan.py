@@ -53,7 +53,8 @@ def _model(of: Job) -> str:
     return (
         f"{of.recipe.base_model}: {number(base.parameters)} weights{active}, {base.depth} layers of {base.width}\n"
         f"data: {number(of.data.tokens)} tokens an epoch by {of.data.told}, rows of {of.row(of.recipe.train)}, "
-        f"{of.data.supervised:.0%} of them learned"
+        f"{of.data.supervised:.0%} of them learned\n"
+        f"rows: {'packed' if of.layout.packed else 'padded, a conversation each'}: {of.layout.why}"
     )
 
 

@@ -1,8 +1,8 @@
 """Show what training will read, before it trains:  python -m train.preview RECIPE
 
-Conversations as the chat template writes them, what is learned in colour (between brackets where there is none), packed
-rows with the boundaries of their conversations, and what became of all rows. `ROW=17`, or `ROW=talks.jsonl:17`, shows
-that one whole. The numbers and an example stay in `tokens/preview.json` for the report.
+Conversations as the chat template writes them, what is learned in colour (between brackets where there is none), rows
+with the boundaries of their conversations where they are packed, and what became of all rows. `ROW=17`, or
+`ROW=talks.jsonl:17`, shows that one whole. The numbers and an example stay in `tokens/preview.json` for the report.
 """
 
 import json
@@ -17,8 +17,10 @@ from pipeline.command import boundary, recipe_of_arguments
 from pipeline.files import write_whole
 from pipeline.rows import count, picked, rows
 from pipeline.units import bars
+from train.config import read_config
+from train.packing import expected, told
 from train.template import IGNORED, row_examples
-from train.tokens import Tokens, longest_and_sum, row_tokens, tokenized
+from train.tokens import Tokens, lengths, longest_and_sum, row_tokens, tokenized
 
 # What would steer the terminal, or turn the writing's direction beyond itself, is shown by its picture or its number.
 PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {0x7F: "\N{SYMBOL FOR DELETE}"}
@@ -61,15 +63,13 @@ OPEN, CLOSE = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIG
 
 def histogram(dataset: Any) -> list[tuple[int, int]]:
     """(most tokens, conversations) of bars whose ends double, none before the shortest or after the longest."""
-    import pyarrow.compute as compute
-
     if not len(dataset):
         return []
-    lengths = compute.list_value_length(dataset.data.column("input_ids")).to_numpy()
+    sizes = lengths(dataset)
     bars, end = [], SHORTEST_BAR
-    while not bars or end // 2 < lengths.max():
+    while not bars or end // 2 < sizes.max():
         low = end // 2 if bars else 0
-        bars.append((end, int(((lengths > low) & (lengths <= end)).sum())))
+        bars.append((end, int(((sizes > low) & (sizes <= end)).sum())))
         end *= 2
     first = next(index for index, (_, number) in enumerate(bars) if number)
     return bars[first:]
@@ -84,11 +84,11 @@ def packed_rows(recipe: Recipe, tokens: Tokens) -> tuple[Any, int]:
     return pack_dataset(train.select(range(min(PACKED, len(train)))), most), most
 
 
-def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any, packed: Any, most: int) -> dict[str, Any]:
+def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any, packing: dict[str, Any]) -> dict[str, Any]:
     """Write `tokens/preview.json`, which the report shows; returns what is in it.
 
     Args:
-        packed: the rows as TRL packs them, `most` tokens at most in each.
+        packing: what train.packing tells of the rows.
     """
     train = tokens.datasets["train"]
     ids, labels = (train[0][name] for name in ("input_ids", "labels"))
@@ -98,11 +98,7 @@ def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any, pack
         "system": run.receipt("base").metrics.get("system", ""),
         "sources": run.receipt("data").metrics["sources"],
         "lengths": histogram(train),
-        "packing": {
-            "rows": len(packed),
-            "row_tokens": most,
-            "fill": round(longest_and_sum([packed])[1] / (len(packed) * most), 4),
-        },
+        "packing": packing,
         "example": {
             "source": _first_source(recipe, run, tokenizer),
             "tokens": len(ids),
@@ -128,14 +124,15 @@ def preview(recipe: Recipe, run: Run, wish: str | None = None) -> None:
         show_row(console, tokenizer, recipe, _wished(run, wish), SHOWN_TOKENS * recipe.train.max_length)
         return
     tokens = tokenized(recipe, run)
-    packed, most = packed_rows(recipe, tokens)
-    told = write_preview(recipe, run, tokens, tokenizer, packed, most)
+    layout, train = expected(recipe, run, read_config(recipe, run)), tokens.datasets["train"]
+    laid, most = packed_rows(recipe, tokens) if layout.packed else (train, longest_and_sum(tokens.datasets.values())[0])
+    found = write_preview(recipe, run, tokens, tokenizer, told(layout, laid, most, recipe.train.batch_size))
     number = count(run.path("data"), "train")
     for row in picked(run.path("data"), "train", sorted({0, number // 2, number - 1})[:SHOWN]):
         show_row(console, tokenizer, recipe, row, SHOWN_TOKENS)
-    for index in range(min(PACKED_SHOWN, len(packed))):
-        show_packed(console, tokenizer, packed[index], index, most)
-    show_numbers(console, recipe, told)
+    for index in range(min(PACKED_SHOWN, len(laid)) if layout.packed else 0):
+        show_packed(console, tokenizer, laid[index], index, most)
+    show_numbers(console, recipe, found)
 
 
 def show_row(console: Any, tokenizer: Any, recipe: Recipe, row: dict[str, Any], most: int) -> None:
@@ -158,12 +155,12 @@ def show_row(console: Any, tokenizer: Any, recipe: Recipe, row: dict[str, Any], 
 def show_packed(console: Any, tokenizer: Any, row: dict[str, Any], index: int, most: int) -> None:
     """A packed row: its conversations end to end, none of which sees another."""
     heading(console, f"packed row {index + 1}: {len(row['input_ids']):,} of {most:,} tokens", "=")
-    first, lengths = 0, row["seq_lengths"]
-    for number, length in enumerate(lengths, 1):
+    first, sizes = 0, row["seq_lengths"]
+    for number, length in enumerate(sizes, 1):
         if first >= SHOWN_TOKENS:
-            console.print(f"... and {len(lengths) - number + 1:,} conversations more")
+            console.print(f"... and {len(sizes) - number + 1:,} conversations more")
             break
-        heading(console, f"conversation {number} of {len(lengths)}: positions 0 to {length - 1:,}")
+        heading(console, f"conversation {number} of {len(sizes)}: positions 0 to {length - 1:,}")
         span = slice(first, first + min(length, SHOWN_TOKENS))
         show_tokens(console, tokenizer, row["input_ids"][span], row["labels"][span])
         if length > SHOWN_TOKENS:
@@ -238,9 +235,10 @@ def show_numbers(console: Any, recipe: Recipe, told: dict[str, Any]) -> None:
         console.print(f"  {label:>20} {number:>11,} {bar}")
     packing = told["packing"]
     first = f" (the first {PACKED:,} conversations)" if told["parts"]["train"]["examples"] > PACKED else ""
-    console.print(
-        f"packed{first}: {packing['rows']:,} rows of {packing['row_tokens']:,} tokens, {packing['fill']:.0%} full"
-    )
+    rows = f"{packing['rows']:,} rows of {packing['row_tokens']:,} tokens, {packing['fill']:.0%} full"
+    if not packing["packed"]:
+        first, rows = "", rows.replace("of", "of one conversation, at most", 1)
+    console.print(f"{'packed' if packing['packed'] else 'padded'}{first}: {rows}: {packing['why']}", markup=False)
 
 
 def _first_source(recipe: Recipe, run: Run, tokenizer: Any) -> str:

@@ -76,12 +76,17 @@ def opened(recipe: Recipe, run: Run) -> Tokens:
     return Tokens({part: Dataset.from_file(str(folder / f"{part}.arrow")) for part in PARTS}, counts)
 
 
-def longest_and_sum(datasets: Iterable[Any]) -> tuple[int, int]:
-    """Tokens of the longest row of these datasets, and of all; only the mapped offsets are read."""
+def lengths(dataset: Any) -> Any:
+    """Tokens of each row, as an array; only the mapped offsets are read."""
     import pyarrow.compute as compute
 
-    lengths = [compute.list_value_length(dataset.data.column("input_ids")) for dataset in datasets if len(dataset)]
-    return max(compute.max(part).as_py() for part in lengths), sum(compute.sum(part).as_py() for part in lengths)
+    return compute.list_value_length(dataset.data.column("input_ids")).to_numpy()
+
+
+def longest_and_sum(datasets: Iterable[Any]) -> tuple[int, int]:
+    """Tokens of the longest row of these datasets, and of all."""
+    found = [lengths(dataset) for dataset in datasets if len(dataset)]
+    return max(int(part.max()) for part in found), sum(int(part.sum()) for part in found)
 
 
 def row_tokens(longest: int, total: int, most: int) -> int:
@@ -174,8 +179,8 @@ def _examples(
     ]
     kept = [row for row in found if not isinstance(row, UserError)]
     examples = [example for row in kept for example in row]
-    lengths = [len(example.input_ids) for example in examples]
-    ends = np.cumsum([0, *lengths], dtype=np.int32)
+    sizes = [len(example.input_ids) for example in examples]
+    ends = np.cumsum([0, *sizes], dtype=np.int32)
     every = (chain.from_iterable(getattr(example, name) for example in examples) for name in COLUMNS)
     ids, labels = (np.fromiter(values, np.int32, ends[-1]) for values in every)
     columns = [pyarrow.ListArray.from_arrays(ends, values) for values in (ids, labels)]
@@ -189,9 +194,9 @@ def _examples(
         "dropped": sum(not row for row in kept),
         "cut": sum(any(len(example.input_ids) == max_tokens for example in row) for row in kept),
         "examples": len(examples),
-        "tokens": sum(lengths),
+        "tokens": sum(sizes),
         "supervised_tokens": int((labels != IGNORED).sum()),
-        "longest": max(lengths, default=0),
+        "longest": max(sizes, default=0),
     }
     return part, pyarrow.record_batch(columns, names=COLUMNS), numbers, problems, thoughtless
 

@@ -71,7 +71,7 @@ def work(
             callbacks=curves(recipe.train.tracker, run.path("logs", journal.began())) if journal else (),
         )
         if first:
-            write_preview(recipe, run, tokens, tokenizer, trainer.train_dataset, trainer.args.max_length)
+            write_preview(recipe, run, tokens, tokenizer, trainer.rows())
         kept = run.path("checkpoints", "before.json")
 
         def measured_before() -> float | None:

@@ -108,6 +108,29 @@ def test_choices_have_the_likelihood_of_a_pass_of_their_own(speaker: Any, tokeni
             assert loss == pytest.approx(plain_loss(speaker, ids, len(prompt)), rel=1e-4)  # float32
 
 
+@pytest.mark.parametrize("name", ["Mamba", "Lfm2"])  # a state alone, and beside keys and values
+def test_a_base_that_carries_a_state_is_asked_each_choice_whole(name: str, tokenizer: Any) -> None:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 49152,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"]}
+    config = getattr(transformers, f"{name}Config")(**sizes, **(heads if name == "Lfm2" else {}))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    [found] = choice_losses(model, tokenizer, [Choices("Two and two is\n", ("four", "twenty-two", "8"))], "test")
+    prompt = len(tokenizer("Two and two is\n", add_special_tokens=False)["input_ids"])
+    for text, loss in zip(("four", "twenty-two", "8"), found, strict=True):
+        ids = tokenizer(f"Two and two is\n{text}", add_special_tokens=False)["input_ids"]
+        assert loss == pytest.approx(plain_loss(model, ids, prompt), rel=1e-4)
+
+
 def test_a_word_that_joins_its_prompt_is_scored_as_the_whole_is_tokenized(speaker: Any, tokenizer: Any) -> None:
     found = choice_losses(speaker, tokenizer, [Choices("It is sun", ("shine", "ny"))], "test")[0]
     for text, loss in zip(("shine", "ny"), found, strict=True):

@@ -64,6 +64,7 @@ def make_trainer(
 
     from pipeline.recipe import Train
     from train.methods.sft import Sft
+    from train.packing import Layout
 
     kind, sizes = ARCHITECTURES[name]
     torch.manual_seed(0)
@@ -75,6 +76,7 @@ def make_trainer(
     settings = {"packing": True, "max_length": 48, "per_device_train_batch_size": 1} | settings
     return Sft(
         knobs=Train(**knobs or {}),
+        layout=Layout(packed=True, why=""),
         model=get_peft_model(model, adapter) if lora else model,
         args=SFTConfig("out", use_cpu=True, report_to="none", disable_tqdm=True, bf16=settings.pop("bf16", False),
                        save_strategy="no", logging_steps=1, **settings),

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline import Run, UserError, load
 from train.config import read_config
+from train.packing import Layout
 from train.planning.architecture import architecture, cache_bytes, token_flops, training_flops
 from train.planning.corpus import Corpus
 from train.planning.devices import like
@@ -118,7 +119,7 @@ def planned(name: str, tuner: str, row: int, rows: int, *settings: str, gpu: str
     """A job whose every token is learned, as in these publications."""
     recipe = load("tiny", [f"train.max_length={row}", f"train.batch_size={rows}", f"plan.gpu={gpu}", *settings])
     built = config(COUNTED[name][0] if name in COUNTED else OTHERS[name])
-    of = Job(recipe, built, architecture(built), Corpus(10**6, row, 1.0, "none"))
+    of = Job(recipe, built, architecture(built), Corpus(10**6, row, 1.0, "none"), Layout(packed=True, why=""))
     return of, place(recipe)
 
 

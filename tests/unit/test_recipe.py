@@ -293,6 +293,13 @@ def test_a_number_is_read_however_it_is_written(written: str) -> None:
     assert load(write(DATA + f"train: {{learning_rate: {written}}}")).train.learning_rate == 1e-5
 
 
+@pytest.mark.parametrize("written", ["on", "'on'", "off", "auto"])  # YAML takes on and off for true and false
+def test_on_and_off_are_words_where_a_key_has_them(written: str) -> None:
+    wanted = written.strip("'")
+    assert load(write(DATA + f"train: {{packing: {written}}}")).train.packing == wanted
+    assert load(write(DATA), [f"train.packing={written}"]).train.packing == wanted
+
+
 def test_a_whole_number_stays_one() -> None:
     seed = load(write(DATA + "seed: 3.0")).seed
     assert seed == 3 and isinstance(seed, int)

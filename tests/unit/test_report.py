@@ -137,6 +137,16 @@ def test_the_data_are_told_by_source_step_and_length(told: Callable[..., Told]) 
     assert "127 of up to 64 tokens, 233 of 65 to 128 tokens, 18 of 129 to 256 tokens" in text
 
 
+def test_padded_rows_are_told_with_their_reason(told: Callable[..., Told]) -> None:
+    run = told("data", "base", "train")
+    preview = json.loads(run.run.path("tokens", "preview.json").read_text())
+    preview["packing"] |= {"packed": False, "why": "it takes <no> positions"}
+    run.run.path("tokens", "preview.json").write_text(json.dumps(preview))
+    text = made(run).text
+    assert "in 94 rows of a conversation each, padded to the longest of a batch (at most 301 tokens)" in text
+    assert "95.4% full: it takes <no> positions" in text and "packed beside others" not in text
+
+
 def test_the_example_marks_what_is_learned_and_no_markup_of_the_data(told: Callable[..., Told]) -> None:
     text = page((run := told("data", "base", "train")).recipe, run.run)
     example = re.search(r'<pre class="tokens">(.*?)</pre>', text, re.DOTALL)

@@ -1,6 +1,7 @@
-"""Supervised fine-tuning: conversations lie end to end in a row, and the loss is of the assistant's words alone.
+"""Supervised fine-tuning: the loss is of the assistant's words alone.
 
-TRL packs the rows; each conversation has positions of its own and attends only to itself.
+TRL packs conversations into rows, where each has positions of its own and attends only to itself; where the base does
+not keep them apart, each is a row (`train.packing`).
 """
 
 import json
@@ -19,8 +20,9 @@ from pipeline.progress import progress
 from pipeline.recipe import Train
 from pipeline.rows import heldout
 from pipeline.scores import key_fact_accuracy
+from train.packing import Layout, layout_of, padded_to, told
 from train.template import IGNORED
-from train.tokens import longest_and_sum, row_tokens
+from train.tokens import lengths, longest_and_sum, row_tokens
 from train.trainer.resumable import Resumable, settings
 
 
@@ -36,20 +38,22 @@ def trainer(
     """The trainer with the recipe's settings; `rows` maps train and validation to datasets of ids and labels.
 
     Raises:
-        UserError: no answer's end is learned.
+        UserError: no answer's end is learned, or conversations are to be packed of which the base makes others.
     """
     validation = rows["validation"] if len(rows["validation"]) else None
-    row = row_tokens(*longest_and_sum(rows.values()), recipe.train.max_length)
+    args = SFTConfig(**settings(recipe, run, validation is not None, trackers))  # several processes can speak now
+    found, (longest, total) = layout_of(recipe, run, model, rows["train"]), longest_and_sum(rows.values())
+    args.packing = found.packed
+    args.max_length = row_tokens(longest, total, recipe.train.max_length) if found.packed else longest
+    args.pad_to_multiple_of = padded_to(found.packed, args.max_length)
+    # What TRL does to rows that are not packed is done: they are cut, and none is without a label.
+    args.dataset_kwargs = None if found.packed else {"skip_prepare_dataset": True}
     made = Sft(
         knobs=recipe.train,
+        layout=found,
         order=run.path("checkpoints", "order.json"),
         model=model,
-        args=SFTConfig(
-            max_length=row,
-            packing=True,
-            pad_to_multiple_of=row,  # rows of one length: oneDNN compiles, and keeps, its kernels for each length
-            **settings(recipe, run, validation is not None, trackers),
-        ),
+        args=args,
         processing_class=tokenizer,
         train_dataset=rows["train"],
         eval_dataset=validation,
@@ -79,8 +83,9 @@ class Sft(Resumable, SFTTrainer):  # type: ignore[misc]
     `python -m bench.train` measures both, side by side.
     """
 
-    def __init__(self, knobs: Train, order: Path | None = None, **kwargs: Any) -> None:
+    def __init__(self, knobs: Train, layout: Layout, order: Path | None = None, **kwargs: Any) -> None:
         super().__init__(knobs=knobs, **kwargs)
+        self.layout = layout
         self.smoothing = knobs.label_smoothing
         self.noise = EmbeddingNoise(self.model, knobs.neftune) if knobs.neftune else None
         self.order = None if knobs.order == "random" else self._curriculum(knobs.order, order)
@@ -101,7 +106,8 @@ class Sft(Resumable, SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean negative log-likelihood of the supervised tokens; `inputs` are (batch, time) ids, labels, positions.
+        """Mean negative log-likelihood of the supervised tokens; `inputs` are (batch, time) ids and labels, with
+        positions where rows are packed, else with the attention mask.
 
         It is computed in float32. In training a share `smoothing` of each target is spread over the vocabulary.
         """
@@ -122,20 +128,22 @@ class Sft(Resumable, SFTTrainer):  # type: ignore[misc]
         return (loss, outputs) if return_outputs else loss
 
     def row_loss(self, row: dict[str, Any]) -> float:
-        """The loss of one packed row, in nats a token, without training on it."""
+        """The loss of one row, in nats a token, without training on it."""
         self.model.eval()
         with torch.inference_mode(), self.compute_loss_context_manager():
             inputs = self._prepare_inputs(self.data_collator([row]))
             return float(self.compute_loss(self.model, inputs))
 
+    def rows(self) -> dict[str, Any]:
+        """How the rows are laid out, and how full they are; TRL fills packed ones best-fit, a thousand at a time."""
+        return told(self.layout, self.train_dataset, self.args.max_length, self.args.train_batch_size)
+
     def summary(self) -> dict[str, Any]:
-        """As of any training, and how full the packed rows are, which TRL fills best-fit, a thousand at a time."""
-        rows, length = len(self.train_dataset), self.args.max_length
-        fill = round(longest_and_sum([self.train_dataset])[1] / (rows * length), 4)
-        return {"packing": {"rows": rows, "row_tokens": length, "fill": fill}} | super().summary()
+        """As of any training, and how its rows are laid out."""
+        return {"packing": self.rows()} | super().summary()
 
     def _curriculum(self, order: str, kept: Path | None) -> list[int]:
-        """Indexes of the packed rows, easiest first, the same in every epoch.
+        """Indexes of the rows, easiest first, the same in every epoch.
 
         `short_first` goes by the mean length of a row's conversations; `easy_first` by its loss before training, which
         takes one pass over the data. Best-fit packing puts conversations of like length together, so rows differ.
@@ -147,7 +155,9 @@ class Sft(Resumable, SFTTrainer):  # type: ignore[misc]
             return found
         rows = self.train_dataset
         if order == "short_first":
-            hardness = [sum(lengths) / len(lengths) for lengths in rows["seq_lengths"]]
+            hardness = (
+                [sum(row) / len(row) for row in rows["seq_lengths"]] if self.args.packing else list(lengths(rows))
+            )
         else:
             hardness = []
             with progress("loss under the base", len(rows), "rows") as tell:
@@ -176,10 +186,11 @@ class EmbeddingNoise:
         model.get_input_embeddings().register_forward_hook(self._add)
 
     def lengths(self, inputs: dict[str, Any]) -> None:
-        """Take the batch that comes next: (batch, time) ids and, where conversations are packed, their positions."""
-        ids = inputs["input_ids"]
-        unpacked = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        starts = inputs.get("position_ids", unpacked) == 0
+        """Take the batch that comes next: (batch, time) ids with the attention mask or, of packed ones, positions."""
+        if "attention_mask" in inputs:
+            self.tokens = inputs["attention_mask"].sum(1, keepdim=True).expand_as(inputs["input_ids"])
+            return
+        starts = inputs["position_ids"] == 0
         conversation = starts.flatten().cumsum(0)
         self.tokens = torch.bincount(conversation)[conversation].reshape(starts.shape)
 

@@ -110,9 +110,14 @@ def checkpoint_bytes(parameters: int, trained: int, tuner: str, width: int) -> i
 
 
 def cache_bytes(config: object, tokens: int, width: int = 2) -> int:
-    """Keys and values of one conversation of `tokens`; layers that keep a window of them keep no more than it."""
+    """Keys and values of one conversation of `tokens`; layers that keep a window of them keep no more than it.
+
+    A state, which does not grow, is left out.
+    """
     text = config.get_text_config()  # type: ignore[attr-defined]
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:  # Mamba
+        return 0
     groups = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         groups = 1

@@ -16,7 +16,7 @@ TOKENS_A_MESSAGE = 6
 
 @dataclass(frozen=True)
 class Corpus:
-    """Of one epoch. `row` is the length of a packed row, `supervised` the share of tokens that get logits."""
+    """Of one epoch. `row` is the length of the longest row, `supervised` the share of tokens that get logits."""
 
     tokens: int
     row: int
@@ -24,8 +24,11 @@ class Corpus:
     told: str
 
 
-def corpus(recipe: Recipe, run: Run) -> Corpus:
+def corpus(recipe: Recipe, run: Run, packed: bool) -> Corpus:
     """What the `data` stage wrote if that is there, else the recipe's files; a sample of it, spread to its whole size.
+
+    Args:
+        packed: whether conversations share rows.
 
     Raises:
         UserError: the data is only on the Hub, or cannot be read.
@@ -42,20 +45,21 @@ def corpus(recipe: Recipe, run: Run) -> Corpus:
     sizes = [_tokens(row, tokenizer) for row in sample]
     lengths = [min(tokens, recipe.train.max_length) for tokens, _ in sizes]
     tokens = round(sum(lengths) * total / len(lengths))
+    row = row_tokens(max(lengths), round(tokens / (1 - recipe.data.validation)), recipe.train.max_length)
     return Corpus(
         tokens=tokens,
-        row=row_tokens(max(lengths), round(tokens / (1 - recipe.data.validation)), recipe.train.max_length),
+        row=row if packed else max(lengths),
         supervised=sum(learned for _, learned in sizes) / sum(tokens for tokens, _ in sizes),
         told="the base's tokenizer" if tokenizer else f"{CHARACTERS_A_TOKEN} characters a token",
     )
 
 
-def counted(counts: dict[str, dict[str, int]], recipe: Recipe) -> Corpus:
+def counted(counts: dict[str, dict[str, int]], recipe: Recipe, packed: bool) -> Corpus:
     """The same of data whose tokens are made (train.tokens), exactly."""
     train = counts["train"]
     longest, total = (reduce(part.get(key, 0) for part in counts.values())
                       for key, reduce in (("longest", max), ("tokens", sum)))  # fmt: skip
-    row = row_tokens(longest, total, recipe.train.max_length)
+    row = row_tokens(longest, total, recipe.train.max_length) if packed else longest
     return Corpus(train["tokens"], row, train["supervised_tokens"] / train["tokens"], "the base's tokenizer")
 
 

@@ -11,7 +11,6 @@ from pipeline.files import files_below
 from pipeline.recipe import QUANTIZATIONS, Plan
 from pipeline.units import size
 from train.planning.architecture import checkpoint_bytes
-from train.planning.corpus import counted
 from train.planning.devices import DEVICES
 from train.planning.prediction import (
     Job,
@@ -37,7 +36,7 @@ def check(recipe: Recipe, run: Run, counts: dict[str, dict[str, int]]) -> dict[s
     Raises:
         UserError: it does not fit this machine, unless FORCE=1 says to try.
     """
-    of, at = job(recipe, run, counted(counts, recipe)), place(_of_this_machine(recipe))
+    of, at = job(recipe, run, counts), place(_of_this_machine(recipe))
     if problem := impossible(of, at):
         if os.environ.get("FORCE") != "1":
             raise UserError(f"{problem}; FORCE=1 tries it all the same")

@@ -10,6 +10,7 @@ from pipeline.machine import cores, free_bytes, gpus, machine
 from pipeline.recipe import Train
 from train.config import read_config
 from train.launch import launch
+from train.packing import Layout, expected
 from train.planning.architecture import (
     Architecture,
     architecture,
@@ -18,7 +19,7 @@ from train.planning.architecture import (
     training_flops,
     whole_bytes,
 )
-from train.planning.corpus import Corpus, corpus, supervised_positions
+from train.planning.corpus import Corpus, corpus, counted, supervised_positions
 from train.planning.devices import DEVICES, like, processor_peak
 from train.planning.rehearsal import Rehearsal, fused, rehearse
 from train.tuners import TUNERS
@@ -55,12 +56,13 @@ class Place:
 
 @dataclass
 class Job:
-    """A recipe with what its base and its data are."""
+    """A recipe with what its base, its data and its rows are."""
 
     recipe: Recipe
     config: Any
     base: Architecture
     data: Corpus
+    layout: Layout
     rehearsed: dict[Any, Rehearsal] = field(default_factory=dict)
 
     def row(self, knobs: Train) -> int:
@@ -88,14 +90,19 @@ class Job:
         return self.rehearsed[key]
 
 
-def job(recipe: Recipe, run: Run, data: Corpus | None = None) -> Job:
+def job(recipe: Recipe, run: Run, counts: dict[str, dict[str, int]] | None = None) -> Job:
     """Reads the base's config and the data, and neither weights nor anything from the Hub but one config.json.
+
+    Args:
+        counts: of train.tokens, if its tokens are made.
 
     Raises:
         UserError: of train.planning.architecture and train.planning.corpus.
     """
     config = read_config(recipe, run)
-    return Job(recipe, config, architecture(config), data or corpus(recipe, run))
+    layout = expected(recipe, run, config)
+    data = counted(counts, recipe, layout.packed) if counts else corpus(recipe, run, layout.packed)
+    return Job(recipe, config, architecture(config), data, layout)
 
 
 def place(recipe: Recipe) -> Place:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeline.progress import progress
+from train.packing import carries_state
 from train.template import IGNORED, Example
 
 T = TypeVar("T")
@@ -62,9 +63,14 @@ def likelihoods(model: Any, examples: list[Example], what: str) -> list[Likeliho
 def choice_losses(model: Any, tokenizer: Any, questions: list[Choices], what: str) -> list[list[float]]:
     """For each question the negative log-likelihood of each text as what follows its prompt, in nats.
 
-    A prompt is computed once, and its keys and values are used for each of its texts.
+    A prompt is computed once, and its keys and values are used for each of its texts; a state is not, which cannot be
+    had twice.
     """
     cut = [_cut(tokenizer, question) for question in questions]
+    if carries_state(model.config):
+        rows = [Example(prompt + text, [IGNORED] * len(prompt) + text) for prompt, texts in cut for text in texts]
+        losses = iter([each.loss for each in likelihoods(model, rows, what)])
+        return [[next(losses) for _ in texts] for _, texts in cut]
     found: dict[int, list[float]] = {}
     sizes = [len(prompt) + sum(map(len, texts)) for prompt, texts in cut]
     kinds = [len(texts) for _, texts in cut]

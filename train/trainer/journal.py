@@ -204,7 +204,7 @@ def _out_of_memory_kills() -> int:
 
 
 class Diverged(Exception):
-    """`step` showed it, `first` was the first to be astray; `batches` are the packed rows of `step`."""
+    """`step` showed it, `first` was the first to be astray; `batches` are the rows of `step`."""
 
     def __init__(
         self, step: int, first: int, why: str, loss: float, gradient: float, rate: float, batches: list[Any]
@@ -280,7 +280,11 @@ def sources(
 
 
 def conversations(batch: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Token ids of each conversation in a batch of packed rows; each starts at position 0."""
+    """Token ids of each conversation in a batch; each starts at position 0 of packed rows, and of others ends with its
+    mask."""
+    if "attention_mask" in batch:
+        lengths = batch["attention_mask"].sum(1).tolist()
+        return [tuple(ids[:length]) for ids, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
     ids, positions = batch["input_ids"].flatten().tolist(), batch["position_ids"].flatten().tolist()
     starts = [index for index, position in enumerate(positions) if position == 0]
     return [tuple(ids[start:end]) for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]

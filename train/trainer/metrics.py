@@ -26,7 +26,7 @@ class Pace:
         self._reset()
 
     def _reset(self) -> None:
-        self.tokens = self.supervised = 0
+        self.tokens = self.supervised = self.padding = 0
         self.began: float | None = None
 
     def begin(self) -> None:
@@ -34,22 +34,30 @@ class Pace:
         self.began = self.began or time.monotonic()
 
     def count(self, inputs: dict[str, Any]) -> None:
-        """Tokens of whole rows, prompts included, and those whose loss is learned; `inputs` are (batch, time).
+        """Tokens of whole rows, prompts included, those whose loss is learned, and padding; `inputs` are (batch, time).
 
-        Padding, which TRL's collator gives position 0 each, is left out.
+        Of packed rows TRL's collator gives padding position 0 each, others have a mask. A row without labels is one
+        that Accelerate repeats.
         """
-        positions = inputs.get("position_ids")
-        counted = None if positions is None else positions[0].nonzero()
-        self.tokens += inputs["input_ids"].numel() if counted is None else int(counted[-1]) + 1 if len(counted) else 0
-        self.supervised += int((inputs["labels"][:, 1:] != IGNORED).sum())
+        learned = inputs["labels"][:, 1:] != IGNORED
+        if "attention_mask" in inputs:
+            tokens = int(inputs["attention_mask"][learned.any(1)].sum())
+        else:
+            counted = inputs["position_ids"][0].nonzero()
+            tokens = int(counted[-1]) + 1 if len(counted) else 0
+        self.tokens += tokens
+        self.padding += inputs["input_ids"].numel() - tokens
+        self.supervised += int(learned.sum())
 
     def read(self) -> dict[str, float]:
         """The step's measures by their names in the logs; tokens are those of all processes."""
         seconds = time.monotonic() - (self.began or time.monotonic())
-        self.tokens, self.supervised = (round(sum(each)) for each in everyones(self.tokens, self.supervised))
+        counts = everyones(self.tokens, self.supervised, self.padding)
+        self.tokens, self.supervised, self.padding = (round(sum(each)) for each in counts)
         measured = {
             "step_tokens": self.tokens,
             "supervised_tokens": self.supervised,
+            "padding_tokens": self.padding,
             "step_seconds": round(seconds, 4),
             "tokens_per_second": round(self.tokens / max(seconds, 1e-9), 1),
             "memory_bytes": memory_bytes(),
@@ -76,6 +84,7 @@ def totals(history: list[dict[str, Any]]) -> dict[str, Any]:
     return ({"mfu": round(used, 4)} if peaks else {}) | {
         "tokens": tokens,
         "supervised_tokens": sum(row["supervised_tokens"] for row in steps),
+        "padding_tokens": sum(row.get("padding_tokens", 0) for row in steps),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
     }
 
