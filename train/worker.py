@@ -21,7 +21,7 @@ from pipeline.error import Stopped
 from pipeline.files import write_whole
 from pipeline.rows import heldout
 from train.launch import is_launched, rank
-from train.tokens import Tokens, opened
+from train.tokens import Tokens, opened, write_preview
 from train.trainer.journal import Diverged, is_shortage, recorded, shortage
 from train.tuners import model_to_train, save
 
@@ -50,7 +50,6 @@ def work(
     """
     from transformers import AutoTokenizer, set_seed
 
-    from train.preview import write_preview
     from train.trainer.metrics import curves
 
     method = import_module(f"train.methods.{recipe.train.method}")
