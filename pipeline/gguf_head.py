@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself, read without its weights: the values by key, and the tensors' names.
+"""What a GGUF file says of itself, read without its weights: the values by key, and the tensors by name.
 
 gguf's own reader takes seconds, as it makes an array of each word of the vocabulary. A file from elsewhere may be cut
 or made to harm: no length in it is believed beyond the file's end. The format: ggml/docs/gguf.md.
@@ -21,10 +21,13 @@ MOST_HEAD_BYTES = 1 << 28  # the largest vocabularies take a twentieth
 
 @dataclass(frozen=True)
 class Head:
-    """`values` are numbers, texts, lists of numbers, and lists of bytes, as a vocabulary's words."""
+    """`values` are numbers, texts, lists of numbers, and lists of bytes, as a vocabulary's words.
+
+    `tensors` have by name the lengths of their dimensions and the number of their ggml type.
+    """
 
     values: dict[str, Any]
-    tensors: set[str]
+    tensors: dict[str, tuple[tuple[int, ...], int]]
 
 
 def read_head(path: Path, until: str | None = None) -> Head:
@@ -81,13 +84,14 @@ def _head(cursor: _Cursor, until: str | None) -> Head:
     for count, (what, least) in zip((keys, tensors), LEAST_BYTES.items(), strict=True):
         if count > min(MOST, len(cursor.content) // least):
             raise ValueError(f"it announces {count:,} {what}, which its size cannot hold")
-    head = Head({}, set())
+    head = Head({}, {})
     for _ in range(keys):
         key = cursor.text().decode()
         head.values[key] = cursor.value(*cursor.numbers(U32))
         if until and key.endswith(until):
             return head
     for _ in range(tensors):
-        head.tensors.add(cursor.text().decode())
-        cursor.take(8 * cursor.numbers(U32)[0] + 12)  # its lengths, type and place
+        name, dimensions = cursor.text().decode(), cursor.numbers(U32)[0]
+        head.tensors[name] = cursor.numbers(U64, dimensions), cursor.numbers(U32)[0]
+        cursor.take(8)  # where it lies
     return head

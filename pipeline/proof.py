@@ -33,6 +33,9 @@ class Comparison:
       `divergence_mean_without_imatrix`, `top1_agreement`, `greedy_agreement`, `perplexity`, `perplexity_error`,
       `trained_perplexity`, `stops`, `facts_accuracy` (share of the key facts), `facts_of` (held-out questions),
       `facts_loss` (share that the unquantized file has and this one has not), `facts_loss_error` (its standard error);
+    - of a server's answers: `probes`, `too_long` (for the context), `changed_again` (how many are others when their
+      prompt is cached), `changed_beside` (when it is evaluated beside others), `moved_again`, `moved_beside` (the most
+      that a log-probability of the rest moves);
     - of this machine: `prompt_tokens_per_second`, `decode_tokens_per_second`, `peak_rss_bytes` (of loading and asking
       it), `cache_bytes_per_token` (of a server's cache), `seconds`.
     """

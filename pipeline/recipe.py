@@ -215,6 +215,9 @@ class Serve:
     queue: int = knob(64, "Requests that may wait for a slot; more are refused with 503", 0)
     threads: int = knob(0, "Processor threads of the engine; 0 takes every core", 0)
     temperature: float = knob(0.2, "Sampling temperature when the client names none", 0, 2)
+    repeatable: bool | None = knob(
+        None, "Greedy answers that no cache and no other question changes; prompts take longer; by default for Q8_0"
+    )
     origins: tuple[str, ...] = knob((), "Web pages that may ask from a browser, as `http://localhost:5173`")
     vllm: Vllm = Vllm()
 

@@ -4,6 +4,7 @@
 `train`. Docker Compose's own progress goes to standard error, where to find what it started to standard output.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -20,7 +21,7 @@ from pipeline.recipe import Recipe
 from pipeline.recommend import chosen, refuse_without_gguf
 from pipeline.run import Run
 from serve.asking.endpoint import KEY_FILE, make_key, port_of_environment, port_problem, url_of, with_environment
-from serve.engines.llamacpp import refuse_long_context, served_file
+from serve.engines.llamacpp import is_repeatable, refuse_long_context, served_file
 from serve.engines.vllm import END_SECONDS, Model, machine_for, model_arguments
 from serve.openwebui import EMAIL, PASSWORD_FILE, SECRET_FILE
 from serve.running.backend import refuse_disproved
@@ -211,6 +212,7 @@ def settings(recipe: Recipe, file: Path, profiles: list[str], model: Path, sha25
         "TRUETUNE_SLOTS": str(recipe.serve.slots),
         "TRUETUNE_QUEUE": str(recipe.serve.queue),
         "TRUETUNE_THREADS": str(recipe.serve.threads),
+        "TRUETUNE_REPEATABLE": json.dumps(model.is_file() and is_repeatable(recipe.serve.repeatable, model)),
         "TRUETUNE_TEMPERATURE": str(recipe.serve.temperature),
         "TRUETUNE_VLLM": vllm_arguments(recipe),
         "TRUETUNE_GRACE": str(recipe.serve.vllm.grace + END_SECONDS),

@@ -18,6 +18,7 @@ from pipeline.reference import Reference, read_reference
 from pipeline.stages import stage
 from serve.asking.endpoint import ERRORS, free_port, with_environment
 from serve.asking.probe import Engine, LlamaCpp, Vllm, ask_probes
+from serve.engines.llamacpp import is_repeatable, served_file
 from serve.engines.ollama.registration import row as registered_row
 from serve.openwebui import port_of, proved_windows
 from serve.running.backend import Backend, backend_of
@@ -62,7 +63,7 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
     backend = backend_of(recipe, run)
     try:
         with answering(recipe, run, backend) as engine:
-            ask_probes(comparison, engine, reference.probes, recipe.serve.context)
+            ask_probes(comparison, engine, reference.probes, recipe.serve.context, recipe.serve.slots)
     except UserError as error:
         comparison.problems += error.problems
         return comparison
@@ -74,7 +75,25 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
         comparison.problems.append(
             f"answers: {agreed:.0%} of them are as the trained model's, of the same file read directly {expected:.0%}"
         )
+    if (
+        engine_name == "llamacpp"
+        and changing(comparison)
+        and is_repeatable(recipe.serve.repeatable, served_file(recipe, run)[0])
+    ):
+        comparison.problems.append(f"the same question: {changing(comparison)}, of a file that cannot: report a bug")
     return comparison
+
+
+def changing(served: Comparison) -> str:
+    """What of the answers depends on whether their prompts were new, cached, or evaluated beside others; or nothing."""
+    lines = []
+    for how, what in (("again", "when asked again"), ("beside", "when asked beside others")):
+        changed, moved = served.measures.get(f"changed_{how}", 0), served.measures.get(f"moved_{how}", 0)
+        if changed or moved:
+            lines.append(
+                f"{changed} of {served.measures['probes']} answers change {what} (log-probabilities {moved:.2g})"
+            )
+    return ", ".join(lines)
 
 
 @contextmanager
@@ -99,6 +118,9 @@ def notes(reference: Reference, served: Comparison) -> list[str]:
     found = []
     if too_long := served.measures.get("too_long"):
         found.append(f"{served.name}: {too_long} of {len(reference.probes)} probes do not fit serve.context")
+    if "changed_again" in served.measures and not served.problems:
+        told = changing(served) or f"0 of {served.measures['probes']} answers change when asked again or beside others"
+        found.append(f"{served.name}: {told}")
     if not any(probe.stopped for probe in reference.probes):
         found.append("the trained model itself ended no answer: where it is to stop was not learned, or not yet")
     return found

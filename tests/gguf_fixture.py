@@ -27,13 +27,18 @@ WORDS = ["apple", "bread", "cloud", "delta", "eagle", "flame", "grape", "house"]
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
 
-def write_gguf(path: Path, template: str = TEMPLATE, ends: bool = False, words: list[str] = WORDS) -> None:
-    """A Llama that answers with these words until its context is full, or `ends` some answers by itself."""
+def write_gguf(
+    path: Path, template: str = TEMPLATE, ends: bool = False, words: list[str] = WORDS, kind: str = "F32"
+) -> None:
+    """A Llama that answers with these words until its context is full, or `ends` some answers by itself.
+
+    Its matrices are of that `kind`, one of ggml's.
+    """
     random, width, hidden = np.random.default_rng(0), 32, 64
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"▁{word}" for word in words)]
     last = slice(len(tokens) - len(words), len(tokens))
-    kind = gguf.TokenType
-    kinds = [kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *[kind.BYTE] * 256, *[kind.NORMAL] * len(words)]
+    of = gguf.TokenType
+    kinds = [of.UNKNOWN, of.CONTROL, of.CONTROL, *[of.BYTE] * 256, *[of.NORMAL] * len(words)]
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(NAME)
@@ -61,7 +66,9 @@ def write_gguf(path: Path, template: str = TEMPLATE, ends: bool = False, words: 
             weights[:] = 0
             weights[last] = np.concatenate([half, -half])
             weights[2] = np.roll(half[0], 1) if ends else 0
-        writer.add_tensor(f"{name}.weight", weights.astype(np.float32))
+        type_of = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else kind]
+        data = gguf.quants.quantize(weights.astype(np.float32), type_of)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=type_of)
 
     for name in ("token_embd", "output"):
         add(name, len(tokens), width)
@@ -80,9 +87,9 @@ def write_gguf(path: Path, template: str = TEMPLATE, ends: bool = False, words: 
     writer.close()
 
 
-def write_run(folder: Path, content: bytes) -> Path:
+def write_run(folder: Path, content: bytes, **more: Any) -> Path:
     """A recipe and a run in `folder` whose `gguf` receipt matches `content`; the path of that GGUF."""
-    serve = {"context": CONTEXT, "slots": SLOTS, "threads": 1, "origins": [ORIGIN]}
+    serve = {"context": CONTEXT, "slots": SLOTS, "threads": 1, "origins": [ORIGIN]} | more
     recipe = {"data": {"train": "none.jsonl"}, "serve": serve}
     (folder / f"{NAME}.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     path = folder / "runs" / NAME / "gguf" / f"{NAME}-Q8_0.gguf"

@@ -20,7 +20,7 @@ base_model: small
 data: {train: talks.jsonl, validation: 0}
 train: {epochs: 60, learning_rate: 4e-3, max_length: 512, lora: {rank: 8, alpha: 16}}
 gguf: {types: [Q8_0]}
-serve: {type: Q8_0, context: 2048, slots: 1, threads: 1}
+serve: {type: Q8_0, context: 2048, slots: 2, threads: 1}
 """
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"

@@ -1,8 +1,10 @@
-"""The reference's probes asked of a server: the tokens of the prompt, the greedy answer, and whether it stops."""
+"""The reference's probes asked of a server: the tokens of the prompt, the greedy answer, whether it stops, and whether
+it is the same when asked again."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from pipeline.proof import Comparison, first_difference, same_share
 from pipeline.reference import CONTINUATION_TOKENS, Probe
@@ -15,6 +17,7 @@ class Engine(Protocol):
     port: int
     key: str
     name: str
+    new: ClassVar[dict[str, Any]]  # what a request says so that nothing of its prompt is taken from the cache
 
     def request(self, probe: Probe) -> dict[str, Any]:
         """The probe as a client of this server asks it."""
@@ -33,6 +36,7 @@ class LlamaCpp:
     port: int
     key: str
     name: str
+    new: ClassVar[dict[str, Any]] = {"cache_prompt": False}
 
     def request(self, probe: Probe) -> dict[str, Any]:
         return asked(probe)
@@ -67,6 +71,7 @@ class Vllm:
     port: int
     key: str
     name: str
+    new: ClassVar[dict[str, Any]] = {}
 
     def request(self, probe: Probe) -> dict[str, Any]:
         # It takes tools without a parser for their calls only if none is to be called; the prompt is the same.
@@ -111,41 +116,61 @@ def other_tokens(probe: Probe, tokens: list[int]) -> str:
     return f"token ids: probe '{probe.name}', position {at}: {found}, trained with {wanted}"
 
 
-def ask_probes(comparison: Comparison, engine: Engine, probes: list[Probe], context: int) -> None:
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer: the status, the text or the refusal, why it ended, its tokens' log-probabilities in nats."""
+
+    status: int
+    text: str
+    reason: str = ""
+    prompt_tokens: int = 0
+    scores: tuple[float, ...] = ()
+
+
+def ask_probes(comparison: Comparison, engine: Engine, probes: list[Probe], context: int, slots: int) -> None:
     """Ask all probes that fit the context; of one that does not, the engine must say so instead of cutting it."""
     fitting = [probe for probe in probes if len(probe.ids) + CONTINUATION_TOKENS <= context]
     comparison.measures |= {"probes": len(fitting), "too_long": len(probes) - len(fitting)}
     if not fitting:
         comparison.problems.append(f"context: none of {len(probes)} probes fits serve.context {context}")
     stopped, shares = 0, []
+    cold, cached = [], []
     for probe in probes:
         if problem := engine.prompt_problem(probe):
             comparison.problems.append(problem)
             return
-        status, text, reason, prompt_tokens = answer(engine, probe, context)
+        found = answer(engine, probe, context, engine.new)
         if len(probe.ids) >= context:
-            if status == 200 and prompt_tokens < len(probe.ids):
+            if found.status == 200 and found.prompt_tokens < len(probe.ids):
                 comparison.problems.append(
                     f"context: probe '{probe.name}' has {len(probe.ids)} tokens, more than {context}, "
-                    f"and was cut to {prompt_tokens} without a word"
+                    f"and was cut to {found.prompt_tokens} without a word"
                 )
                 return
-        elif status != 200:
-            comparison.problems.append(f"probe '{probe.name}' is refused: {text}")
+        elif found.status != 200:
+            comparison.problems.append(f"probe '{probe.name}' is refused: {found.text}")
             return
-        elif prompt_tokens != len(probe.ids):
+        elif found.prompt_tokens != len(probe.ids):
             comparison.problems.append(
-                f"token ids: probe '{probe.name}' has {prompt_tokens} when chatting, trained with {len(probe.ids)}"
+                f"token ids: probe '{probe.name}' has {found.prompt_tokens} when chatting, "
+                f"trained with {len(probe.ids)}"
             )
             return
         elif probe in fitting:
-            stopped += probe.stopped and reason == "stop"
-            shares.append(same_share(text, expected_text(engine, probe)))
+            stopped += probe.stopped and found.reason == "stop"
+            shares.append(same_share(found.text, expected_text(engine, probe)))
+            cold.append(found)
+            cached.append(answer(engine, probe, context))
     ending = sum(probe.stopped for probe in fitting)
     if ending and not stopped:
         comparison.problems.append(
             f"stop token: the trained model ends {ending} answers by itself, the served one none"
         )
+    if slots > 1:
+        with ThreadPoolExecutor(slots) as others:
+            beside = list(others.map(lambda probe: answer(engine, probe, context), fitting))
+        comparison.measures |= changes("beside", cold, beside)
+    comparison.measures |= changes("again", cold, cached)
     comparison.measures |= {
         "greedy_agreement": shares.count(1) / max(len(shares), 1),
         "greedy_share": sum(shares) / max(len(shares), 1),
@@ -153,17 +178,29 @@ def ask_probes(comparison: Comparison, engine: Engine, probes: list[Probe], cont
     }
 
 
-def answer(engine: Engine, probe: Probe, context: int) -> tuple[int, str, str, int]:
-    """(status, text, why it ended, tokens of the prompt) of the greedy answer, asked as any client asks."""
+def changes(how: str, answers: list[Answer], again: list[Answer]) -> dict[str, float]:
+    """`changed_<how>`, the answers whose text is another, and `moved_<how>`, the most that a log-probability moves.
+
+    The log-probabilities (nats) of an answer whose text is another are those of other tokens, and are not compared.
+    """
+    pairs = list(zip(answers, again, strict=True))
+    alike = [(one, other) for one, other in pairs if (one.status, one.text) == (other.status, other.text)]
+    moves = [abs(mine - its) for one, other in alike for mine, its in zip(one.scores, other.scores, strict=False)]
+    return {f"changed_{how}": len(pairs) - len(alike), f"moved_{how}": max(moves, default=0.0)}
+
+
+def answer(engine: Engine, probe: Probe, context: int, more: dict[str, Any] | None = None) -> Answer:
+    """The greedy answer, asked as any client asks, with `more` in the request."""
     room = max(1, min(CONTINUATION_TOKENS, context - len(probe.ids)))
-    body = engine.request(probe) | {"model": engine.name, "temperature": 0, "max_tokens": room}
-    status, made = ask(engine.port, "/v1/chat/completions", engine.key, body, timeout=600)
+    body = engine.request(probe) | {"model": engine.name, "temperature": 0, "max_tokens": room, "logprobs": True}
+    status, made = ask(engine.port, "/v1/chat/completions", engine.key, body | (more or {}), timeout=600)
     if status != 200:
-        return status, refusal(made), "", 0
+        return Answer(status, refusal(made))
     choice = made["choices"][0]
     message = choice["message"]
     text = (message.get("reasoning_content") or message.get("reasoning") or "") + (message.get("content") or "")
-    return status, text, choice["finish_reason"], made["usage"]["prompt_tokens"]
+    scores = tuple(token["logprob"] for token in (choice.get("logprobs") or {}).get("content") or [])
+    return Answer(status, text, choice["finish_reason"], made["usage"]["prompt_tokens"], scores)
 
 
 def refusal(made: dict[str, Any]) -> str:

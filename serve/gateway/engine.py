@@ -42,10 +42,14 @@ def load(settings: Settings, socket: Path) -> Any:
 
 def parameters(settings: Settings, socket: Path) -> Any:
     """llama.cpp's parameters: everything that it leaves open to others or lets grow is closed or bounded."""
-    from xllamacpp import CommonParams
+    from xllamacpp import CommonParams, ggml_type
 
     params = CommonParams()
     params.model.path = settings.model
+    if settings.repeatable:  # each of these has another kernel for many tokens than for one
+        params.cache_type_k = ggml_type.GGML_TYPE_BF16  # attention, where keys and values are of one type
+        params.no_extra_bufts = True  # weights in another order
+        os.environ["GGML_CPU_TILED_MM"] = "0"  # K-quants in tiles; read at the first product
     params.model_alias = {settings.name}
     params.use_jinja = True
     params.offline = True

@@ -4,16 +4,19 @@ import http.client
 import os
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
-from gguf_fixture import CONTEXT, NAME, SLOTS, TRAINED, Server, gone, write_gguf
+from gguf_fixture import CONTEXT, NAME, SLOTS, TRAINED, WORDS, Server, gone, write_gguf, write_run
 from openai import OpenAI
 
 from pipeline.error import UserError
+from pipeline.reference import Probe
 from serve.asking.endpoint import ask
-from serve.engines.llamacpp import trained_context
+from serve.asking.probe import Answer, LlamaCpp, answer, changes
+from serve.engines.llamacpp import is_repeatable, trained_context
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -146,6 +149,45 @@ def test_ends_with_its_supervisor(start):
     assert engine
     os.kill(server.process.pid, signal.SIGKILL)
     assert gone(engine, 3)
+
+
+@pytest.mark.parametrize(
+    "kind, wanted, repeatable",
+    [("Q8_0", None, True), ("Q8_0", False, False), ("Q5_0", True, True), ("Q5_0", None, False), ("F32", True, False)],
+)
+def test_a_question_is_answered_alike_new_cached_and_beside_others(
+    tmp_path: Path, kind: str, wanted: bool | None, repeatable: bool
+):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, kind=kind)
+    assert is_repeatable(wanted, path) == repeatable
+    write_run(tmp_path, path.read_bytes(), repeatable=wanted)
+    server = Server(tmp_path)
+    try:
+        server.wait_for("Ctrl-C stops")
+        engine = LlamaCpp(server.port, server.key, NAME)
+        probes = [question(" ".join(WORDS[number % 8] for number in range(length))) for length in (2, 6, 9, 13, 20, 22)]
+        cold = [answer(engine, probe, CONTEXT, engine.new) for probe in probes]
+        cached = [answer(engine, probe, CONTEXT) for probe in probes]
+        with ThreadPoolExecutor(SLOTS) as others:
+            beside = list(others.map(lambda probe: answer(engine, probe, CONTEXT), probes))
+    finally:
+        server.end()
+    assert all(found.status == 200 and found.scores for found in cold)
+    found = changes("again", cold, cached) | changes("beside", cold, beside)
+    same = {"changed_again": 0, "moved_again": 0, "changed_beside": 0, "moved_beside": 0}
+    assert (found == same) == repeatable, found
+
+
+def question(text: str) -> Probe:
+    return Probe(text, [{"role": "user", "content": text}], [], [], "", [], False, 0)
+
+
+def test_what_changes_between_answers_is_counted():
+    before = [Answer(200, "meow", scores=(-1.0, -0.5)), Answer(200, "moo", scores=(-2.0,)), Answer(200, "oink")]
+    after = [Answer(200, "meow", scores=(-1.0, -0.75)), Answer(200, "wow", scores=(-9.0,)), Answer(503, "busy")]
+    assert changes("again", before, before) == {"changed_again": 0, "moved_again": 0}
+    assert changes("again", before, after) == {"changed_again": 2, "moved_again": 0.25}
 
 
 def test_trained_context_of_a_gguf(tmp_path: Path, tiny_gguf: bytes):

@@ -51,11 +51,27 @@ def test_a_healthy_run_passes(healthy: Proved) -> None:
     assert served.problems == []
     assert served.measures["stops"] and served.measures["too_long"] == 0
     assert served.measures["probes"] == len(rows_of(healthy))
+    for how in ("again", "beside"):
+        assert served.measures[f"changed_{how}"] == served.measures[f"moved_{how}"] == 0
+    assert "served Q8_0: 0 of" in healthy.run.receipt("prove").metrics["notes"][0]
     assert healthy.run.receipt("prove").metrics["passed"]
     bounds = [merged_bounds(healthy.recipe), *(gguf_bounds(healthy.recipe, kind) for kind in ("F16", "Q8_0"))]
     for row, bound in zip(rows.values(), bounds, strict=True):
         assert row.measures["divergence_mean"] < bound.mean_divergence / 5
         assert row.measures["perplexity"] == pytest.approx(row.measures["trained_perplexity"], rel=0.05)
+
+
+def test_answers_that_the_cache_changes_are_told_and_a_fault_of_what_is_repeatable(
+    healthy: Proved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = healthy.folder / "healthy.yaml"
+    recipe.write_text(recipe.read_text().replace("type: Q8_0", "type: F16"))
+    served = healthy.served()
+    assert served.problems == [] and served.measures["moved_again"] > 0
+    assert "answers change when asked again" in healthy.run.receipt("prove").metrics["notes"][0]
+    monkeypatch.setattr("serve.prove.is_repeatable", lambda wanted, path: True)
+    [problem] = healthy.served().problems
+    assert problem.startswith("the same question: ")
 
 
 def test_questions_are_answered_as_the_trained_model_answers(healthy: Proved) -> None:
