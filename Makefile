@@ -189,6 +189,7 @@ lint: | .venv/.complete ## Check style and types
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m mypy
+	@echo "$$(git ls-files '*.py' ':!tests' | wc -l) source files, $$(git ls-files -z '*.py' ':!tests' | xargs -0 cat | wc -l) lines"
 
 format: | .venv/.complete ## Put the code in its one format, and the generated pages of docs in step
 	@$(PYTHON) -m ruff check --fix-only --select I

@@ -1,9 +1,9 @@
 """How many processes train, by which strategy, and their start and end: torchrun's launcher and nothing of our own.
 
-The command is the parent: it holds the run folder's lock and starts `train.worker` once a GPU. Where one process dies
-all end, within seconds; a signal reaches each of them, and they stop after the same step with one checkpoint. Several
-hosts run the same command with NODE_RANK and MASTER_ADDR, on a run folder that they share. What the processes tell one
-another, a single one knows itself.
+The command is the parent: it holds the run folder's lock and starts itself with a task, once a GPU. Where one process
+dies all end, within seconds; a signal reaches each of them, and they stop after the same step with one checkpoint.
+Several hosts run the same command with NODE_RANK and MASTER_ADDR, on a run folder that they share. What the processes
+tell one another, a single one knows itself.
 """
 
 import json
@@ -86,7 +86,7 @@ def arguments(launched: Launch, name: str, task: Path) -> list[str]:
     else:
         words += [f"--nnodes={launched.nodes}", f"--node-rank={launched.node}"]
         words += [f"--master-addr={launched.address}", f"--master-port={launched.port}"]
-    return [*words, "-m", "train.worker", str(task)]
+    return [*words, "-m", "train.run", str(task)]
 
 
 def variables(recipe: Recipe, launched: Launch, gpus: int) -> dict[str, str]:
@@ -194,7 +194,7 @@ def _forwarding() -> Iterator[list[int]]:
         if len(sent) > 1:
             raise KeyboardInterrupt
         for child in psutil.Process().children():
-            if "train.worker" in child.cmdline():
+            if "train.run" in child.cmdline():
                 child.send_signal(number)
 
     # `nohup` ignores SIGHUP, and so does what it starts.

@@ -5,74 +5,23 @@ with the boundaries of their conversations where they are packed, and what becam
 `ROW=talks.jsonl:17`, shows that one whole. The numbers and an example stay in `tokens/preview.json` for the report.
 """
 
-import json
 import os
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 from pipeline import Recipe, Run, UserError
 from pipeline.command import boundary, recipe_of_arguments
-from pipeline.files import write_whole
 from pipeline.rows import count, picked, rows
 from pipeline.units import bars
 from train.config import read_config
 from train.packing import expected, told
 from train.template import IGNORED, row_examples
-from train.tokens import Tokens, lengths, longest_and_sum, row_tokens, tokenized
-
-# What would steer the terminal, or turn the writing's direction beyond itself, is shown by its picture or its number.
-PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {0x7F: "\N{SYMBOL FOR DELETE}"}
-NUMBERED = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-VISIBLE = PICTURES | {code: f"\\u{code:04x}" for code in NUMBERED}
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Neighbouring tokens of one kind, as text: `learned` are those in the loss."""
-
-    text: str
-    learned: bool
-    special: bool
-
-
-def pieces(tokenizer: Any, ids: list[int], labels: list[int]) -> list[Piece]:
-    """The tokens as text, controls made visible; a character that a boundary cuts lies in the later piece."""
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    kinds = [(label != IGNORED, token in special) for token, label in zip(ids, labels, strict=True)]
-    found, written, index = [], "", 0
-    for (learned, is_special), run in groupby(kinds):
-        index += len(list(run))
-        text = tokenizer.decode(ids[:index], clean_up_tokenization_spaces=False)
-        if index < len(ids):
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        found.append(Piece(text[len(written) :].translate(VISIBLE), learned, is_special))
-        written = text
-    return found
-
+from train.tokens import SHOWN_TOKENS, VISIBLE, Tokens, longest_and_sum, pieces, row_tokens, tokenized, write_preview
 
 SHOWN, PACKED_SHOWN = 3, 2
-SHOWN_TOKENS = 600  # of a conversation or of a packed row, unless it was asked for
 PACKED = 10_000  # conversations of which the fill of packed rows is told
-SHORTEST_BAR = 16  # tokens, the upper end of the histogram's first bar; each next one ends at twice as many
 BAR_CHARACTERS, BAR_LEFT = 40, 35
 LEARNED, SPECIAL = "bold green", "cyan"
 OPEN, CLOSE = "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}"
-
-
-def histogram(dataset: Any) -> list[tuple[int, int]]:
-    """(most tokens, conversations) of bars whose ends double, none before the shortest or after the longest."""
-    if not len(dataset):
-        return []
-    sizes = lengths(dataset)
-    bars, end = [], SHORTEST_BAR
-    while not bars or end // 2 < sizes.max():
-        low = end // 2 if bars else 0
-        bars.append((end, int(((sizes > low) & (sizes <= end)).sum())))
-        end *= 2
-    first = next(index for index, (_, number) in enumerate(bars) if number)
-    return bars[first:]
 
 
 def packed_rows(recipe: Recipe, tokens: Tokens) -> tuple[Any, int]:
@@ -82,31 +31,6 @@ def packed_rows(recipe: Recipe, tokens: Tokens) -> tuple[Any, int]:
     most = row_tokens(*longest_and_sum(tokens.datasets.values()), recipe.train.max_length)
     train = tokens.datasets["train"]
     return pack_dataset(train.select(range(min(PACKED, len(train)))), most), most
-
-
-def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any, packing: dict[str, Any]) -> dict[str, Any]:
-    """Write `tokens/preview.json`, which the report shows; returns what is in it.
-
-    Args:
-        packing: what train.packing tells of the rows.
-    """
-    train = tokens.datasets["train"]
-    ids, labels = (train[0][name] for name in ("input_ids", "labels"))
-    shown = pieces(tokenizer, ids[:SHOWN_TOKENS], labels[:SHOWN_TOKENS])
-    found = {
-        "parts": tokens.counts,
-        "system": run.receipt("base").metrics.get("system", ""),
-        "sources": run.receipt("data").metrics["sources"],
-        "lengths": histogram(train),
-        "packing": packing,
-        "example": {
-            "source": _first_source(recipe, run, tokenizer),
-            "tokens": len(ids),
-            "pieces": [asdict(piece) for piece in shown],
-        },
-    }
-    write_whole(run.path("tokens", "preview.json"), json.dumps(found, ensure_ascii=False) + "\n")
-    return found
 
 
 def preview(recipe: Recipe, run: Run, wish: str | None = None) -> None:
@@ -239,15 +163,6 @@ def show_numbers(console: Any, recipe: Recipe, told: dict[str, Any]) -> None:
     if not packing["packed"]:
         first, rows = "", rows.replace("of", "of one conversation, at most", 1)
     console.print(f"{'packed' if packing['packed'] else 'padded'}{first}: {rows}: {packing['why']}", markup=False)
-
-
-def _first_source(recipe: Recipe, run: Run, tokenizer: Any) -> str:
-    """The place of the first conversation that was not left out."""
-    for row in rows(run.path("data"), "train"):
-        with suppress(UserError):
-            if row_examples(tokenizer, row, recipe.train.max_length, recipe.train.supervise):
-                return str(row["source"])
-    return ""
 
 
 def _wished(run: Run, wish: str) -> dict[str, Any]:

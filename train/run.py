@@ -6,7 +6,10 @@ What can be told before it costs is told first. A killed training resumes from i
 import hashlib
 import json
 import os
+import sys
 from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
 
 from pipeline import Made, Recipe, Run, command
 from pipeline.command import boundary, recipe_of_arguments
@@ -14,13 +17,13 @@ from pipeline.machine import gpus
 from pipeline.stages import stage
 from train.config import read_config
 from train.inspection import parameters, refuse, refuse_long_questions
-from train.launch import launch
+from train.launch import is_launched, launch
 from train.launch import run as train_in_processes
 from train.planning.fit import check, check_disk
 from train.tokens import tokenized
 from train.trackers import bring, prepare, same_run
 from train.trainer.checkpoints import open_folder
-from train.worker import work
+from train.worker import report, work
 
 # A change of these resumes from the last checkpoint; so does one of batch_size whose product with
 # gradient_accumulation is the same.
@@ -89,8 +92,18 @@ def join() -> None:
     train_in_processes(recipe, Run(recipe.name), launch(recipe, devices), devices)
 
 
+def take_part(task: Path) -> NoReturn:
+    """Be one of the processes that train together, started by `train.launch` with a task."""
+    with boundary():
+        status = report(task)
+    sys.stderr.flush()
+    os._exit(status)  # not held up by threads of a process group whose other members are gone
+
+
 if __name__ == "__main__":
-    if os.environ.get("NODE_RANK", "0") in ("", "0"):
+    if is_launched():
+        take_part(Path(sys.argv[1]))
+    elif os.environ.get("NODE_RANK", "0") in ("", "0"):
         command("train", run)
     else:
         with boundary():

@@ -1,7 +1,7 @@
 """Every row's tokens, made once on all cores, in Arrow files that training maps instead of lists in its memory.
 
 They lie in `tokens/<hash>/` of the run folder, where the hash is of all that they are made from; those of another hash
-are removed. TRL keeps its packed rows beside them.
+are removed. TRL keeps its packed rows beside them; `tokens/preview.json` says what they are, for people.
 """
 
 import hashlib
@@ -10,14 +10,14 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import chain
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 from pipeline import Recipe, Run, UserError
-from pipeline.files import fingerprint, fresh_folder, put_in_place, remove
+from pipeline.files import fingerprint, fresh_folder, put_in_place, remove, write_whole
 from pipeline.machine import cores
 from pipeline.progress import progress
 from pipeline.recipe import Train
@@ -33,6 +33,12 @@ WEIGHTS = (".safetensors", ".bin", ".gguf")
 PROBLEMS_KEPT = 10_000
 SHORTEST_ROW_TOKENS = 256
 STEPS_AN_EPOCH = 100
+SHOWN_TOKENS = 600  # of a conversation or of a packed row, unless it was asked for
+SHORTEST_BAR = 16  # tokens, the upper end of the histogram's first bar; each next one ends at twice as many
+# What would steer the terminal, or turn the writing's direction beyond itself, is shown by its picture or its number.
+PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"} | {0x7F: "\N{SYMBOL FOR DELETE}"}
+NUMBERED = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+VISIBLE = PICTURES | {code: f"\\u{code:04x}" for code in NUMBERED}
 
 
 @dataclass(frozen=True)
@@ -229,3 +235,75 @@ def _key(recipe: Recipe, run: Run) -> str:
         "versions": [transformers.__version__, tokenizers.__version__],
     }
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any, packing: dict[str, Any]) -> dict[str, Any]:
+    """Write `tokens/preview.json`, which the report shows; returns what is in it.
+
+    Args:
+        packing: what train.packing tells of the rows.
+    """
+    train = tokens.datasets["train"]
+    ids, labels = (train[0][name] for name in ("input_ids", "labels"))
+    shown = pieces(tokenizer, ids[:SHOWN_TOKENS], labels[:SHOWN_TOKENS])
+    found = {
+        "parts": tokens.counts,
+        "system": run.receipt("base").metrics.get("system", ""),
+        "sources": run.receipt("data").metrics["sources"],
+        "lengths": histogram(train),
+        "packing": packing,
+        "example": {
+            "source": _first_source(recipe, run, tokenizer),
+            "tokens": len(ids),
+            "pieces": [asdict(piece) for piece in shown],
+        },
+    }
+    write_whole(run.path("tokens", "preview.json"), json.dumps(found, ensure_ascii=False) + "\n")
+    return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens of one kind, as text: `learned` are those in the loss."""
+
+    text: str
+    learned: bool
+    special: bool
+
+
+def pieces(tokenizer: Any, ids: list[int], labels: list[int]) -> list[Piece]:
+    """The tokens as text, controls made visible; a character that a boundary cuts lies in the later piece."""
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    kinds = [(label != IGNORED, token in special) for token, label in zip(ids, labels, strict=True)]
+    found, written, index = [], "", 0
+    for (learned, is_special), run in groupby(kinds):
+        index += len(list(run))
+        text = tokenizer.decode(ids[:index], clean_up_tokenization_spaces=False)
+        if index < len(ids):
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        found.append(Piece(text[len(written) :].translate(VISIBLE), learned, is_special))
+        written = text
+    return found
+
+
+def histogram(dataset: Any) -> list[tuple[int, int]]:
+    """(most tokens, conversations) of bars whose ends double, none before the shortest or after the longest."""
+    if not len(dataset):
+        return []
+    sizes = lengths(dataset)
+    bars, end = [], SHORTEST_BAR
+    while not bars or end // 2 < sizes.max():
+        low = end // 2 if bars else 0
+        bars.append((end, int(((sizes > low) & (sizes <= end)).sum())))
+        end *= 2
+    first = next(index for index, (_, number) in enumerate(bars) if number)
+    return bars[first:]
+
+
+def _first_source(recipe: Recipe, run: Run, tokenizer: Any) -> str:
+    """The place of the first conversation that was not left out."""
+    for row in rows(run.path("data"), "train"):
+        with suppress(UserError):
+            if row_examples(tokenizer, row, recipe.train.max_length, recipe.train.supervise):
+                return str(row["source"])
+    return ""

@@ -1,13 +1,12 @@
 """The work of a training: measure, train, measure again, save; what it finds is JSON, so a child can report it.
 
-torchrun starts it as `python -m train.worker TASK` (train.launch) in each process; all take part, the first one writes.
+torchrun starts `python -m train.run TASK` (train.launch) in each process; all take part, the first one writes.
 """
 
 import json
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -18,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import Recipe, Run, UserError, load
-from pipeline.command import boundary
 from pipeline.error import Stopped
 from pipeline.files import write_whole
 from pipeline.rows import heldout
 from train.launch import is_launched, rank
-from train.tokens import Tokens, opened
+from train.tokens import Tokens, opened, write_preview
 from train.trainer.journal import Diverged, is_shortage, recorded, shortage
 from train.tuners import model_to_train, save
 
@@ -52,7 +50,6 @@ def work(
     """
     from transformers import AutoTokenizer, set_seed
 
-    from train.preview import write_preview
     from train.trainer.metrics import curves
 
     method = import_module(f"train.methods.{recipe.train.method}")
@@ -175,10 +172,3 @@ def _end_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-if __name__ == "__main__":
-    with boundary():
-        status = report(Path(sys.argv[1]))
-    sys.stderr.flush()
-    os._exit(status)  # not held up by threads of a process group whose other members are gone

@@ -72,7 +72,7 @@ def test_a_recipe_says_how_many_or_all() -> None:
 def test_torchrun_is_asked_for_one_host_on_loopback_and_for_several_by_their_address() -> None:
     task = Path("runs/tiny/launch/task.json")
     common = ["--nproc-per-node=2", "--shutdown-timeout=5", "--max-restarts=0", "--signals-to-handle=SIGQUIT"]
-    worker = ["-m", "train.worker", str(task)]
+    worker = ["-m", "train.run", str(task)]
     loopback = ["--rdzv-id=tiny", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     assert arguments(Launch(2), "tiny", task) == [*common, *loopback, *worker]
     hosts = ["--rdzv-id=tiny", "--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=29500"]
@@ -135,7 +135,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The training processes below it, by rank."""
     with suppress(psutil.NoSuchProcess):
-        found = [child for child in psutil.Process(process.pid).children() if "train.worker" in child.cmdline()]
+        found = [child for child in psutil.Process(process.pid).children() if "train.run" in child.cmdline()]
         return sorted(found, key=lambda child: int(child.environ()["RANK"]))
     return []
 

@@ -11,9 +11,10 @@ import pytest
 
 from pipeline import UserError
 from pipeline.rows import RowWriter, picked, row_batch, rows
-from train.preview import CLOSE, OPEN, histogram, pieces, preview
+from train.preview import CLOSE, OPEN, preview
 from train.run import run
 from train.template import IGNORED, row_examples
+from train.tokens import histogram, pieces
 
 
 @pytest.fixture

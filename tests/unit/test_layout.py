@@ -1,6 +1,8 @@
 """The house: who may import whom, what an import costs, and names that clash with nobody's."""
 
 import ast
+import functools
+import graphlib
 import importlib.metadata
 import subprocess
 import sys
@@ -10,13 +12,14 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 STAGES = ("train", "convert", "serve")
+ROOMS = ("pipeline", *STAGES, "report", "setup", "bench")
 MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
-    for package in ("pipeline", *STAGES)
-    for path in (REPOSITORY / package).rglob("*.py")
+    for room in ROOMS
+    for path in (REPOSITORY / room).rglob("*.py")
 }
 ENTRIES = [name for name, path in MODULES.items() if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
-SOURCES = [*MODULES.values(), *(REPOSITORY / "tests").rglob("*.py"), *(REPOSITORY / "bench").glob("*.py")]
+SOURCES = [*MODULES.values(), *(REPOSITORY / "tests").rglob("*.py")]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "llama_cpp", "xllamacpp", "gguf", "openai", "gradio"}
 
 
@@ -36,6 +39,22 @@ def imported(path: Path, anywhere: bool) -> set[str]:
     return found
 
 
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """Of each of our modules those that it imports, also inside functions."""
+    found: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        names = found.setdefault(name, set())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module, f"{node.module}.__init__"}
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        names &= set(MODULES)
+    return found
+
+
 def test_there_are_modules_and_commands_to_look_at() -> None:
     assert {"pipeline.load", "train.run", "convert.merge", "serve.api"} <= set(MODULES)
     assert {"pipeline.resolve", "train.data", "train.run", "convert.gguf", "serve.api", "serve.chat"} <= set(ENTRIES)
@@ -49,6 +68,14 @@ def test_the_stages_never_import_one_another(package: str) -> None:
         for name, path in MODULES.items()
         if name.startswith(f"{package}.") and (bad := imported(path, anywhere=True) & others)
     } == {}
+
+
+def test_a_command_is_a_leaf() -> None:
+    assert {name: bad for name, used in graph().items() if (bad := used & set(ENTRIES))} == {}
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graphlib.TopologicalSorter(graph()).prepare()  # a CycleError names the cycle
 
 
 def test_recipe_imports_the_standard_library_and_yaml() -> None:
@@ -76,7 +103,7 @@ for name in {ENTRIES!r}:
 
 def test_no_dependency_ships_our_names() -> None:
     owners = importlib.metadata.packages_distributions()
-    assert {name: owners[name] for name in ("pipeline", *STAGES, "bench", "tests") if name in owners} == {}
+    assert {name: owners[name] for name in (*ROOMS, "tests") if name in owners} == {}
 
 
 def test_no_module_is_named_like_a_dependency() -> None:
