@@ -318,7 +318,7 @@ def test_a_seed_gives_the_same_bytes_in_every_process_and_another_others(tmp_pat
 
     def trained(name: str, seed: int = 0, exact: bool = False) -> bytes:
         code = TRAINING.format(name=name, seed=seed, exact=exact)
-        path = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+        path = f"{REPOSITORY}:{REPOSITORY / 'tests'}:{Path(__file__).parent}"
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
             env={**os.environ, "PYTHONPATH": path},
