@@ -58,6 +58,7 @@ def main(script: Path, pre: str, model: Path) -> None:
 
     TextModel.get_vocab_base_pre = name
     gguf.SpecialVocab.add_to_gguf = say_so
+    TextModel.no_mtp = True  # transformers leaves out the layers that predict further tokens, as Qwen3.5's
     if is_sentencepiece(declared):
         TextModel._create_vocab_sentencepiece = lambda of: vocabulary(declared, of.hparams["vocab_size"])
         TextModel._set_vocab_gpt2 = Phi3MiniModel.set_vocab = TextModel._set_vocab_sentencepiece

@@ -140,6 +140,9 @@ def write_positions(folder: Path) -> int | None:
     before = json.dumps(written)
     if "n_positions" in written:
         written.setdefault("n_ctx", written["n_positions"])  # as llama.cpp's converter calls those of GPT-2
+    one_head = written.get("multi_query") and not written.get("new_decoder_architecture")
+    if written.get("model_type") == "falcon" and one_head:
+        written["num_kv_heads"] = 1  # transformers has one whatever is written, llama.cpp's converter what is
     if known and stated and known > stated:
         text = written.get("text_config") or written
         for key in ("rope_parameters", "rope_scaling"):

@@ -21,6 +21,10 @@ SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hid
 GPT_2_SIZES = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256, "n_ctx": 256,
                "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
 
+LINEAR = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2,
+          "linear_num_value_heads": 4, "head_dim": 256,
+          "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
+
 
 def split(pattern: str) -> Any:
     from tokenizers import Regex, pre_tokenizers
@@ -38,6 +42,7 @@ FAMILIES = {
     "Mistral": (None, SIZES | {"sliding_window": None}, "gpt-2"),
     "Qwen2": (QWEN2, SIZES, "qwen2"),
     "Qwen3": (QWEN2, SIZES | {"head_dim": 32}, "qwen2"),
+    "Qwen3_5Text": (QWEN2, SIZES | LINEAR, "qwen2"),
     "GPT2": (None, GPT_2_SIZES, "gpt-2"),
 }
 

@@ -162,6 +162,14 @@ def test_positions_of_gpt_2_have_llama_cpp_s_name_too(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["n_ctx"] == 128
 
 
+@pytest.mark.parametrize(("new", "written"), [(False, 1), (True, 2)])
+def test_falcon_s_one_head_of_keys_is_written_for_llama_cpp(new: bool, written: int, tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 2, "num_kv_heads": 2, "multi_query": True, "new_decoder_architecture": new}
+    config("Falcon", **heads).save_pretrained(tmp_path)
+    write_positions(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["num_kv_heads"] == written
+
+
 TARGETS: dict[str, tuple[tuple[str, ...], dict[str, Any], list[str]]] = {
     "all": (("all-linear",), {}, []),
     "some": (("q_proj", "v_proj"), {}, []),
