@@ -37,7 +37,7 @@ def gguf(recipe: Recipe, run: Run) -> Made:
     start = time.monotonic()
     log.info("gguf: %s", recipe.gguf.full)
     convert(run.path("merged"), full, recipe.gguf.full)
-    metrics = {recipe.gguf.full: report(full, recipe.gguf.full, {}, start)}
+    metrics: dict[str, Any] = {recipe.gguf.full: report(full, recipe.gguf.full, {}, start)}
     matrix = weigh(recipe, run, full, folder)
     for kind in recipe.gguf.written[1:]:
         log.info("gguf: %s", kind)

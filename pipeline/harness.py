@@ -26,9 +26,9 @@ def tasks_named(names: tuple[str, ...]) -> dict[str, Any]:
     """
     for chatty in ("lm_eval", "lm-eval", "evaluate"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
+    from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
-    from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
+    from lm_eval.tasks import TaskManager
     from yaml import YAMLError
 
     files = [name for name in names if name.endswith((".yaml", ".yml"))]
@@ -72,7 +72,7 @@ def asked(model: Any, tasks: dict[str, Any], rows: int, seed: int) -> Any:
 
     import numpy as np
     from jinja2 import TemplateError
-    from lm_eval.evaluator import evaluate  # type: ignore[import-untyped]
+    from lm_eval.evaluator import evaluate
 
     random.seed(seed)
     np.random.seed(seed)  # the harness draws its examples by these

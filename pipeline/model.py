@@ -122,7 +122,7 @@ def load_base(recipe: Recipe, run: Run, frozen: bool, four_bits: bool, shared: b
     from transformers import BitsAndBytesConfig
 
     try:
-        options["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,

@@ -224,7 +224,7 @@ class Serve:
 
 @dataclass(frozen=True)
 class Plan:
-    gpu: str | None = knob(None, "A GPU to plan for, as `a100-80gb` (train/planning/devices.py); else this machine")
+    gpu: str | None = knob(None, "A GPU to plan for, as `a100-80gb` (train/planning/prediction.py); else this machine")
     efficiency: float = knob(0.0, "Share of the device's peak that training reaches; 0 takes what is known", 0, 1)
     price: float = knob(0.0, "USD that one device costs an hour; 0 takes the table's range", 0)
     tokens: int = knob(0, "Tokens of one epoch; 0 counts those of the data's files", 0)

@@ -25,7 +25,7 @@ class RowWriter:
     """Writes batches of rows; the same batches give the same bytes."""
 
     def __init__(self, path: Path) -> None:
-        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow
 
         self.stream = pyarrow.ipc.new_stream(str(path), _schema())
         self.count = 0

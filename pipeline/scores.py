@@ -139,7 +139,7 @@ def median(values: list[float]) -> Estimate:
 
     Of fewer than six values, the least and the greatest.
     """
-    from scipy.stats import binom  # type: ignore[import-untyped]
+    from scipy.stats import binom
 
     ordered = sorted(values)
     outside = max(int(binom.ppf((1 - LEVEL) / 2, len(ordered), 0.5)) - 1, 0)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from pipeline import Made, Recipe, Run, UserError
 from pipeline.command import boundary, recipe_of_arguments, up_to_date
@@ -58,7 +58,7 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
     """
     comparison = Comparison(f"{SERVED} {'vllm' if recipe.serve.engine == 'vllm' else recipe.served_type}")
     # Ollama, whose server is not ours, has a row of its own beside that of llama.cpp.
-    engine_name = "vllm" if recipe.serve.engine == "vllm" else "llamacpp"
+    engine_name: Literal["vllm", "llamacpp"] = "vllm" if recipe.serve.engine == "vllm" else "llamacpp"
     recipe = replace(recipe, serve=replace(recipe.serve, engine=engine_name, port=free_port()))
     backend = backend_of(recipe, run)
     try:
@@ -102,7 +102,7 @@ def answering(recipe: Recipe, run: Run, backend: Backend) -> Iterator[Engine]:
 
     vLLM that serves these very files is asked where it is: it starts slowly, and a second has no room on its GPU.
     """
-    kind = {"llamacpp": LlamaCpp, "vllm": Vllm}[recipe.serve.engine]
+    kind: Any = {"llamacpp": LlamaCpp, "vllm": Vllm}[recipe.serve.engine]
     endpoint, session = backend.endpoint, find(run)
     if session and session.engine == recipe.serve.engine == "vllm" and run.receipt("serve").inputs == backend.inputs:
         yield kind(port_of(session.url), endpoint.key, endpoint.model)

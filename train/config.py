@@ -156,7 +156,7 @@ def gguf_config(path: Path) -> Any:
     kind = str(head.values.get("general.architecture"))
     if kind not in GGUF_CONFIG_MAPPING:
         raise UserError(f"{path} is a {kind}, which transformers does not read from a GGUF: use a folder")
-    names = {key: name for key, name in GGUF_CONFIG_MAPPING[kind].items() if name}
+    names = {key: name for key, name in GGUF_CONFIG_MAPPING[kind].items() if name}  # type: ignore[attr-defined]
     values = {name: head.values[f"{kind}.{key}"] for key, name in names.items() if f"{kind}.{key}" in head.values}
     if words := head.values.get("tokenizer.ggml.tokens"):
         values["vocab_size"] = len(words)

@@ -14,9 +14,9 @@ from pipeline.units import duration, number, size
 from train.config import read_config
 from train.inspection import refuse
 from train.planning.architecture import STEP_TUNERS, cache_bytes
-from train.planning.devices import PRICED
 from train.planning.fit import by_price, impossible, needed_bytes
 from train.planning.prediction import (
+    PRICED,
     Job,
     Place,
     devices_needed,

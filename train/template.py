@@ -70,9 +70,10 @@ def batch_examples(
             place = row.get("source", "a row")
             found.append(UserError(*(f"{place}: {problem}" for problem in error.problems)))
             continue
-        found.append([])
+        own: list[Example] = []
+        found.append(own)
         texts += spoken
-        of_row += [found[-1]] * len(spoken)
+        of_row += [own] * len(spoken)
     for example, own in zip(_labelled(tokenizer, texts, max_tokens), of_row, strict=True):
         if example:
             own.append(example)
@@ -258,10 +259,8 @@ class Controls:
         """
         found = False
         for text in _texts(value):
-            if not text.isascii() and PRIVATE.search(text):
-                raise UserError(
-                    f"has the private character {PRIVATE.search(text)[0]!r}, which no font shows: remove it"
-                )
+            if not text.isascii() and (private := PRIVATE.search(text)):
+                raise UserError(f"has the private character {private[0]!r}, which no font shows: remove it")
             found = found or self.token.search(text) is not None
         return found
 

@@ -59,8 +59,8 @@ def tokenized(recipe: Recipe, run: Run) -> Tokens:
     if not (folder / "counts.json").is_file():
         made = fresh_folder(run.path(".tokens.tmp"))
         try:
-            found = _tokenize(recipe, run, made)
-            (made / "counts.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            counts = _tokenize(recipe, run, made)
+            (made / "counts.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
             remove(folder.parent)
             folder.parent.mkdir()
             put_in_place(made, folder)
@@ -291,7 +291,8 @@ def histogram(dataset: Any) -> list[tuple[int, int]]:
     if not len(dataset):
         return []
     sizes = lengths(dataset)
-    bars, end = [], SHORTEST_BAR
+    bars: list[tuple[int, int]] = []
+    end = SHORTEST_BAR
     while not bars or end // 2 < sizes.max():
         low = end // 2 if bars else 0
         bars.append((end, int(((sizes > low) & (sizes <= end)).sum())))

@@ -71,7 +71,7 @@ def wrap(recipe: Recipe, model: Any, added: list[int]) -> Any:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # it only divides by it
         lora_dropout=lora.dropout,
         target_modules=targets,
         exclude_modules=read_past_adapters(model.config) if targets == "all-linear" else None,

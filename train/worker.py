@@ -92,7 +92,7 @@ def work(
         after = method.measure(trainer, recipe, run, "after")
         _tell("after", after)
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_launched() else None  # all take part
-        if not first:
+        if journal is None:  # the first alone writes
             return {}
         before: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         save(recipe, trainer.accelerator.unwrap_model(trainer.model), run, weights)
@@ -139,7 +139,8 @@ def report(task: Path) -> int:
     logging.getLogger().setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     name, *overrides = given["arguments"]
     recipe = load(name, overrides or None)
-    run, found, status = Run(recipe.name), {}, 0
+    run, status = Run(recipe.name), 0
+    found: dict[str, Any] = {}
     resume_from = Path(given["resume_from"]) if given["resume_from"] else None
     try:
         tokens = opened(recipe, run)
@@ -153,7 +154,7 @@ def report(task: Path) -> int:
     except KeyboardInterrupt:
         status = 130
     except BaseException as error:
-        words = (
+        words: dict[str, Any] = (
             {"problems": shortage(recipe, run).problems}
             if is_shortage(error)
             else {"traceback": traceback.format_exc()}

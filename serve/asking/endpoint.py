@@ -37,7 +37,7 @@ def port_of_environment(default: int, variable: str = "PORT") -> int:
     return int(text)
 
 
-def choice_of_environment(default: str, variable: str, choices: tuple[str, ...]) -> str:
+def choice_of_environment(default: str, variable: str, choices: tuple[str, ...]) -> Any:
     """`ENGINE` or `UI` of the environment, else what the recipe says."""
     text = os.environ.get(variable) or default
     if text not in choices:

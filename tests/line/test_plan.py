@@ -26,8 +26,8 @@ from train.planning.architecture import (
     training_flops,
 )
 from train.planning.corpus import supervised_positions
-from train.planning.devices import DEVICES
 from train.planning.prediction import (
+    DEVICES,
     HOLES,
     devices_needed,
     fitting,

@@ -140,9 +140,12 @@ def clean(value: dict[str, Any], settings: Clean) -> tuple[dict[str, Any], list[
     Raises:
         Rejection: the first step that rejects the row, and why.
     """
-    steps = {"encoding": settings.encoding and encoding, "unicode": settings.unicode and characters}
-    steps["personal"] = settings.personal and personal.masking(settings.personal, settings.phone_region)
-    by = []
+    steps = {
+        "encoding": encoding if settings.encoding else None,
+        "unicode": characters if settings.unicode else None,
+        "personal": personal.masking(settings.personal, settings.phone_region) if settings.personal else None,
+    }
+    by: list[str] = []
     for step, change in steps.items():
         if change and (new := changed(value, change)) != value:
             value, by = new, [*by, step]

@@ -54,7 +54,7 @@ def questions(rows: list[Row], similarity: float) -> Questions:
         longest=max(map(len, turns), default=0),
         runs=_index([_runs(text) for text in turns]),
         phrases=phrases,
-        edges={(phrase[0], phrase[-1]) for phrase in phrases.questions},
+        edges={(phrase[0], phrase[-1]) for phrase in phrases.questions if isinstance(phrase, tuple)},
         similarity=similarity,
     )
 

@@ -78,6 +78,7 @@ def state_bytes(
     + 8 in float32 (ZeRO, arXiv 1910.02054, section 3.1). An adapter's weights are float32, the base below them is
     frozen. Stage 1 spreads the optimizer over the devices, 2 the gradients too, 3 the weights too.
     """
+    weights: float
     if tuner == "full":
         weights, gradients, optimizer = width * parameters, width * parameters, (16 - 2 * width) * parameters
     else:

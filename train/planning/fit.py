@@ -11,8 +11,8 @@ from pipeline.files import files_below
 from pipeline.recipe import QUANTIZATIONS, Plan
 from pipeline.units import size
 from train.planning.architecture import checkpoint_bytes
-from train.planning.devices import DEVICES
 from train.planning.prediction import (
+    DEVICES,
     Job,
     Place,
     devices_needed,

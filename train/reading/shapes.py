@@ -9,7 +9,7 @@ saw last, or people liked best.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -294,7 +294,6 @@ def _objects(written: str) -> Iterator[Any]:
         at = written.find("{", at)
 
 
-Record = Mapping[str, Any]
 # What Open WebUI folds away above an answer: thoughts, calls of tools, runs of code.
 FOLDED = re.compile(r"<details\b[^>]*\btype=.*?</details>\s*", re.DOTALL)
 HIDDEN = "turns that the chat window hid left out"
@@ -404,9 +403,9 @@ def _is_message(message: Any) -> bool:
     )
 
 
-def _branch(nodes: Mapping[str, Any], last: Any, parent: str) -> list[Any]:
+def _branch(nodes: dict[str, Any], last: Any, parent: str) -> list[Any]:
     """The nodes from the first to the `last`, which is the newest one where none is named; a loop ends it."""
-    name = last if last in nodes else next(reversed(nodes), None)
+    name: Any = last if last in nodes else next(reversed(nodes), None)
     branch: dict[str, Any] = {}
     while name in nodes and name not in branch:
         branch[name] = nodes[name]

@@ -99,7 +99,7 @@ def chunks(source: Source) -> Iterator[Chunk]:
     Raises:
         UserError: it cannot be read, or only so far.
     """
-    return _hub_chunks(source) if source.hub else file_chunks(Path(source.name))
+    return _hub_chunks(source.name, source.hub) if source.hub else file_chunks(Path(source.name))
 
 
 def copies(source: Source, value: Any, seed: int) -> int:
@@ -136,9 +136,9 @@ def _ending(path: Path) -> str:
     return (Path(path.stem) if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
-def _hub_chunks(source: Source) -> Iterator[Chunk]:
-    for first, batch in small(download(source.hub).data.table.to_batches(), source.name):
-        yield Chunk(source.name, first, batch)
+def _hub_chunks(name: str, hub: HubSet) -> Iterator[Chunk]:
+    for first, batch in small(download(hub).data.table.to_batches(), name):
+        yield Chunk(name, first, batch)
 
 
 def hub_set(name: str) -> HubSet | None:

@@ -201,5 +201,5 @@ class MlflowCurves(MLflowCallback):  # type: ignore[misc]
 
 def curves(tracker: str, folder: Path) -> list[TrainerCallback]:
     """What the recipe's tracker adds to a training; TensorBoard's files are written beside any other."""
-    found = [] if tracker == "none" else [Curves(folder)]
+    found: list[TrainerCallback] = [] if tracker == "none" else [Curves(folder)]
     return [*found, MlflowCurves()] if tracker == "mlflow" else found
