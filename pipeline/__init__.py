@@ -8,8 +8,9 @@ from pipeline.load import load
 from pipeline.recipe import Recipe
 from pipeline.run import Run
 
-# Read when torch or llama.cpp is loaded, by every process of ours: OpenMP's threads sleep at barriers. Those that spin
-# keep the thread they wait for off its core as soon as anything else computes.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read when torch or llama.cpp is loaded, by every process of ours: OpenMP's threads spin a moment at barriers and then
+# sleep. Those that spin long keep the thread they wait for off its core as soon as anything else computes.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __all__ = ["Made", "Recipe", "Run", "UserError", "command", "load"]

@@ -30,7 +30,7 @@ STEADY_SECONDS = 60
 LONGEST_PAUSE_SECONDS = 30
 LOG_BYTES = 10_000_000
 # What a service that inherits nothing still needs to run as any program does.
-PLAIN = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "OMP_WAIT_POLICY", *SILENT)
+PLAIN = ("PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", *SILENT)
 
 log = logging.getLogger("truetune")
 

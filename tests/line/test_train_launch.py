@@ -119,7 +119,7 @@ def test_one_process_that_sees_several_gpus_is_refused(based: Workplace, monkeyp
 
 def started(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
     """`train.run` in a session of its own, as `make train NPROC=2` starts it."""
-    given = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "passive"} | environment
+    given = os.environ | {"PYTHONPATH": str(REPOSITORY), "GOMP_SPINCOUNT": "1000"} | environment
     command = [sys.executable, "-m", "train.run", "line.yaml", *words]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=given, stdout=pipe, stderr=subprocess.STDOUT, text=True,
