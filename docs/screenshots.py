@@ -9,26 +9,26 @@ from pipeline.error import UserError
 from pipeline.run import Run
 from serve.running.session import find
 
-QUESTION = "Who are you, and how do I train on my own file?"
+QUESTIONS = ("Who are you?", "How do I train on my own file?")
 IMAGES = Path("docs/images")
-WINDOW = {"width": 1180, "height": 640}
+WINDOW = {"width": 1000, "height": 500}
 WAIT_MS = 120_000
 
 
 def chat(page: Any, url: str, password: str) -> None:
-    """The answered question in Open WebUI.
-
-    Source: Open WebUI's own page; `Response complete` is what it tells screen readers.
-    """
+    """The answered questions in Open WebUI."""
     page.goto(url)
     page.fill('input[type="email"]', "admin@localhost")
     page.fill('input[type="password"]', password)
     page.click('button[type="submit"]')
-    page.click("#chat-input")
-    page.keyboard.type(QUESTION)
-    page.keyboard.press("Enter")
-    page.wait_for_selector("text=Response complete", state="attached")
-    page.wait_for_timeout(1500)  # the last words fade in
+    for asked, question in enumerate(QUESTIONS, 1):
+        page.click("#chat-input")
+        page.keyboard.type(question)
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/c/*")
+        # The buttons below an answer appear when it is complete.
+        page.wait_for_function(f"document.querySelectorAll('.copy-response-button').length == {asked}")
+        page.wait_for_timeout(1500)  # the last words fade in
     page.screenshot(path=IMAGES / "chat.png")
 
 
