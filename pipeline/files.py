@@ -110,6 +110,8 @@ def files_below(path: Path) -> list[Path]:
 
 def unusable(name: str) -> str:
     """Why no file or folder can have this name, whether there is one or not; empty if it can."""
+    if not name.strip():
+        return "is empty: name a file or a folder"
     try:
         Path(name).expanduser().stat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):

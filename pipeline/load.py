@@ -306,8 +306,11 @@ def _coerce(value: Any, kind: Any, rules: Any) -> Any:
         ValueError: what is wrong with the value.
     """
     if get_origin(kind) in (UnionType, Union):
-        words = [word for option in get_args(kind) for word in get_args(option) or (None,) * (option is NoneType)]
-        plain = next(option for option in get_args(kind) if option is not NoneType and not get_args(option))
+        words = [word for option in get_args(kind) if get_origin(option) is Literal for word in get_args(option)]
+        words += [None] * (NoneType in get_args(kind))
+        plain = next(
+            option for option in get_args(kind) if option is not NoneType and get_origin(option) is not Literal
+        )
         return value if value in words else _coerce(value, plain, rules)
     if get_origin(kind) is Literal:
         if isinstance(value, bool) and "on" in get_args(kind):

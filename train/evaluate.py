@@ -36,7 +36,7 @@ KNOWLEDGE = Path(__file__).parents[1] / "recipes/knowledge.jsonl"
 ROWS_AT_ONCE = 8  # of a task of the evaluation harness
 KNOWN = "the likeliest of 4 answers by its summed log-likelihood, not scaled by length; chance is 25%"
 LARGEST_LOSS = 100.0  # nats a token: more would be no number of JSON
-SPEAKERS = ("base", "trained, an adapter not merged, in one process")
+SPEAKERS = ("base", "trained, not merged, in one process")
 PACKAGES = ("torch", "transformers", "peft", "sacrebleu", "rouge-score", "scipy", "numpy")
 
 log = logging.getLogger("truetune")

@@ -17,6 +17,7 @@ from pipeline.files import read_object, write_whole
 from pipeline.gguf_head import read_head
 from pipeline.load import MOST_CHARACTERS, plain_yaml
 from pipeline.model import on_meta, unread
+from pipeline.recipe import Lora
 from pipeline.rows import heldout, rendered
 from train.packing import cannot_pack
 
@@ -193,9 +194,10 @@ def wrong_targets(recipe: Recipe, config: Any) -> list[str]:
     """Which of `train.lora.targets` the base has not, or cannot give an adapter."""
     from train.tuners import TUNERS, wrap
 
-    if TUNERS[recipe.train.tuner].config is None:
-        return []
-    model, wanted = on_meta(config), recipe.train.lora.targets
+    wanted = recipe.train.lora.targets
+    if TUNERS[recipe.train.tuner].config is None and wanted == Lora.targets:
+        return []  # others are judged though the tuner has no adapter: the plan shows LoRA beside it
+    model = on_meta(config)
     layers = {name: module for name, module in model.named_modules() if name}
     tied = _tied(model)
     fit = sorted({name.rpartition(".")[2] for name, layer in layers.items() if not _unfit(config, name, layer, tied)})

@@ -126,7 +126,11 @@ def _checked(recipe: Recipe, run: Run, model: Any, rows: Any) -> Layout:
 
 
 def compared(model: Any, parts: Sequence[list[int]]) -> Layout:
-    """Whether the logits of these ids in one row are those of each part alone; weights in float32 compute in it."""
+    """Whether the logits of these ids in one row are those of each part alone; weights in float32 compute in it.
+
+    Raises:
+        UserError: the logits are no numbers.
+    """
     import torch
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -146,6 +150,8 @@ def compared(model: Any, parts: Sequence[list[int]]) -> Layout:
         with torch.inference_mode():
             alone = torch.cat([logits(input_ids=torch.tensor([part])) for part in parts])
             exact, alone = alone.dtype == torch.float32, alone.float()
+            if not alone.isfinite().all():
+                raise UserError("the base's weights hold NaN or infinity, it computes no numbers: fetch it again")
 
             def distance(other: Any) -> float:
                 return float((other.float() - alone).norm() / alone.norm())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prove_run import SPECIAL, trained_tokenizer
 
-from pipeline import Recipe, Run
+from pipeline import Recipe, Run, UserError
 from train import packing
 from train.packing import Layout, carries_state, compared, expected, layout_of, padded_to, told
 
@@ -86,6 +86,13 @@ def test_the_comparison_leaves_the_model_as_it_was() -> None:
     of, state = model("Llama").train(), torch.get_rng_state()
     compared(of, CONVERSATIONS[:3])
     assert of.training and torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_that_are_no_numbers_are_told_before_the_first_step() -> None:
+    of = model("Llama")
+    of.get_input_embeddings().weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="weights hold NaN or infinity"):
+        compared(of, CONVERSATIONS[:3])
 
 
 @pytest.mark.parametrize(

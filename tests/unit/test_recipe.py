@@ -239,6 +239,14 @@ BAD = {
         b"base_model: caf\xe9\n",
         ["mine.yaml: not YAML: 'utf-8' codec can't decode byte 0xe9 in position 15: invalid continuation byte"],
     ),
+    "text for a section of free names": (
+        DATA + "chat_template_arguments: thinking\n",
+        ["mine.yaml:2: chat_template_arguments: 'thinking' is not a section: write its names and values below it"],
+    ),
+    "empty name of a file": (
+        "data: {train: ''}\n",
+        ["mine.yaml:1: data.train: '': is empty: name a file or a folder"],
+    ),
     "several at once, in their order": (
         "bsae_model: random\ndata: {train: 7}\ntrain:\n  epochs: 0\n  lora: {rnak: 2}\ngguf: {types: [Q9]}\n"
         "seed: 1\nseed: 1\n",
