@@ -112,7 +112,7 @@ def test_a_signal_while_loading_leaves_nothing(start, folder: Path):
         time.sleep(0.02)
     assert engine
     assert server.end(signal.SIGINT) == 130
-    assert gone(engine, 1)
+    assert gone(engine, 5)
     assert "Traceback" not in server.err.read_text()
     assert not (folder / "runs" / NAME / "serve.json").exists()
 

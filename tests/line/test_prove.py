@@ -167,7 +167,7 @@ def test_a_server_with_another_template(healthy: Proved, template: str, byte: in
 # What a flag, a preset or a default of the server's would do, planted where the engine starts.
 ENGINES = {
     "params.chat_template = 'chatml'": "chat template: probe 'plain', byte 12: ",
-    "params.n_ctx = 512": "the engine gives a conversation 512",
+    "params.n_ctx = 512": "the engine gives a conversation 256",
     "params.sampling.ignore_eos = True": "stop token: the trained model ends ",
     "params.rope_freq_base = 100.0": "answers: ",
     "params.cache_type_v = params.cache_type_k = 2": "",
