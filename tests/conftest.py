@@ -24,6 +24,9 @@ MAKES = "MAKEFLAGS MAKEOVERRIDES MFLAGS MAKELEVEL"
 for leaked in f"{OURS} {MAKES} OLLAMA_HOST OLLAMA_API_KEY".split():
     os.environ.pop(leaked, None)
 
+# A background job of a shell ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 REPOSITORY = Path(__file__).parent.parent
 LARGE = (".safetensors", ".gguf")  # linked, not copied: a test that changes one must replace it
 TINY = """
