@@ -1,6 +1,7 @@
 """llama.cpp behind the chat window: the GGUF that it serves, how, and what its answers must show before anyone asks."""
 
 import json
+import logging
 import platform
 import sys
 from dataclasses import asdict, dataclass
@@ -21,6 +22,8 @@ WORDS = "tokenizer.ggml.tokens"
 REPEATABLE = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 SPACE = "\u2581".encode()  # how sentencepiece writes one
 PATIENCE_SECONDS = 10  # under load an engine takes seconds to say that it is well
+
+log = logging.getLogger("truetune")
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,12 @@ def is_repeatable(wanted: bool | None, path: Path) -> bool:
         UserError: the file is no GGUF, or ends within its head.
     """
     tensors = read_head(path).tensors.values()
-    matrices = {kind for shape, kind in tensors if sum(length > 1 for length in shape) > 1}
-    able = platform.machine().lower() in ("x86_64", "amd64") and matrices <= REPEATABLE.keys()
-    return able and (matrices == {8} if wanted is None else wanted)
+    matrices = {REPEATABLE.get(kind) for shape, kind in tensors if sum(length > 1 for length in shape) > 1}
+    able = platform.machine().lower() in ("x86_64", "amd64") and None not in matrices
+    if wanted and not able:
+        log.warning("serve.repeatable: only x86-64 and quantized weights can: answers of %s may change when a prompt "
+                    "is cached, 'make prove' tells how many do", path)  # fmt: skip
+    return able and (matrices == {"Q8_0"} if wanted is None else wanted)
 
 
 def refuse_replaced(path: Path, known: dict[str, str | int]) -> None:
