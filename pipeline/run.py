@@ -91,7 +91,7 @@ class Run:
         Raises:
             UserError: a file is gone or its hash differs from the receipt that made it.
         """
-        fix = f"delete {self.receipt_path(name)} and run 'make {name} RECIPE={self.name}'"
+        fix = self.remake(name)
         outputs = {path: known for path, known in self.receipt(name).outputs.items() if only in path}
         for path, known in outputs.items():
             if not Path(path).is_file():
@@ -99,6 +99,10 @@ class Run:
             if Path(path).stat().st_size != known["bytes"] or fingerprint(Path(path)) != known:
                 raise UserError(f"{path} is not what '{name}' wrote, its sha256 differs: {fix}")
         return outputs
+
+    def remake(self, name: str) -> str:
+        """What makes a stage write its files again, though its receipt is there."""
+        return f"delete {self.receipt_path(name)} and run 'make {name} RECIPE={self.name}'"
 
     def write_receipt(self, receipt: Receipt) -> None:
         write_whole(self.receipt_path(receipt.stage), json.dumps(asdict(receipt), indent=2, ensure_ascii=False) + "\n")

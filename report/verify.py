@@ -42,9 +42,10 @@ def verify(run: Run) -> list[tuple[str, int]]:
             if path in receipt.outputs and path not in hashes:
                 raise UserError(f"{stage.name}: {path} is gone: {fix}")
             if path in hashes and hashes[path] != known:
-                what = "has changed since the stage read it"
-                if path in receipt.outputs:  # which Make, that believes the receipt, does not write again
-                    what, fix = "is not what the stage wrote", f"delete {run.receipt_path(stage.name)}, then {fix}"
+                if path in receipt.outputs:  # Make believes the receipt and would not write it again
+                    what, fix = "is not what the stage wrote", f"{run.remake(stage.name)}, or restore the file"
+                else:
+                    what = "has changed since the stage read it"
                 raise UserError(f"{stage.name}: {path} {what}, its sha256 differs: {fix}")
         for folder in {Path(path).parent for path in receipt.outputs} - {run.folder}:
             for file in files_below(folder):
