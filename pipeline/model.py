@@ -130,9 +130,8 @@ def load_base(recipe: Recipe, run: Run, frozen: bool, four_bits: bool, shared: b
         )
         return auto.from_pretrained(run.path("base"), **options)
     except (ImportError, RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"train.tuner=qlora: bitsandbytes cannot quantize the base here ({said}): use train.tuner=lora"
+            f"train.tuner=qlora: bitsandbytes cannot quantize the base here ({reason(error)}): use train.tuner=lora"
         ) from None
 
 

@@ -28,6 +28,8 @@ for leaked in f"{OURS} {MAKES} OLLAMA_HOST OLLAMA_API_KEY".split():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parent.parent
+MODEL_FILES = {"chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+               "tokenizer_config.json"}  # fmt: skip
 LARGE = (".safetensors", ".gguf")  # linked, not copied: a test that changes one must replace it
 TINY = """
 base_model: random

@@ -19,7 +19,7 @@ from pipeline.load import MOST_CHARACTERS, plain_yaml
 from pipeline.model import on_meta, unread
 from pipeline.recipe import Lora
 from pipeline.rows import heldout, rendered
-from train.packing import cannot_pack
+from train.packing import cannot_pack, refused
 
 log = logging.getLogger("truetune")
 
@@ -48,7 +48,7 @@ def refuse(recipe: Recipe, config: Any, folder: Path | None = None) -> None:
     problems += _unconvertible(recipe, config)
     problems += too_long(recipe, positions(config))
     if recipe.train.packing == "on" and (why := cannot_pack(config)):
-        problems.append(f"train.packing=on: base {recipe.base_model!r} cannot pack, {why}: set it to auto or off")
+        problems.append(refused(recipe, why))
     if not quantized:
         problems += wrong_targets(recipe, config)
     if problems:

@@ -69,6 +69,11 @@ def carries_state(config: Any) -> bool:
     return bool(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._is_stateful or kinds - ATTENTION)
 
 
+def refused(recipe: Recipe, why: str) -> str:
+    """The problem with train.packing=on."""
+    return f"train.packing=on: base {recipe.base_model!r} cannot pack, {why}: set it to auto or off"
+
+
 def layout_of(recipe: Recipe, run: Run, model: Any, rows: Any) -> Layout:
     """The layout of this training, the same in every process and after every resumption.
 
@@ -84,7 +89,7 @@ def layout_of(recipe: Recipe, run: Run, model: Any, rows: Any) -> Layout:
     else:
         found = of_first((_kept(run) or _checked(recipe, run, model, rows)) if rank() == 0 else None)
     if recipe.train.packing == "on" and not found.packed:
-        raise UserError(f"train.packing=on: base {recipe.base_model!r} cannot pack, {found.why}: set it to auto or off")
+        raise UserError(refused(recipe, found.why))
     if not found.packed:
         log.warning("train: rows are padded, each is one conversation, batch_size=%d a step: %s",
                     recipe.train.batch_size, found.why)  # fmt: skip

@@ -7,19 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import MODEL_FILES
 
 from convert.merge import BOUNDS, all_logits, check, compare, merge, probe_ids
 from pipeline import UserError
 from pipeline.rows import rows
 
-FILES = {
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
 TEXT = "The cat says its name. 世界 and 😀, twice: 1234567890"
 
 
@@ -31,7 +24,7 @@ def model_of(folder: Path) -> Any:
 
 
 def test_merged_has_these_files(merged: Any) -> None:
-    assert merged.files("merged") == FILES
+    assert merged.files("merged") == MODEL_FILES
 
 
 def test_nothing_half_made_is_left(merged: Any) -> None:
@@ -63,7 +56,7 @@ def test_the_merged_weights_are_float32_and_differ_from_the_base(merged: Any) ->
 
 
 def test_the_settings_of_the_base_are_taken_byte_for_byte(merged: Any) -> None:
-    for name in FILES - {"config.json", "model.safetensors"}:
+    for name in MODEL_FILES - {"config.json", "model.safetensors"}:
         assert merged.run.path("merged", name).read_bytes() == merged.run.path("base", name).read_bytes()
 
 

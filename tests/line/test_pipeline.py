@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from conftest import MODEL_FILES
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parents[2]
@@ -22,14 +23,6 @@ train: {epochs: 3, learning_rate: 1e-3, max_length: 64, max_new_tokens: 4,
 gguf: {types: [Q8_0]}
 """
 RECEIPTS = {"data", "base", "train", "reference", "merge", "gguf"}
-MODEL = {
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -143,11 +136,11 @@ def test_the_run_has_these_files(line: Path) -> None:
     files = set(state(line, "data", "base", "trained", "merged", "gguf"))
     assert files == {
         *(f"data/{name}" for name in ("train.arrow", "validation.arrow", "heldout.jsonl", "rejected.jsonl")),
-        *(f"base/{name}" for name in MODEL),
+        *(f"base/{name}" for name in MODEL_FILES),
         "trained/adapter_config.json",
         "trained/adapter_model.safetensors",
         "trained/kind.json",
-        *(f"merged/{name}" for name in MODEL),
+        *(f"merged/{name}" for name in MODEL_FILES),
         "gguf/mine-F16.gguf",
         "gguf/mine-Q8_0.gguf",
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+from conftest import MODEL_FILES
 from gguf_fixture import write_gguf
 
 from pipeline import Recipe, Run, UserError
@@ -14,15 +15,6 @@ from pipeline.recipe import Data, Serve, Train
 from train.base import base
 from train.config import packaged_gguf
 from train.inspection import origin, parameters, safetensors_header
-
-FILES = {
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +47,7 @@ def refused(name: str | Path) -> str:
 
 
 def test_the_random_base_has_these_files(base_folder: Path) -> None:
-    assert {path.name for path in base_folder.iterdir()} == FILES
+    assert {path.name for path in base_folder.iterdir()} == MODEL_FILES
 
 
 def test_the_random_base_takes_k_quants(base_folder: Path) -> None:
@@ -68,14 +60,14 @@ def test_a_folder_becomes_a_base_with_these_files(model: Path) -> None:
     (model / "notes.md").write_text("not needed")
     (model / "pytorch_model.bin").write_bytes(b"\x80")  # beside safetensors a pickle is left where it is
     made(model)
-    assert {path.name for path in Path("runs/mine/base").iterdir()} == FILES
+    assert {path.name for path in Path("runs/mine/base").iterdir()} == MODEL_FILES
 
 
 def test_what_a_folder_states_of_its_licence_stays_with_it(model: Path) -> None:
     (model / "README.md").write_text("---\nlicense: mit\nlanguage: [en, de]\n---\n# Model\n")
     (model / "LICENSE").write_text("Permission is hereby granted")
     found = made(model)
-    assert {path.name for path in Path("runs/mine/base").iterdir()} == FILES | {"README.md", "LICENSE"}
+    assert {path.name for path in Path("runs/mine/base").iterdir()} == MODEL_FILES | {"README.md", "LICENSE"}
     assert (found.metrics["license"], found.metrics["languages"]) == ("mit", ["en", "de"])
 
 
@@ -109,7 +101,7 @@ def test_the_settings_of_a_folder_are_copied_not_linked(model: Path) -> None:
 
 
 def test_every_file_of_a_folder_that_is_used_is_an_input(model: Path) -> None:
-    assert set(made(model).inputs) == {f"model/{name}" for name in FILES}
+    assert set(made(model).inputs) == {f"model/{name}" for name in MODEL_FILES}
 
 
 def test_the_parameters_are_counted(model: Path) -> None:
@@ -249,7 +241,7 @@ def test_a_gguf_becomes_a_base_with_the_same_weights() -> None:
     from safetensors import safe_open
 
     result = made("smollm2-135m")
-    assert {path.name for path in Path("runs/mine/base").iterdir()} == FILES
+    assert {path.name for path in Path("runs/mine/base").iterdir()} == MODEL_FILES
     assert {"parameters": 134_515_008, "end_of_turn": "<|im_end|>"}.items() <= result.metrics.items()
     assert "quantization_config" not in json.loads(Path("runs/mine/base/config.json").read_text())
 

@@ -25,12 +25,14 @@ def config(family: str = "Llama", **keys: Any) -> Any:
     return getattr(transformers, f"{family}Config")(**(sizes | keys))
 
 
-def recipe(*targets: str, max_tokens: int = 16, context: int = 64, types: tuple[str, ...] = ("Q8_0",)) -> Recipe:
+def recipe(
+    *targets: str, max_tokens: int = 16, context: int = 64, types: tuple[str, ...] = ("Q8_0",), tuner: str = "lora"
+) -> Recipe:
     return Recipe(
         "mine",
         base_model="mine/base",
         data=Data(("talks.jsonl",)),
-        train=Train(max_length=max_tokens, lora=Lora(targets=targets or ("all-linear",))),
+        train=Train(tuner=tuner, max_length=max_tokens, lora=Lora(targets=targets or ("all-linear",))),
         gguf=Gguf(types=types),
         serve=Serve(context=context),
     )
@@ -194,6 +196,12 @@ def test_impossible_targets_are_told_with_the_base_s_own_layers(case: str) -> No
     said = problems(recipe(*targets), config(**keys))
     assert [line.partition(": this base has ")[0] for line in said] == [f"train.lora.targets: {why}" for why in wanted]
     assert all(LINEAR.split(", ")[0] in line and "q_proj" in line for line in said)
+
+
+def test_impossible_targets_are_told_under_a_tuner_without_an_adapter() -> None:
+    """The plan shows LoRA beside it."""
+    [told] = problems(recipe("wrong_proj", tuner="full"), config())
+    assert told.startswith("train.lora.targets: 'wrong_proj' is no layer")
 
 
 @pytest.mark.parametrize("family", ["Mamba", "Mamba2", "FalconMamba"])

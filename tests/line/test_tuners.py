@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from conftest import REPOSITORY, Workplace, copied
+from conftest import MODEL_FILES, REPOSITORY, Workplace, copied
 
 from pipeline.model import Trained
 from pipeline.recipe import Train
@@ -17,9 +17,7 @@ STEPS = 8
 # One thread and two give the same five decimals; the kernels of another processor sum in another order.
 TOLERANCE = 1e-4
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "kind.json"}
-MODEL = {"chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-         "tokenizer_config.json"}  # fmt: skip
-FILES = {tuner: ADAPTER for tuner in TUNERS} | {"full": MODEL | {"kind.json"}}
+FILES = {tuner: ADAPTER for tuner in TUNERS} | {"full": MODEL_FILES | {"kind.json"}}
 
 
 @pytest.fixture(
