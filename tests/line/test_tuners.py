@@ -12,8 +12,6 @@ from pipeline.model import Trained
 from pipeline.recipe import Train
 from train.tuners import TUNERS
 
-pytestmark = pytest.mark.slow
-
 LOSSES = Path(__file__).parents[1] / "losses"
 STEPS = 8
 # One thread and two give the same five decimals; the kernels of another processor sum in another order.
@@ -24,7 +22,7 @@ FILES = {tuner: ADAPTER for tuner in TUNERS} | {"full": MODEL_FILES | {"kind.jso
 
 @pytest.fixture(
     scope="module",
-    params=TUNERS,
+    params=[tuner if tuner == "lora" else pytest.param(tuner, marks=pytest.mark.slow) for tuner in TUNERS],
 )
 def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, _based: Path) -> Iterator[Any]:
     """(the tuner, a workplace in which it went through the line)."""
@@ -85,6 +83,7 @@ def test_the_recipe_knows_the_tuners() -> None:
     assert set(get_args(get_type_hints(Train)["tuner"])) == set(TUNERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuned", ["full"], indirect=True)
 def test_bfloat16_is_rounded_from_whole_weights(tuned: tuple[str, Workplace], tmp_path: Path) -> None:
     from safetensors import safe_open
