@@ -20,11 +20,18 @@ PYTHON := .venv/bin/python
 
 USES_RECIPE := plan resolve data base preview train reference eval merge gguf compare prove report verify serve register vllm cluster ready status stop docker up chat ask playground tensorboard clean
 ifneq ($(filter $(USES_RECIPE) runs/%,$(MAKECMDGOALS)),)
+ifneq ($(word 2,$(RECIPE)),)
+$(error error: RECIPE=$(RECIPE) has a space, which Make takes for the end of a name: rename the file or its folder)
+endif
 ifeq ($(wildcard $(FILE)),)
 $(error error: no recipe $(FILE): give the path of your own .yaml file or choose one of: \
 $(sort $(basename $(notdir $(wildcard recipes/*.yaml)))))
 endif
 endif
+
+# Where no Python asks it (pipeline.load): whether the run folder is of this recipe, or of another of its file name.
+IS_OURS = @owner="$$(cat $(RUN)/recipe 2>/dev/null || true)"; test ! -f "$$owner" || test "$$owner" -ef $(FILE) || \
+	{ echo "error: $(RUN) is the run of $$owner: give RECIPE=$$owner" >&2; exit 1; }
 
 # The first Python that runs (a version manager's stand-in may exist and fail) and is new enough.
 RIGHT_VERSION := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
@@ -171,6 +178,7 @@ playground: | .venv/.complete ## Chat with any artefact in the browser, or compa
 	@$(PYTHON) -m serve.playground $(FILE)
 
 tensorboard: | .venv/.complete ## Show the loss curves in the browser, on 127.0.0.1
+	$(IS_OURS)
 	@test -d $(RUN)/logs || { echo "error: no $(RUN)/logs: run 'make train RECIPE=$(RECIPE)' first" >&2; exit 1; }
 	@.venv/bin/tensorboard --host 127.0.0.1 --logdir $(RUN)/logs
 
@@ -217,4 +225,5 @@ lock: ## Write requirements.lock and setup/locks/*.txt from pyproject.toml
 		sed -i.old -E "$(ONLY_OURS)" $$file && rm $$file.old; done
 
 clean: ## Remove everything that this recipe's run made
+	$(IS_OURS)
 	rm -rf -- "runs/$(or $(NAME),$(error error: no recipe name))"

@@ -129,7 +129,7 @@ def spread(seconds: list[float]) -> str:
 
 def main() -> int:
     name, minutes, people = [*sys.argv[1:], *("assistant", "10", "100")[len(sys.argv) - 1 :]]
-    run = Run(load(name).name)
+    run = Run.of(load(name))
     session = find(run)
     if session is None:
         raise UserError(f"{run.folder} is not being served: run 'make serve RECIPE={name}' in another terminal first")

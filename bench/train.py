@@ -20,7 +20,7 @@ ROUNDS, STEPS = 2, 4
 
 def main() -> None:
     recipe = load(sys.argv[1] if len(sys.argv) > 1 else "assistant")
-    run = Run(recipe.name)
+    run = Run.of(recipe)
     run.receipt("train")
     trainers = {"truetune": truetune(recipe, run), "trl tuned": trl(recipe, run, tuned=True)}
     if recipe.train.precision != "float32":

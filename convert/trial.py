@@ -46,4 +46,4 @@ def trial(recipe: Recipe, run: Run) -> None:
 if __name__ == "__main__":
     with boundary():
         recipe = recipe_of_arguments("convert.trial", "Try llama.cpp's converter on the base's settings")
-        trial(recipe, Run(recipe.name))
+        trial(recipe, Run.of(recipe))

@@ -73,7 +73,7 @@ def command(name: str, make: Callable[[Recipe, Run], Made]) -> None:
 
 def up_to_date(this: Stage, recipe: Recipe, make: Callable[[Recipe, Run], Made]) -> Receipt:
     """The stage's receipt, made now unless the one that is there still holds."""
-    run = Run(recipe.name)
+    run = Run.of(recipe)
     with run.lock():
         return up_to_date_within(run, this, recipe, make)
 

@@ -56,6 +56,7 @@ def load(recipe: str, overrides: list[str] | None = None) -> Recipe:
         UserError: with every problem of file and overrides, each with its place and the nearest valid key.
     """
     path = find(recipe)
+    _refuse_namesake(path)
     problems: list[str] = []
     tree = _read_yaml(path, problems)
     for override in kept_overrides(path.stem) if overrides is None else overrides:
@@ -63,7 +64,7 @@ def load(recipe: str, overrides: list[str] | None = None) -> Recipe:
     places: dict[str, str] = {}
     values = _build(Recipe, tree, "", places, problems)
     # A key with a problem has its default here.
-    loaded, unlocated = _locate(Recipe(name=path.stem, **values), path.parent)
+    loaded, unlocated = _locate(Recipe(os.path.relpath(path), **values), path.parent)
     for key, problem in [*unlocated, *loaded.problems()]:
         if not any(f" {told}:" in known for known in problems for told in (key, key.partition(".")[0])):
             problems.append(f"{places.get(key, path)}: {key}: {problem}")
@@ -93,6 +94,16 @@ def kept_overrides(name: str) -> list[str]:
     """The overrides of the last `make SET=...` for this run."""
     kept = Path("runs") / name / "overrides"
     return kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
+
+
+def _refuse_namesake(path: Path) -> None:
+    """A run folder is one recipe's, which `pipeline.resolve` writes there, until that file is moved or removed."""
+    kept = Path("runs") / path.stem / "recipe"
+    owner = Path(kept.read_text(encoding="utf-8").strip()) if kept.is_file() else path
+    if owner.is_file() and not owner.samefile(path):
+        raise UserError(
+            f"{path}: {kept.parent} is the run of {owner}, a recipe of the same file name: rename one of them"
+        )
 
 
 def environment_overrides() -> list[str] | None:
@@ -264,7 +275,7 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
 def _build(cls: Any, tree: dict[str, Any], prefix: str, places: dict[str, str], problems: list[str]) -> dict[str, Any]:
     """Values for the dataclass `cls` from `tree`; problems are appended, places of keys recorded."""
     hints = get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if prefix or field.name != "name"}
+    fields = {field.name: field for field in dataclasses.fields(cls) if prefix or field.name != "path"}
     values: dict[str, Any] = {}
     for key, given in tree.items():
         dotted = prefix + key

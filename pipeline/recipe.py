@@ -232,9 +232,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model from data to chat. `name` is the file's stem, the run folder's and the served model's name."""
+    """One model from data to chat, of the file at `path`; its stem is the run folder's and the served model's name."""
 
-    name: str
+    path: str
     base_model: str = knob(
         "smollm2-135m", "`smollm2-135m`, `random`, a Hub id (`owner/name@revision`), a folder, a GGUF"
     )
@@ -253,6 +253,15 @@ class Recipe:
     eval: Evaluation = Evaluation()
     serve: Serve = Serve()
     plan: Plan = Plan()
+
+    @property
+    def name(self) -> str:
+        return re.sub(r"\.ya?ml$", "", self.path.rpartition("/")[2])
+
+    @property
+    def given(self) -> str:
+        """What RECIPE= names it by."""
+        return self.name if self.path == f"recipes/{self.name}.yaml" else self.path
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong between keys, as (key, problem)."""

@@ -86,6 +86,6 @@ def chosen(recipe: Recipe, run: Run) -> Recipe:
         return recipe
     kind = compare.metrics["recommended"]
     if kind is None:
-        raise UserError(f"no GGUF of {run.folder} can be used: see 'make prove RECIPE={run.name}'")
+        raise UserError(f"no GGUF of {run.folder} can be used: see 'make prove RECIPE={run.given}'")
     made = kind in recipe.gguf.written  # else the comparison is of types asked for before
     return replace(recipe, serve=replace(recipe.serve, type=kind)) if made else recipe

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.command import boundary, log, recipe_of_arguments
 from pipeline.files import matching, write_whole
-from pipeline.load import as_dict, environment_overrides, find, kept_overrides, load
+from pipeline.load import as_dict, environment_overrides, kept_overrides, load
 from pipeline.recipe import Recipe
 from pipeline.run import Run
 from pipeline.stages import STAGES, value_at
@@ -17,7 +17,8 @@ from pipeline.stages import STAGES, value_at
 
 def resolve(recipe: Recipe) -> None:
     """Write what each stage depends on, leaving files that need no change untouched."""
-    everything = as_dict(recipe)
+    everything, run = as_dict(recipe), Run.of(recipe)
+    _write_if_changed(run.path("recipe"), f"{recipe.path}\n")
     for stage in STAGES:
         watched = {key: value_at(everything, key) for key in stage.keys}
         names = (
@@ -27,7 +28,7 @@ def resolve(recipe: Recipe) -> None:
         )
         if not stage.after:
             watched["files"] = {str(file): _stamp(file) for name in names if name for file in matching(name)}
-        _write_if_changed(Run(recipe.name).path("keys", f"{stage.name}.json"), json.dumps(watched, indent=2) + "\n")
+        _write_if_changed(run.path("keys", f"{stage.name}.json"), json.dumps(watched, indent=2) + "\n")
 
 
 def keep_overrides(name: str, overrides: list[str]) -> None:
@@ -56,5 +57,5 @@ if __name__ == "__main__":
                 log.info("%s: with SET=%r as before; 'SET=' drops it", recipe.name, " ".join(kept))
         else:
             recipe = load(sys.argv[1], given)
-            keep_overrides(find(sys.argv[1]).stem, given)
+            keep_overrides(recipe.name, given)
         resolve(recipe)

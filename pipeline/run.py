@@ -46,10 +46,19 @@ class State:
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of one recipe's run."""
+    """The folder of one recipe's run; `recipe` is how RECIPE= names that, if not by the run's name."""
 
     name: str
     root: Path = Path("runs")
+    recipe: str = ""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Run":
+        return cls(recipe.name, recipe=recipe.given)
+
+    @property
+    def given(self) -> str:
+        return self.recipe or self.name
 
     @property
     def folder(self) -> Path:
@@ -70,7 +79,7 @@ class Run:
         except (ValueError, TypeError) as error:
             path = self.receipt_path(name)
             raise UserError(
-                f"{path} is damaged ({error}): delete it and run 'make {name} RECIPE={self.name}'"
+                f"{path} is damaged ({error}): delete it and run 'make {name} RECIPE={self.given}'"
             ) from None
 
     def receipt(self, name: str) -> Receipt:
@@ -82,7 +91,7 @@ class Run:
         found = self.find_receipt(name)
         if found is None:
             path = self.receipt_path(name)
-            raise UserError(f"{path} is missing: run 'make {name} RECIPE={self.name}' first")
+            raise UserError(f"{path} is missing: run 'make {name} RECIPE={self.given}' first")
         return found
 
     def verified(self, name: str, only: str = "") -> Fingerprints:
@@ -102,7 +111,7 @@ class Run:
 
     def remake(self, name: str) -> str:
         """What makes a stage write its files again, though its receipt is there."""
-        return f"delete {self.receipt_path(name)} and run 'make {name} RECIPE={self.name}'"
+        return f"delete {self.receipt_path(name)} and run 'make {name} RECIPE={self.given}'"
 
     def write_receipt(self, receipt: Receipt) -> None:
         write_whole(self.receipt_path(receipt.stage), json.dumps(asdict(receipt), indent=2, ensure_ascii=False) + "\n")

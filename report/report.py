@@ -291,4 +291,4 @@ def plain(text: Any) -> str:
 if __name__ == "__main__":
     with boundary():
         recipe = recipe_of_arguments("report.report", "Write a run's page and model card from its receipts")
-        report(recipe, Run(recipe.name))
+        report(recipe, Run.of(recipe))

@@ -46,7 +46,7 @@ class Verdict:
 
 def verdict(recipe: Recipe, run: Run) -> Verdict:
     """By the newest comparisons that still hold: those of `make prove`, else those of the files alone."""
-    command = f"run 'make prove RECIPE={run.name}'"
+    command = f"run 'make prove RECIPE={run.given}'"
     proof, files = run.find_receipt("prove"), run.find_receipt("compare")
     all_rows = [Comparison(**row) for row in proof.metrics["comparisons"]] if proof else []
     found = run.path("compare.jsonl")
@@ -259,7 +259,7 @@ def _flat(keys: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in keys.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        elif key != "name" or prefix:
+        elif key != "path" or prefix:
             yield prefix + key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 

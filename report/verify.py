@@ -26,7 +26,7 @@ def verify(run: Run) -> list[tuple[str, int]]:
     checked = []
     hashes: Fingerprints = {}  # each file is read once
     for stage, receipt in found.items():
-        fix = f"run 'make {stage.name} RECIPE={run.name}' again, or restore the file"
+        fix = f"run 'make {stage.name} RECIPE={run.given}' again, or restore the file"
         upstream: Fingerprints = {}
         for before in stage.after:
             upstream |= run.receipt(before).outputs
@@ -68,7 +68,7 @@ def check_proof(run: Run, receipt: Receipt) -> None:
     if comparisons[: len(compare)] != compare or receipt.metrics["passed"] != passed:
         raise UserError(
             f"prove: {run.receipt_path('prove')} does not say what was compared: delete it and run "
-            f"'make prove RECIPE={run.name}'"
+            f"'make prove RECIPE={run.given}'"
         )
 
 

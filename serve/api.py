@@ -63,7 +63,7 @@ log = logging.getLogger("truetune")
 
 def api(recipe: Recipe) -> None:
     """Check, start, prove, tell, watch; no process outlives this function."""
-    run = Run(recipe.name)
+    run = Run.of(recipe)
     refuse_second(run)
     recipe = chosen(recipe, run)
     refuse_taken_ports(recipe)
@@ -182,7 +182,7 @@ def welcome(recipe: Recipe, backend: Backend) -> str:
     window = {"openwebui": OPENWEBUI, "builtin": BUILTIN, "none": NONE}[recipe.serve.ui]
     guarded = bool(backend.services)  # Ollama asks for no key
     return (window + ENDPOINT).format(
-        recipe=recipe.name,
+        recipe=recipe.given,
         known_by=f"in {KEY_FILE}" if guarded else "none: Ollama asks for none",
         authorization=f'-H "Authorization: Bearer $(cat {KEY_FILE})" ' if guarded else "",
         name=backend.endpoint.model,
@@ -211,8 +211,8 @@ def check(recipe: Recipe) -> None:
 
     if recipe.serve.engine != "vllm":
         refuse_without_gguf(recipe, recipe.serve.engine)
-    refuse_unknown_positions(recipe, Run(recipe.name))
-    refuse_second(Run(recipe.name))
+    refuse_unknown_positions(recipe, Run.of(recipe))
+    refuse_second(Run.of(recipe))
     refuse_taken_ports(recipe)
     if recipe.serve.ui == "openwebui":
         openwebui.python()

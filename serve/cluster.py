@@ -153,4 +153,4 @@ if __name__ == "__main__":
         hosts, way = os.environ.get("HOSTS", "").split(), os.environ.get("WAY") or WAYS[0]
         if found := problems(recipe, hosts, way):
             raise UserError(*found)
-        sys.stdout.write(text(recipe, commands(recipe, model_of(recipe, Run(recipe.name)), hosts, way)))
+        sys.stdout.write(text(recipe, commands(recipe, model_of(recipe, Run.of(recipe)), hosts, way)))

@@ -71,7 +71,7 @@ ENGINES = {
 
 def up(recipe: Recipe, file: str, profiles: list[str]) -> None:
     """Prove the model's file, write what the containers need, start them, wait until all are healthy, tell."""
-    run, published = Run(recipe.name), ports(recipe, profiles)
+    run, published = Run.of(recipe), ports(recipe, profiles)
     with run.lock():
         recipe = chosen(recipe, run)
         refuse_disproved(recipe, run)
@@ -112,7 +112,7 @@ def where(recipe: Recipe, published: dict[str, int]) -> str:
 def train(recipe: Recipe, file: str, profiles: list[str]) -> None:
     """Run `make train` in a container, on the GPU where PROFILE says so; its progress goes to this terminal."""
     write_settings(machine())
-    hand_over(Run(recipe.name).folder)
+    hand_over(Run.of(recipe).folder)
     compose("run", "--rm", "--build", "train-gpu" if "gpu" in profiles else "train", "train", f"RECIPE={file}")
 
 

@@ -115,12 +115,12 @@ def evaluated(recipe: Recipe, run: Run, session: Session, client: "OpenAI", mode
 if __name__ == "__main__":
     with boundary():
         recipe = recipe_of_arguments("serve.measure", DOES)
-        run = Run(recipe.name)
+        run = Run.of(recipe)
         session = find(run)
         if session:
             show(measure(recipe, run, session))
         elif recipe.eval.tasks and recipe.eval.through == "served":
-            start = f"run 'make serve RECIPE={recipe.name}' in another terminal first"
+            start = f"run 'make serve RECIPE={recipe.given}' in another terminal first"
             raise UserError(f"eval.through=served: nothing of {run.folder} is being served: {start}")
         else:
             log.info("eval: nothing is being served, so the endpoint is not measured")

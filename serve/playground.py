@@ -54,9 +54,9 @@ def playground(recipe: Recipe) -> None:
     Raises:
         UserError: nothing of the run can answer yet, or the port is taken.
     """
-    run, port = Run(recipe.name), port_of(recipe)
+    run, port = Run.of(recipe), port_of(recipe)
     if not artefacts(recipe.name):
-        raise UserError(f"nothing below {run.folder} can answer yet: run 'make train RECIPE={recipe.name}' first")
+        raise UserError(f"nothing below {run.folder} can answer yet: run 'make train RECIPE={recipe.given}' first")
     token = make_key(TOKEN_FILE)
     log.info("the playground starts")
     with ExitStack() as ending:

@@ -192,8 +192,8 @@ if __name__ == "__main__":
         this = stage("prove")
         recipe = with_environment(recipe_of_arguments(this.module, this.does))
         receipt = up_to_date(this, recipe, prove)
-        comparisons = [*receipt.metrics["comparisons"], *proved_windows(Run(recipe.name))]
-        if ollama := registered_row(recipe, Run(recipe.name)):
+        comparisons = [*receipt.metrics["comparisons"], *proved_windows(Run.of(recipe))]
+        if ollama := registered_row(recipe, Run.of(recipe)):
             comparisons.append(vars(ollama))
         show(comparisons, receipt.metrics["notes"], receipt.metrics["recommended"])
         if problems := verdict(recipe, comparisons):

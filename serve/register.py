@@ -44,7 +44,7 @@ if __name__ == "__main__":
         this, checks = stage("register"), "--check" in sys.argv
         sys.argv = [argument for argument in sys.argv if argument != "--check"]
         recipe = recipe_of_arguments(this.module, this.does)
-        run = Run(recipe.name)
+        run = Run.of(recipe)
         if checks:
             check(run)
         else:

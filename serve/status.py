@@ -43,8 +43,8 @@ def ago(moment: str) -> str:
 if __name__ == "__main__":
     with boundary():
         recipe = recipe_of_arguments("serve.status", DOES)
-        run = Run(recipe.name)
+        run = Run.of(recipe)
         session = find(run)
         if session is None:
-            raise UserError(f"{run.folder} is not being served: 'make serve RECIPE={recipe.name}' starts it")
+            raise UserError(f"{run.folder} is not being served: 'make serve RECIPE={recipe.given}' starts it")
         status(session)

@@ -152,11 +152,11 @@ def run(recipe: Recipe, place: Run, launched: Launch, gpus: int, task: dict[str,
         except ChildFailedError as error:
             failures = error.failures
     results = {int(file.stem): json.loads(file.read_text()) for file in folder.glob("[0-9]*.json")}
-    return _outcome(results, failures, launched, bool(sent), recipe.name)
+    return _outcome(results, failures, launched, bool(sent), recipe.given)
 
 
 def _outcome(
-    results: dict[int, dict[str, Any]], failures: dict[int, Any], launched: Launch, interrupted: bool, name: str
+    results: dict[int, dict[str, Any]], failures: dict[int, Any], launched: Launch, interrupted: bool, given: str
 ) -> dict[str, Any]:
     """The first process' result, or the exception that says best what went wrong."""
     told = [results[rank] for rank in sorted(results)]
@@ -168,7 +168,7 @@ def _outcome(
             raise UserError(*result["problems"])
     if interrupted:
         raise KeyboardInterrupt
-    again = f"the others were ended, 'make train RECIPE={name}' resumes from the last checkpoint"
+    again = f"the others were ended, 'make train RECIPE={given}' resumes from the last checkpoint"
     for rank, failure in failures.items():
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
             by = signal.Signals(-failure.exitcode).name

@@ -177,7 +177,7 @@ def _arguments() -> Any:
 if __name__ == "__main__":
     with boundary():
         recipe = _arguments()
-        page, problem = plan(recipe, Run(recipe.name))
+        page, problem = plan(recipe, Run.of(recipe))
         sys.stdout.write(f"{page}\n")
         sys.stdout.flush()
         if problem:

@@ -182,6 +182,6 @@ def _wished(run: Run, wish: str) -> dict[str, Any]:
 if __name__ == "__main__":
     with boundary():
         recipe = recipe_of_arguments("train.preview", "Show what training will read, before it trains")
-        run = Run(recipe.name)
+        run = Run.of(recipe)
         with run.lock():
             preview(recipe, run, os.environ.get("ROW"))

@@ -89,7 +89,7 @@ def join() -> None:
     """Train on this host with the first one, which writes all that is made, on storage that they share."""
     stage_of = stage("train")
     recipe, devices = recipe_of_arguments(stage_of.module, stage_of.does), gpus()
-    train_in_processes(recipe, Run(recipe.name), launch(recipe, devices), devices)
+    train_in_processes(recipe, Run.of(recipe), launch(recipe, devices), devices)
 
 
 def take_part(task: Path) -> NoReturn:

@@ -88,7 +88,7 @@ def work(
         trainer.train(resume_from, measured_before)
         if trainer.stopping.wish:
             at = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, its checkpoint is saved"
-            raise Stopped(f"{at}: 'make train RECIPE={recipe.name}' resumes from there", trainer.stopping.wish)
+            raise Stopped(f"{at}: 'make train RECIPE={recipe.given}' resumes from there", trainer.stopping.wish)
         after = method.measure(trainer, recipe, run, "after")
         _tell("after", after)
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_launched() else None  # all take part
@@ -139,7 +139,7 @@ def report(task: Path) -> int:
     logging.getLogger().setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     name, *overrides = given["arguments"]
     recipe = load(name, overrides or None)
-    run, status = Run(recipe.name), 0
+    run, status = Run.of(recipe), 0
     found: dict[str, Any] = {}
     resume_from = Path(given["resume_from"]) if given["resume_from"] else None
     try:

@@ -66,10 +66,10 @@ def connect(recipe: Recipe) -> "tuple[OpenAI, str]":
 
     # A proxy of the environment must never see what is asked of this machine, nor the key.
     http = DefaultHttpxClient(trust_env=False)
-    run = Run(recipe.name)
+    run = Run.of(recipe)
     if (receipt := run.find_receipt("serve")) is None:
         raise UserError(
-            f"{run.folder} is not served yet: run 'make serve RECIPE={recipe.name}' in another terminal and wait for "
+            f"{run.folder} is not served yet: run 'make serve RECIPE={recipe.given}' in another terminal and wait for "
             "its address"
         )
     served = receipt.metrics

@@ -112,7 +112,7 @@ def _wire(
     blocks: gr.Blocks, recipe: Recipe, pool: ModelPool, panes: list[Pane], controls: Controls,
     compare: gr.Checkbox, question: gr.Textbox, stop: gr.Button, clear: gr.Button,
 ) -> None:  # fmt: skip
-    run, stops = Run(recipe.name), {}
+    run, stops = Run.of(recipe), {}
     fields = list(vars(controls).values())
     asking = [question, stop, clear, *(part for pane in panes for part in pane.changing)]
 

@@ -73,7 +73,7 @@ def served_file(recipe: Recipe, run: Run) -> tuple[Path, dict[str, str | int]]:
     path = run.path("gguf", f"{recipe.name}-{recipe.served_type}.gguf")
     verified: Fingerprints = run.verified("gguf", only=str(path))
     if str(path) not in verified:
-        raise UserError(f"{run.receipt_path('gguf')} knows no {path}: run 'make gguf RECIPE={recipe.name}' first")
+        raise UserError(f"{run.receipt_path('gguf')} knows no {path}: run 'make gguf RECIPE={recipe.given}' first")
     return path, verified[str(path)]
 
 

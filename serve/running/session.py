@@ -78,7 +78,7 @@ def refuse_second(run: Run) -> None:
         UserError: it is.
     """
     if session := find(run):
-        stop = f"use it, or stop it with 'make stop RECIPE={run.name}'"
+        stop = f"use it, or stop it with 'make stop RECIPE={run.given}'"
         raise UserError(f"{run.folder} is already being served on {session.url}: {stop}")
 
 

@@ -85,7 +85,7 @@ def test_key_is_made_once_for_its_owner_only(server: Server):
 
 
 def test_a_second_start_says_where_the_first_one_is(server: Server):
-    stop = f"use it, or stop it with 'make stop RECIPE={NAME}'"
+    stop = f"use it, or stop it with 'make stop RECIPE={NAME}.yaml'"
     error = refused(server.folder, PORT=str(server.port))
     assert error == f"error: runs/{NAME} is already being served on {server.url}/v1: {stop}\n"
 
@@ -199,12 +199,12 @@ def test_a_bad_port_is_refused(folder: Path, port: str):
 
 def test_a_missing_receipt_names_the_command(folder: Path):
     (folder / "runs" / NAME / "gguf.json").unlink()
-    assert refused(folder) == f"error: runs/{NAME}/gguf.json is missing: run 'make gguf RECIPE={NAME}' first\n"
+    assert refused(folder) == f"error: runs/{NAME}/gguf.json is missing: run 'make gguf RECIPE={NAME}.yaml' first\n"
 
 
 def test_a_type_that_was_not_made_is_refused(folder: Path):
     error = refused(folder, "gguf.types=[Q4_0]")
-    assert f"knows no runs/{NAME}/gguf/{NAME}-Q4_0.gguf: run 'make gguf RECIPE={NAME}' first" in error
+    assert f"knows no runs/{NAME}/gguf/{NAME}-Q4_0.gguf: run 'make gguf RECIPE={NAME}.yaml' first" in error
 
 
 def test_a_changed_file_is_refused(folder: Path):

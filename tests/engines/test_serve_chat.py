@@ -78,7 +78,7 @@ def test_what_is_not_served_is_told(server: Server, tmp_path: Path):
     shutil.copy(server.folder / f"{NAME}.yaml", tmp_path)
     done = chat(tmp_path, server.port, "--ask", "apple")
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: runs/{NAME} is not served yet: run 'make serve RECIPE={NAME}' in another ")
+    assert done.stderr.startswith(f"error: runs/{NAME} is not served yet: run 'make serve RECIPE={NAME}.yaml' in ")
 
 
 def test_chat_remembers_until_reset(server: Server):

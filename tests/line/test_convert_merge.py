@@ -104,7 +104,7 @@ def test_a_tampered_adapter_stops(
     assert raised.value.code == 1
     assert capsys.readouterr().err == (
         f"error: {path} is not what 'train' wrote, its sha256 differs: "
-        "delete runs/line/train.json and run 'make train RECIPE=line'\n"
+        "delete runs/line/train.json and run 'make train RECIPE=line.yaml'\n"
     )
     assert not trained.run.receipt_path("merge").exists()
 

@@ -109,7 +109,7 @@ def test_a_signal_saves_a_checkpoint_and_ends(
         with pytest.raises(SystemExit) as ended:
             based.make("train")
     assert ended.value.code == code
-    said = "stopped at step 3 of 45, its checkpoint is saved: 'make train RECIPE=line' resumes from there\n"
+    said = "stopped at step 3 of 45, its checkpoint is saved: 'make train RECIPE=line.yaml' resumes from there\n"
     assert capsys.readouterr().err.endswith(said)
     assert last_complete(based.run.path("checkpoints")) == based.run.path("checkpoints/checkpoint-3")
 

@@ -207,7 +207,8 @@ def test_one_that_is_killed_ends_all_and_the_next_start_resumes(strategy: str, t
     status, told = ended(process)
     assert status == 1, told
     assert (
-        "error: process 1 of 2 was killed by SIGKILL: the others were ended, 'make train RECIPE=line' resumes" in told
+        "error: process 1 of 2 was killed by SIGKILL: the others were ended, 'make train RECIPE=line.yaml' resumes"
+        in told
     )
     assert "Traceback" not in told and "exitcode" not in told
     assert not any(each.is_running() for each in both)
@@ -226,7 +227,7 @@ def test_a_signal_stops_both_after_the_same_step(twins: tuple[Path, Path]) -> No
     process.send_signal(signal.SIGINT)
     status, told = ended(process)
     assert status == 130, told
-    assert "its checkpoint is saved: 'make train RECIPE=line' resumes from there" in told
+    assert "its checkpoint is saved: 'make train RECIPE=line.yaml' resumes from there" in told
     assert told.count("saving a checkpoint after this step") == 1
     assert not any(each.is_running() for each in both)
 

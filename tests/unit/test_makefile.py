@@ -140,6 +140,23 @@ def test_make_runs_again_only_what_changed(checkout: Path) -> None:
     assert worked(checkout, "compare") == ["merge"], "what it makes is the same, so nothing after it works"
 
 
+def test_a_path_with_a_space_is_refused_in_one_line(checkout: Path) -> None:
+    (checkout / "my recipes").mkdir()
+    shutil.copy("recipes/tiny.yaml", checkout / "my recipes")
+    done = make("data", "RECIPE=my recipes/tiny.yaml", folder=checkout)
+    assert "error: RECIPE=my recipes/tiny.yaml has a space" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_run_of_another_recipe_of_the_same_name_is_left_alone(checkout: Path) -> None:
+    assert make("data", "RECIPE=tiny", folder=checkout).returncode == 0
+    (checkout / "b").mkdir()
+    shutil.copy("recipes/tiny.yaml", checkout / "b")
+    for target in ("clean", "data", "tensorboard"):
+        done = make(target, "RECIPE=b/tiny.yaml", folder=checkout)
+        assert done.returncode == 2 and "runs/tiny is the run of recipes/tiny.yaml" in done.stderr
+    assert (checkout / "runs/tiny/data.json").is_file()
+
+
 def test_clean_removes_the_run_and_nothing_else(checkout: Path) -> None:
     (checkout / "runs/other").mkdir(parents=True)
     (checkout / "runs/tiny").mkdir()

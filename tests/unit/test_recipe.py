@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import UserError, load
+from pipeline import Run, UserError, load
 from pipeline.load import RENAMED, environment_overrides
 from pipeline.recipe import QUANTIZATIONS, Data, Gguf, Lora, Recipe
 
@@ -17,7 +17,7 @@ DATA = "data: {train: talks.jsonl}\n"
 
 
 def fields(section: type) -> str:
-    return ", ".join(name for name in section.__dataclass_fields__ if name != "name")
+    return ", ".join(name for name in section.__dataclass_fields__ if name != "path")
 
 
 def write(text: str | bytes, name: str = "mine.yaml") -> str:
@@ -328,10 +328,6 @@ def test_an_override_changes_its_key_and_no_other() -> None:
     assert (recipe.train.epochs, recipe.train.lora, recipe.gguf.types) == (9, Lora(4, 7), ("F16", "Q6_K"))
 
 
-def test_the_last_of_two_overrides_wins() -> None:
-    assert load(write(DATA), ["seed=1", "seed=2"]).seed == 2
-
-
 def test_set_takes_a_quoted_path_with_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SET", "train.epochs=2 data.train='my own file.jsonl'")
     recipe = load(write(DATA), environment_overrides())
@@ -344,10 +340,11 @@ def test_set_with_an_open_quote_is_told(monkeypatch: pytest.MonkeyPatch) -> None
         environment_overrides()
 
 
-def resolve(**variables: str) -> str:
+def resolve(name: str = "mine.yaml", **variables: str) -> str:
     """What resolve says; it succeeds."""
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.resolve", write(DATA)],
+        [sys.executable, "-m", "pipeline.resolve", write(DATA, name)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **variables},
         capture_output=True,
         text=True,
@@ -381,6 +378,38 @@ def test_a_bad_set_keeps_nothing() -> None:
 def test_given_overrides_replace_the_kept_ones() -> None:
     resolve(SET="seed=7")
     assert load("mine.yaml", ["train.epochs=2"]).seed == 0
+
+
+def test_one_run_folder_is_not_of_two_recipes() -> None:
+    resolve("a/mine.yaml", SET="seed=7")
+    Path("b").mkdir()
+    with pytest.raises(UserError) as raised:
+        load(write(DATA, "b/mine.yaml"))
+    owned = "runs/mine is the run of a/mine.yaml, a recipe of the same file name: rename one of them"
+    assert str(raised.value) == f"b/mine.yaml: {owned}"
+    Path("link.d").symlink_to("a")
+    assert load("link.d/mine.yaml").seed == load(str(Path("a/mine.yaml").resolve())).seed == 7
+
+
+def test_a_recipe_keeps_its_run_when_it_or_the_whole_folder_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve("here/a/mine.yaml", SET="seed=7")
+    Path("here/a").rename("here/b")
+    assert load("here/b/mine.yaml").seed == 7
+    resolve("here/b/mine.yaml")
+    Path("runs").rename("here/runs")
+    Path("here").rename("there")
+    monkeypatch.chdir("there")
+    assert load("b/mine.yaml").given == "b/mine.yaml"
+
+
+@pytest.mark.parametrize(
+    ("file", "given"),
+    [("recipes/own.yaml", "own"), ("recipes/own.yml", "recipes/own.yml"), ("a/own.yaml", "a/own.yaml")],
+)
+def test_what_to_run_next_names_the_recipe_as_make_takes_it(file: str, given: str) -> None:
+    Path(file).parent.mkdir()
+    with pytest.raises(UserError, match=f"^runs/own/data.json is missing: run 'make data RECIPE={given}' first$"):
+        Run.of(load(write(DATA, file))).receipt("data")
 
 
 def test_a_file_is_sought_beside_the_recipe() -> None:

@@ -328,7 +328,7 @@ def test_the_command_tells_what_is_missing_and_writes_what_it_can(told: Callable
 
     run = told("data", "base")
     assert (ran().returncode, run.run.path("README.md").exists()) == (1, False)
-    assert ran().stderr == "error: runs/mine/train.json is missing: run 'make train RECIPE=mine' first\n"
+    assert ran().stderr == "error: runs/mine/train.json is missing: run 'make train RECIPE=mine.yaml' first\n"
     run.make("train")
     assert ran().stderr == "report: runs/mine/report.html\n"
     assert run.run.path("report.html").read_text().startswith("<!doctype html>")

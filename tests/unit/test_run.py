@@ -167,7 +167,7 @@ def test_a_missing_receipt_names_the_make_target(name: str) -> None:
 def test_a_stage_does_not_start_without_the_one_before(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command("train", stop)
-    assert capsys.readouterr().err == "error: runs/mine/data.json is missing: run 'make data RECIPE=mine' first\n"
+    assert capsys.readouterr().err == "error: runs/mine/data.json is missing: run 'make data RECIPE=mine.yaml' first\n"
 
 
 TAMPERED = {
@@ -186,7 +186,7 @@ def test_an_input_that_is_not_what_was_written_stops(how: str, capsys: pytest.Ca
     change(path)
     with pytest.raises(SystemExit) as raised:
         command("train", stop)
-    fix = "delete runs/mine/data.json and run 'make data RECIPE=mine'"
+    fix = "delete runs/mine/data.json and run 'make data RECIPE=mine.yaml'"
     assert (raised.value.code, capsys.readouterr().err) == (1, f"error: {said.format(path)}: {fix}\n")
 
 

@@ -243,7 +243,7 @@ def check(run: Run) -> None:
             log.warning("register: not checked, since %s", error)
             return
     if problem := difference(receipt, digests):
-        raise UserError(f"register: {problem}: run 'make register RECIPE={run.name}' again")
+        raise UserError(f"register: {problem}: run 'make register RECIPE={run.given}' again")
     log.info("register: %s shows the digest of the receipt", receipt.metrics["url"])
 
 
@@ -275,16 +275,16 @@ def row(recipe: Recipe, run: Run) -> Comparison | None:
     recipe = chosen(recipe, run)
     comparison = Comparison(f"served {recipe.served_type} by Ollama")
     if receipt is None:
-        comparison.problems.append(f"it is not registered: run 'make register RECIPE={recipe.name}'")
+        comparison.problems.append(f"it is not registered: run 'make register RECIPE={recipe.given}'")
         return comparison
     try:
         modelfile, vocabulary = modelfile_of(recipe, run)
         if modelfile.tag != receipt.metrics["tag"]:
-            raise UserError(f"{receipt.metrics['tag']} is another model: run 'make register RECIPE={recipe.name}'")
+            raise UserError(f"{receipt.metrics['tag']} is another model: run 'make register RECIPE={recipe.given}'")
         with OllamaServer(receipt.metrics["url"]) as server:
             server.version()
             if problem := difference(receipt, server.digests()):
-                raise UserError(f"{problem}: run 'make register RECIPE={recipe.name}' again")
+                raise UserError(f"{problem}: run 'make register RECIPE={recipe.given}' again")
             return prove(server, modelfile.latest, vocabulary, recipe, run)
     except UserError as error:
         comparison.problems += error.problems
