@@ -123,7 +123,8 @@ def _serving(of: Job) -> str:
     serve = of.recipe.serve
     served = of.recipe.served_type or "merged"
     weights = needed_bytes(of.recipe, of.base.parameters)[served]
-    cache = serve.slots * cache_bytes(of.config, serve.context)
+    whole = served == "Q8_0" if serve.repeatable is None else serve.repeatable
+    cache = serve.slots * cache_bytes(of.config, serve.context, whole=whole)
     told = f"{serve.slots} conversations of {serve.context} tokens"
     return f"serving: {size(weights + cache)}: {served} {size(weights)}, cache of {told} {size(cache)}"
 

@@ -107,6 +107,15 @@ def longest_token(path: Path) -> int:
     return max((len(word.replace(SPACE, b" ")) for word in words), default=0)
 
 
+def has_window(path: Path) -> bool:
+    """Whether layers of the model attend to a sliding window.
+
+    Raises:
+        UserError: the file is no GGUF, or ends within its metadata.
+    """
+    return any(name.endswith(".attention.sliding_window") and value for name, value in read_head(path).values.items())
+
+
 def is_repeatable(wanted: bool | None, path: Path) -> bool:
     """Whether the engine is to say the same to a question that is new, cached, or evaluated beside others.
 

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.files import own_folder
 from pipeline.machine import cores
 from serve.asking.endpoint import read_key, url_of
-from serve.engines.llamacpp import Settings, longest_token
+from serve.engines.llamacpp import Settings, has_window, longest_token
 from serve.gateway.connection import listen
 from serve.gateway.gateway import Bounds, Gateway
 
@@ -68,6 +68,8 @@ def parameters(settings: Settings, socket: Path) -> Any:
     params.kv_unified = False
     params.ctx_shift = False  # a conversation that is too long is refused, not cut in silence
     params.cache_ram_mib = 512
+    if settings.repeatable and has_window(Path(settings.model)):  # its ring is summed in the order of its filling
+        params.swa_full, params.n_ctx_checkpoints, params.cache_ram_mib = True, 0, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings.threads or cores()
     params.sampling.temp = settings.temperature
     params.verbosity = 2  # errors and warnings: nothing that grows with every request

@@ -71,13 +71,15 @@ class Supervisor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a second Ctrl-C must leave nothing behind
-            signal.signal(number, signal.SIG_IGN)
+        wishes = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # a second one must leave nothing behind
+        before = {wish: signal.signal(wish, signal.SIG_IGN) for wish in wishes}
         self.ended.set()
         for keeper in reversed(self.keepers):
             keeper.stop()
         assert self._watchdog
         self._watchdog.communicate()
+        for wish, handler in before.items():  # the proof goes on after its server
+            signal.signal(wish, handler)
 
     def add(self, service: Service) -> "Keeper":
         """One more service, which is not started yet."""

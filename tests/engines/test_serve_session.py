@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pipeline.recipe import Data, Serve
 from serve.api import refuse_taken_ports, ui_url
 from serve.asking.endpoint import ask, with_environment
 from serve.running.session import Session, find, held, report
+from serve.running.supervisor import Supervisor
 from setup.install import Environment, SetupError
 
 pytest_plugins = ["serve_fixtures"]
@@ -30,6 +32,13 @@ def told(folder: Path, module: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60, check=False
     )
+
+
+def test_ctrl_c_is_heeded_again_after_the_services_ended() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Supervisor([]):
+        pass
+    assert signal.getsignal(signal.SIGINT) is before is not signal.SIG_IGN
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,8 @@ def checkpoint_bytes(parameters: int, trained: int, tuner: str, width: int) -> i
     return (4 + ADAM_BYTES) * trained
 
 
-def cache_bytes(config: object, tokens: int, width: int = 2) -> int:
-    """Keys and values of one conversation of `tokens`; layers that keep a window of them keep no more than it.
+def cache_bytes(config: object, tokens: int, width: int = 2, whole: bool = False) -> int:
+    """Keys and values of one conversation of `tokens`; layers with a window keep no more than it, unless `whole`.
 
     A state, which does not grow, is left out.
     """
@@ -127,7 +127,7 @@ def cache_bytes(config: object, tokens: int, width: int = 2) -> int:
     if latent := getattr(text, "kv_lora_rank", None):  # of multi-head latent attention, which llama.cpp caches so
         values = latent + text.qk_rope_head_dim
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    window = getattr(text, "sliding_window", None) or tokens
+    window = tokens if whole else getattr(text, "sliding_window", None) or tokens
     kept = {"full_attention": tokens, "sliding_attention": min(window, tokens)}
     return sum(kept.get(kind, 0) for kind in kinds) * values * width
 
