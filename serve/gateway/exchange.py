@@ -10,20 +10,17 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from serve.gateway.json_schema import unenforced
+from serve.gateway.json_schema import unenforced, unreadable
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHAT, COMPLETIONS, TEMPLATE = "/v1/chat/completions", "/v1/completions", "/apply-template"
 LENGTHS = ("max_tokens", "max_completion_tokens", "n_predict")
-MOST_CHOICES = 128
 # Type and inclusive bounds; a float may be given as a whole number, null as nothing.
 VALUES: dict[str, tuple[type, float | None, float | None]] = {
     "temperature": (float, 0, 2),
     "top_p": (float, 0, 1),
     "frequency_penalty": (float, -2, 2),
     "presence_penalty": (float, -2, 2),
-    "n": (int, 1, MOST_CHOICES),
-    "best_of": (int, 1, MOST_CHOICES),
     "seed": (int, -(2**63), 2**63 - 1),
     "top_logprobs": (int, 0, 20),
     "stream": (bool, None, None),
@@ -67,7 +64,8 @@ class Model:
     """What the engine says of what it serves.
 
     Its chat template `has_tools` where it writes their definitions, `has_calls` where it writes their calls,
-    `has_developer` where it knows that role; `absent` are parameters that this engine does not have.
+    `has_developer` where it knows that role; `most_choices` are answered at once; `absent` are parameters that this
+    engine does not have.
     """
 
     names: tuple[str, ...]
@@ -76,6 +74,7 @@ class Model:
     has_tools: bool
     has_calls: bool
     has_developer: bool
+    most_choices: int
     absent: frozenset[str] = frozenset()
 
 
@@ -87,6 +86,8 @@ def answerable(path: str, asked: dict[str, Any], model: Model) -> list[dict[str,
     """
     for name, (kind, low, high) in VALUES.items():
         _check_value(asked, name, kind, low, high)
+    for name in ("n", "best_of"):
+        _check_value(asked, name, int, 1, min(model.most_choices, 128))  # 128 is OpenAI's bound
     if asked.get("model") is not None and asked["model"] not in model.names:
         raise unknown_model(asked["model"], model)
     if path not in (CHAT, COMPLETIONS, TEMPLATE):
@@ -97,6 +98,8 @@ def answerable(path: str, asked: dict[str, Any], model: Model) -> list[dict[str,
             raise Refusal(400, f"{name}: this engine has none: leave it out, or serve with llama.cpp", param=name)
     _check_stop(asked)
     _check_logit_bias(asked, model)
+    if "json_schema" in asked:
+        _check_schema(asked["json_schema"], "json_schema")
     if asked.get("stream_options") and not asked.get("stream"):
         raise Refusal(400, "stream_options is for stream: true alone", param="stream_options")
     for name in LENGTHS:
@@ -216,12 +219,15 @@ def _check_format(wanted: dict[str, Any]) -> None:
         schema = given.get("schema") if isinstance(given, dict) else None
         if not isinstance(given, dict) or not isinstance(schema, dict):
             raise Refusal(400, "response_format.json_schema.schema is missing: give an object", param="response_format")
-        if given.get("strict"):
-            _check_schema(schema, "response_format")
+        _check_schema(schema, "response_format", given.get("strict"))
+    elif "schema" in wanted:  # llama.cpp's own, beside json_object
+        _check_schema(wanted["schema"], "response_format")
 
 
-def _check_schema(schema: dict[str, Any], param: str) -> None:
-    if problem := next(unenforced(schema), ""):
+def _check_schema(schema: object, param: str, strict: object = False) -> None:
+    if problem := next(unreadable(schema, schema, set()), ""):
+        raise Refusal(400, f"{param}: {problem}", param=param)
+    if strict and (problem := next(unenforced(schema), "")):
         raise Refusal(400, f"{param}: a strict schema cannot have {problem}: leave it out, or strict", param=param)
 
 
@@ -261,8 +267,7 @@ def _tool_name(tool: object, where: str) -> str:
         raise Refusal(400, says, param="tools")
     if not isinstance(parameters := function.get("parameters") or {}, dict):
         raise Refusal(400, f"{where}.function.parameters is {_shown(parameters)}: give a JSON schema", param="tools")
-    if function.get("strict"):
-        _check_schema(parameters, "tools")
+    _check_schema(parameters, "tools", function.get("strict"))
     return name
 
 

@@ -135,6 +135,7 @@ class Gateway:
                 has_tools=properties["chat_template_caps"]["supports_tools"],
                 has_calls=properties["chat_template_caps"]["supports_tool_calls"],
                 has_developer="developer" in properties["chat_template"],
+                most_choices=self.bounds.slots + self.bounds.queue,
                 absent=self.absent,
             )
         return self.known
@@ -194,7 +195,7 @@ class Gateway:
             questions = answerable(path, asked, await self.model())
         except RecursionError:
             raise Refusal(400, "The request is nested too deep") from None
-        count, most = len(questions), self.bounds.slots + self.bounds.queue
+        count, most = len(questions), (await self.model()).most_choices
         if count > most:
             raise Refusal(400, f"{count} questions in one, {most} may be asked at once")
         if self.asked + count > most:

@@ -1,4 +1,4 @@
-"""What of a JSON schema llama.cpp's grammar does not enforce, which a strict schema promises.
+"""What of a JSON schema llama.cpp cannot read, and what its grammar does not enforce, which a strict schema promises.
 
 Source: llama.cpp's common/json-schema.cpp (what is read) and common/json-schema-to-grammar.cpp (what becomes of it).
 """
@@ -18,6 +18,13 @@ READ = {
     "string": frozenset(("pattern", "format", "minLength", "maxLength")),
     "integer": BOUNDS,
 }
+PLAIN = ("number", "boolean", "null")  # types of which no keyword is read
+VALUES: dict[str, tuple[type[Any], str]] = {
+    "properties": (dict, "an object of schemas"),
+    **dict.fromkeys(("enum", "oneOf", "anyOf", "allOf"), (list, "a list of at least one")),
+    **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength"), (int, "a whole number from 0 on")),
+    **dict.fromkeys(("pattern", "format"), (str, "a text")),
+}
 FORMATS = re.compile(r"date|time|date-time|uuid[1-5]?")
 # The grammar repeats a run of literals that ends in an escape as a whole, and tears a letter of several bytes apart.
 REPEATED = r"(?:[*+?]|\{\d{1,4}(?:,\d{0,4})?\})?"
@@ -29,6 +36,41 @@ PATTERN = re.compile(
 )
 CLASS = re.compile(r"\[(?:[^\\\[\]]|\\[\[\]-])+\]")
 BREAKS_JSON = '"\\' + "".join(map(chr, range(32)))
+
+
+def unreadable(schema: object, root: object, seen: set[str], where: str = "") -> Iterator[str]:
+    """What in a schema, a part of `root`, llama.cpp cannot read, with its path; `seen` references were followed."""
+    if not isinstance(schema, dict):
+        yield f"{schema!r:.60}{_at(where)} is no schema: give an object"
+        return
+    if "$ref" in schema:
+        ref = schema["$ref"]
+        if (target := _target(ref, root)) is None:
+            yield f"the $ref {ref!r:.60}{_at(where)} names nothing in the schema: give a path such as #/$defs/name"
+        elif ref not in seen:
+            seen.add(ref)
+            yield from unreadable(target, root, seen, ref[1:])
+        return
+    for name, (kind, what) in VALUES.items():
+        value = schema.get(name, kind())
+        if type(value) is not kind or (kind is int and value < 0) or (kind is list and name in schema and not value):
+            yield f"{name} is {value!r:.60}{_at(where)}: give {what}"
+    given = schema.get("type")
+    types = given if isinstance(given, list) and given else [given]
+    for each in types:
+        if each not in (*READ, *PLAIN, None):
+            yield f"the type {each!r:.60}{_at(where)} is unknown: choose one of {', '.join((*READ, *PLAIN))}"
+    for name in sorted(BOUNDS & schema.keys()) if "integer" in types else ():
+        is_draft_4 = name.startswith("exclusive") and name.replace("exclusiveM", "m") in schema  # a truth beside it
+        if type(schema[name]) not in (int, float) and not is_draft_4:
+            yield f"{name} is {schema[name]!r:.60}{_at(where)}: give a number"
+    for name in ("properties", "anyOf", "oneOf", "allOf", "items", "prefixItems", "additionalProperties"):
+        within = schema.get(name, [])
+        if name == "properties" or isinstance(within, list):
+            for key, part in _items(within) if name == "properties" else enumerate(within):
+                yield from unreadable(part, root, seen, f"{where}/{name}/{key}")
+        elif name != "additionalProperties" or not isinstance(within, bool):
+            yield from unreadable(within, root, seen, f"{where}/{name}")
 
 
 def unenforced(schema: object, where: str = "") -> Iterator[str]:
@@ -80,6 +122,18 @@ def _unenforced_values(schema: dict[str, Any], where: str) -> Iterator[str]:
     for one, other in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum"), ("items", "prefixItems")):
         if one in schema and other in schema:
             yield f"both {one!r} and {other!r}{_at(where)}"
+
+
+def _target(ref: object, root: object) -> Any:
+    """What a reference names, as llama.cpp follows it, without escapes; None if nothing."""
+    if not isinstance(ref, str) or not ref.startswith("#/"):
+        return None
+    for name in ref.split("/")[1:]:
+        if isinstance(root, list):
+            root = dict(enumerate(root)).get(int(name)) if name.isdecimal() else None
+        else:
+            root = root.get(name) if isinstance(root, dict) else None
+    return root
 
 
 def is_enforced(pattern: str) -> bool:

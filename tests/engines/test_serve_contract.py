@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from serve.asking.endpoint import ask
 from serve.gateway.exchange import refusal
-from serve.gateway.json_schema import is_enforced, unenforced
+from serve.gateway.json_schema import is_enforced, unenforced, unreadable
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -81,12 +81,14 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"modalities": ["audio"]}, 400, "modalities"), ({"web_search_options": {}}, 400, "web_search_options"),
     ({"response_format": strict({"type": "string", "pattern": "^(?=a)b$"})}, 400, "response_format"),
     ({"response_format": strict({"not": {}})}, 400, "response_format"),
-    ({"response_format": strict({"$ref": "#/$defs/x"})}, 400, None),  # type: ignore[list-item]
+    ({"response_format": strict({"$ref": "#/$defs/x"})}, 400, "response_format"),
+    ({"response_format": {"type": "json_object", "schema": {"type": "foo"}}}, 400, "response_format"),
+    ({"json_schema": {"type": "foo"}}, 400, "json_schema"),
     ({"response_format": strict(5)}, 400, "response_format"), ({"response_format": "json"}, 400, "response_format"),
     ({"response_format": {"type": "json_schema"}}, 400, "response_format"),
     ({"response_format": {}}, 400, "response_format"),
     ({"stop": ""}, 400, "stop"), ({"stop": [""]}, 400, "stop"), ({"stop": 5}, 400, "stop"), ({"stop": {}}, 400, "stop"),
-    ({"n": 0}, 400, "n"), ({"n": 1.5}, 400, "n"), ({"n": True}, 400, "n"), ({"n": SLOTS + 65}, 400, None),  # type: ignore[list-item]
+    ({"n": 0}, 400, "n"), ({"n": 1.5}, 400, "n"), ({"n": True}, 400, "n"), ({"n": SLOTS + 65}, 400, "n"),
     ({"max_tokens": 0}, 400, "max_tokens"), ({"max_tokens": -2}, 400, "max_tokens"),
     ({"max_tokens": 1.5}, 400, "max_tokens"), ({"max_tokens": "5"}, 400, "max_tokens"),
     ({"max_completion_tokens": -(10**30)}, 400, "max_completion_tokens"), ({"n_predict": -2}, 400, "n_predict"),
@@ -342,3 +344,43 @@ def test_the_patterns_that_the_grammar_keeps(pattern: str, enforced: bool) -> No
 )  # fmt: skip
 def test_what_a_strict_schema_cannot_have(schema: Any, problem: str) -> None:
     assert next(unenforced(schema), "") == problem
+
+
+UNREADABLE: list[tuple[Any, str]] = [
+    ({"type": "foo"}, "the type 'foo' is unknown: choose one of object, array, string, integer, number, boolean, null"),
+    ({"properties": {"a": {"type": ["string", []]}}}, "the type [] at /properties/a is unknown"),
+    ({"$ref": "#/$defs/x"}, "the $ref '#/$defs/x' names nothing in the schema: give a path such as #/$defs/name"),
+    ({"items": {"$ref": "other.json"}}, "the $ref 'other.json' at /items names nothing"), ({"$ref": 5}, "the $ref 5 "),
+    ({"$defs": {"a": {"type": "x"}}, "anyOf": [{"$ref": "#/$defs/a"}]}, "the type 'x' at /$defs/a is unknown"),
+    ({"$ref": "#"}, "the $ref '#' names nothing in the schema"), ({"type": []}, "the type [] is unknown"),
+    ({"anyOf": []}, "anyOf is []: give a list of at least one"), ({"enum": 5}, "enum is 5: give a list of at least"),
+    ({"type": "object", "properties": []}, "properties is []: give an object of schemas"),
+    ({"type": "array", "items": True}, "True at /items is no schema: give an object"),
+    ({"type": "array", "minItems": -1}, "minItems is -1: give a whole number from 0 on"),
+    ({"type": "string", "pattern": 5}, "pattern is 5: give a text"),
+    ({"type": "integer", "minimum": "3"}, "minimum is '3': give a number"),
+    ({"type": "object", "additionalProperties": 5}, "5 at /additionalProperties is no schema"),
+]  # fmt: skip
+READABLE: list[Any] = [
+    CITY, {}, {"$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"}, {"type": ["integer", "null"]},
+    {"type": "integer", "minimum": 0, "exclusiveMinimum": True}, {"prefixItems": [{"const": 1}, {}], "default": 5},
+    {"type": "object", "additionalProperties": False}, {"properties": {"properties": {"type": "string"}}},
+]  # fmt: skip
+
+
+def test_a_schema_is_refused_in_our_words_just_where_the_engine_cannot_read_it(with_tools: OpenAI) -> None:
+    for schema, says in [*UNREADABLE, *((schema, "") for schema in READABLE)]:
+        found = next(unreadable(schema, schema, set()), "")
+        assert found.startswith(says) and bool(found) == bool(says), schema
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        for changes, param in (
+            ({"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}, "response_format"),
+            ({"tools": [tool], "tool_choice": "required"}, "tools"),
+        ):
+            asked: Any = question(max_tokens=1) | changes
+            if not says:
+                assert with_tools.chat.completions.create(**asked).choices, schema
+                continue
+            with pytest.raises(openai.BadRequestError) as refused:
+                with_tools.chat.completions.create(**asked)
+            assert refused.value.param == param and f"{param}: {says}" in refused.value.message
