@@ -96,7 +96,7 @@ def test_a_file_of_which_no_row_has_a_format_is_told_once() -> None:
     with pytest.raises(UserError) as raised:
         data(load("r.yaml"), Run("r"))
     (problem,) = raised.value.problems
-    assert problem.startswith("talks.jsonl:1: no format has the columns sentence, tag: name them")
+    assert problem.startswith("talks.jsonl:1: no format has the columns sentence, tag: set in the recipe what they are")
     assert problem.endswith(" (and 29 more such lines, up to talks.jsonl:30)")
 
 

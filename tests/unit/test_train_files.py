@@ -146,6 +146,10 @@ DAMAGED: dict[str, tuple[str | bytes, str]] = {
     "open-quote.csv": (TABLE + '"a,b\n', "4: not a table's row (unexpected end of data): close the quotes"),
     "no-header.csv": ("Who are you?,A model.\nWhy?,So.\n", "2: no format has the columns Who are you?, A model."),
     "one-name-twice.csv": ("answer,answer\na,b\n", "1: the first line of a table names its columns, each once"),
+    "words.parquet": (
+        "just some words\n",
+        " is text, no Parquet or Arrow file: save it as one, or name it by what it is",
+    ),
     "cut.parquet": (arrow("parquet")[:-9], " the Parquet or Arrow file is damaged or cut off (Parquet magic bytes"),
     "cut.arrow": (arrow("file")[:-99], " the Parquet or Arrow file is damaged or cut off (Not an Arrow file)"),
     "cut-stream.arrow": (arrow("stream")[:-99], " the Parquet or Arrow file is damaged or cut off (Expected to"),

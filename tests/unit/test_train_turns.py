@@ -36,7 +36,20 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "null": (None, "not an object with named columns but NoneType"),
     "no columns": ({}, "no format has the columns (none): name them"),
-    "unknown columns": ({"sentence": "x", "label": 1}, "no format has the columns sentence, label: name them"),
+    "unknown columns": (
+        {"sentence": "x", "label": 1},
+        "no format has the columns sentence, label: set in the recipe what they are, as data: {columns: {text: "
+        "sentence}}, or name them (of a table: in its first line) as one of: messages",
+    ),
+    "a question and an answer of other names": (
+        {"id": "7", "Frage: was": "Was ist das?", "Antwort": "Ein Stein.", "n": 3},
+        "no format has the columns id, Frage: was, Antwort, n: set in the recipe what they are, as data: {columns: "
+        "{prompt: 'Frage: was', answer: Antwort}}, or name them",
+    ),
+    "turns of another name": (
+        {"gespräch": TALK},
+        "no format has the columns gespräch: set in the recipe what they are, as data: {columns: {messages: gespräch}}",
+    ),
     "two columns of turns": ({"messages": TALK, "conversations": TALK}, "has turns in messages and in conversations"),
     "two answers": (
         {"prompt": "a", "completion": "b", "response": "c"},
@@ -85,6 +98,21 @@ WRONG: dict[str, tuple[Any, str]] = {
     "marks that contradict": (
         messages(USER, ASSISTANT | {"train": True, "masked": True}),
         "messages[1]: 'train' and 'masked' contradict each other: keep one",
+    ),
+    "a whole turn's mark against its spans": (
+        messages(
+            USER, ASSISTANT | {"weight": 0, "train_detail": [{"begin_offset": 0, "end_offset": 1, "train": True}]}
+        ),
+        "messages[1]: what it says of its parts contradicts what it says of the whole turn: keep one",
+    ),
+    "a whole turn's mark against its parts": (
+        messages(USER, assistant(None, train=True) | {"content": [{"type": "text", "text": "a", "train": False}]}),
+        "messages[1]: what it says of its parts contradicts what it says of the whole turn: keep one",
+    ),
+    "a row's marks that contradict": (messages(*TALK, train=True, masked="1"), "'train' and 'masked' contradict each"),
+    "a row's weight that is no number": (
+        messages(*TALK, weight="abc"),
+        "'weight' is 'abc': give 1 or 0, and how much a file counts by data.weights",
     ),
     "a mark of another name": (
         messages(USER, ASSISTANT | {"loss_mask": [0, 1]}),

@@ -24,6 +24,7 @@ LONGEST_LINE_BYTES = 1 << 26
 START_BYTES = 1 << 16
 TEXTS = (".txt", ".md", ".text", ".raw", ".tokens")
 JSONS = (".jsonl", ".ndjson", ".json")
+COLUMNAR = (".parquet", ".arrow", ".feather")
 NOT_UTF8 = "not UTF-8 at byte {}: save the file as UTF-8"
 NO_DATA = {
     b"pk\x03\x04": "is a ZIP archive or a spreadsheet: unpack it, or save it as CSV",
@@ -114,6 +115,8 @@ def _chunks(path: Path) -> Iterator[Chunk]:
     if not start.removeprefix(b"\xef\xbb\xbf").strip() and len(start) < START_BYTES:
         raise UserError(f"{name}: is empty: write one conversation a line")
     kind = _kind(path, start)
+    if kind == "table" and path.suffix.lower() in COLUMNAR:
+        raise UserError(f"{name}: is text, no Parquet or Arrow file: save it as one, or name it by what it is, as .csv")
     with opened(path) as file:
         if kind == "lines":
             yield from _lines(file, name)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 from pipeline import UserError
 from train.reading import shapes
 from train.reading.chunks import Chunk, records
@@ -195,7 +197,18 @@ def format_of(record: Any) -> Format:
     names = [str(column)[:40] for column in record]
     more = [f"{len(names) - COLUMNS_TOLD} more"] if len(names) > COLUMNS_TOLD else []
     columns = ", ".join(names[:COLUMNS_TOLD] + more) or "(none)"
-    raise ValueError(f"no format has the columns {columns}: {EXPECTED}")
+    raise ValueError(f"no format has the columns {columns}: {_own_columns(record)}{EXPECTED}")
+
+
+def _own_columns(record: Record) -> str:
+    """The key that names columns of one's own, filled with those that look like question and answer, or like turns."""
+    turns = [name for name, value in record.items() if are_objects(value)]
+    texts = [name for name, value in record.items() if isinstance(value, str) and value.strip()]
+    longest = sorted(texts, key=lambda name: -len(record[name]))[:2]
+    names = ("prompt", "answer") if len(longest) == 2 else ("text",)
+    found = {"messages": turns[0]} if turns else dict(zip(names, sorted(longest, key=texts.index), strict=False))
+    key = yaml.safe_dump({"columns": found}, default_flow_style=True, allow_unicode=True, sort_keys=False, width=1000)
+    return f"set in the recipe what they are, as data: {key.strip()}, or " if found else ""
 
 
 def _export(record: Record) -> Format | None:

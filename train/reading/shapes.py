@@ -7,6 +7,7 @@ saw last, or people liked best.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -196,16 +197,31 @@ def _whole(record: Record, turns: Any, changes: Changes) -> Value:
     """The conversation with the record's system prompt and tools.
 
     Raises:
+        ValueError: its marks contradict each other, or its weight is no number.
         Rejection: the whole record is marked as not to be learned.
     """
-    for key in (*LEARNED, *MASKED):
-        if record.get(key) is not None and TRUTHS.get(str(record[key]).strip().lower()) is (key in MASKED):
-            raise Rejection(f"marked as not to be learned: {key!r} is {record[key]!r}")
-    if str(record.get("weight", "1")) not in TRUTHS and record["weight"] is not None:
+    said = {key: TRUTHS.get(str(record[key]).strip().lower()) for key in (*LEARNED, *MASKED) if key in record}
+    learned = {key: truth != (key in MASKED) for key, truth in said.items() if truth is not None}
+    if len(set(learned.values())) > 1:
+        raise ValueError(f"{' and '.join(map(repr, learned))} contradict each other: keep one")
+    if not all(learned.values()):
+        raise Rejection(f"marked as not to be learned: {next(iter(learned))!r} is {record[next(iter(learned))]!r}")
+    if record.get("weight") is not None and "weight" not in learned:
+        if not _is_number(record["weight"]):
+            raise ValueError(
+                f"'weight' is {record['weight']!r}: give 1 or 0, and how much a file counts by data.weights"
+            )
         changes[WEIGHTED] += 1
     tools, system = first(record, ("tools", "functions")), first(record, SYSTEMS)
     system = system.get("parts", system.get("content")) if isinstance(system, dict) else system
     return conversation(turns, changes, tools, system)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _exchange(asked: Any, answer: Any) -> list[Any]:

@@ -297,7 +297,7 @@ def _message(turn: Any, where: str, changes: Changes) -> Message:
         raise ValueError(f"{where} has no 'content': its keys are {', '.join(map(str, turn))}")
     if role == "tool" and not isinstance(content, str | list | None):  # results are often objects
         content = json.dumps(content, ensure_ascii=False)
-    words, only_read = _marked(turn, content, where)
+    words, only_read = _marked(turn, content, learned, where)
     if (
         role != "tool" and (end := END.search(words)) and not ("<s>" in words and "</s>" in end[0])
     ):  # struck out in HTML
@@ -324,8 +324,12 @@ def _message(turn: Any, where: str, changes: Changes) -> Message:
     return message
 
 
-def _marked(turn: Mapping[str, Any], content: Any, where: str) -> tuple[str, list[list[int]]]:
-    """(the turn's text, its characters from and to which it is only read) by axolotl's offsets or marked parts."""
+def _marked(turn: Mapping[str, Any], content: Any, whole: bool | None, where: str) -> tuple[str, list[list[int]]]:
+    """(the turn's text, its characters from and to which it is only read) by axolotl's offsets or marked parts.
+
+    Raises:
+        ValueError: they contradict what the turn says as a `whole`.
+    """
     details = next((turn[key] for key in SPANS if turn.get(key)), None)
     listed = content if isinstance(content, list) else []
     marks = [mark_of(part, f"{where}: ") for part in listed if isinstance(part, dict)]
@@ -338,6 +342,8 @@ def _marked(turn: Mapping[str, Any], content: Any, where: str) -> tuple[str, lis
         learned = b"".join(bytes([mark is not False]) * len(part) for mark, part in zip(marks, parts, strict=True))
     else:
         return text(content, f"{where}: 'content'"), []
+    if learned and whole is not None and whole != any(learned):
+        raise ValueError(f"{where}: what it says of its parts contradicts what it says of the whole turn: keep one")
     return words, [list(run.span()) for run in re.finditer(b"\0+", learned)]
 
 
