@@ -9,6 +9,7 @@ from itertools import chain, takewhile
 from typing import Any
 
 from pipeline import UserError
+from pipeline.error import reason
 from pipeline.rows import rendered
 
 # What renderers give to every template.
@@ -128,7 +129,7 @@ def renderings(tokenizer: Any, messages: list[Message], tools: Any = None, super
     for turn in turns:
         prompt = rendered(tokenizer, messages[:turn], tools, prompt=True)
         answered = whole if turn == len(messages) - 1 else rendered(tokenizer, messages[: turn + 1], tools)
-        answered = _as_served(prompt, answered)
+        answered = _as_served(tokenizer, messages[: turn + 1], tools, prompt, answered)
         answers.append((answered, (len(prompt), len(answered))))
         only_read.append(_only_read(messages[turn], answered, len(prompt)))
     if all(whole.startswith(answered) for answered, _ in answers):
@@ -159,8 +160,8 @@ def _only_read(message: Message, answered: str, start: int) -> list[Span]:
     return [(max(start, at + first), at + last) for first, last in message["only_read"]]
 
 
-def _as_served(prompt: str, answered: str) -> str:
-    """The conversation up to a turn, opened as in the prompt: Hermes' template writes a past turn after a newline more.
+def _as_served(tokenizer: Any, messages: list[Message], tools: Any, prompt: str, answered: str) -> str:
+    """The conversation up to its last turn, opened as in the prompt: Hermes' template has a newline more before past ones.
 
     Raises:
         UserError: they differ in more than white space.
@@ -170,9 +171,11 @@ def _as_served(prompt: str, answered: str) -> str:
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, answered, strict=False)))
     opening, turn = prompt[same:].lstrip(), answered[same:].lstrip()
     if not turn.startswith(opening):
+        before = len(rendered(tokenizer, messages[:-1], tools))
+        past = answered[before:].partition(messages[-1]["content"].strip() or "\n")[0]  # nothing of this row's own
         raise UserError(
-            f"the chat template opens the assistant's turn with {prompt[-40:]!r} but writes a past turn as "
-            f"{answered[-40:]!r}: training and serving would differ, fix the template"
+            f"the chat template opens the assistant's turn with {prompt[before:]!r} and a past one with {past!r}: "
+            "training and serving would differ, fix the template"
         )
     return prompt + turn.removeprefix(opening)
 
@@ -380,6 +383,26 @@ def _check_shown(tokenizer: Any, messages: list[Message], tools: Any, whole: str
         )
 
 
+def variables(template: str, place: str) -> set[str]:
+    """The variables that a template, which stands at `place`, is rendered with.
+
+    Raises:
+        UserError: it is no Jinja, with the line.
+    """
+    from jinja2 import TemplateError, TemplateSyntaxError, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    jinja = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        jinja.compile(template)
+        return meta.find_undeclared_variables(jinja.parse(template))
+    except TemplateSyntaxError as error:
+        problem = f"{place}:{error.lineno}: {error.message}"
+    except (TemplateError, RecursionError) as error:
+        problem = f"{place}: is no Jinja ({reason(error)})"
+    raise UserError(f"{problem}: fix the template, or name another in chat_template")
+
+
 def settled(template: str, system: str | None, arguments: dict[str, Any] | None) -> str:
     """The template with these variables set, and with this system prompt where messages begin without one.
 
@@ -388,16 +411,9 @@ def settled(template: str, system: str | None, arguments: dict[str, Any] | None)
     Raises:
         UserError: the template has no such variable.
     """
-    from jinja2 import TemplateError, meta
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     head = ""
     if arguments:
-        try:
-            parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-        except (TemplateError, RecursionError) as error:
-            raise UserError(f"the chat template is not Jinja ({error}): fix it, or use another") from None
-        known = sorted(meta.find_undeclared_variables(parsed) - RENDERERS)
+        known = sorted(variables(template, "the chat template") - RENDERERS)
         for name, value in arguments.items():
             if name not in known:
                 there = f"it has {', '.join(known)}" if known else "it has none"

@@ -13,7 +13,7 @@ from pipeline.files import read_object, write_whole
 from pipeline.machine import at_most_more
 from pipeline.model import stored
 from pipeline.rows import GENERATION_TAG, rendered
-from train.template import settled
+from train.template import settled, variables
 
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 DEFAULT = Path(__file__).parent / "chatml.jinja"
@@ -71,6 +71,7 @@ def prepare_tokenizer(
     if given == DEFAULT:
         log.info("base: it has no chat template, so it is given ChatML: the key 'chat_template' names another")
     tokenizer.chat_template = GENERATION_TAG.sub("", one_template(tokenizer.chat_template))
+    variables(tokenizer.chat_template, str(given or "the base's chat template"))
     tokenizer.chat_template = NOW.sub(lambda call: repr(datetime.now().strftime(call[2])), tokenizer.chat_template)
     tokenizer.chat_template = settled(tokenizer.chat_template, system, arguments)
     before = tokenizer.eos_token_id

@@ -245,8 +245,15 @@ def test_a_template_that_forgets_nothing_here_gives_one_row(tokenizer: Any) -> N
 
 def test_a_template_that_opens_turns_in_two_ways_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>bot\n{% endif %}")
-    with pytest.raises(UserError, match=r"opens the assistant's turn with .*bot.* but writes a past turn as .*fix"):
-        examples(tokenizer, talk("Hello", "Hi."), LONG)
+    found = set()
+    for words in (talk("Hello", "Hi."), talk("One", "1", "Two", "2"), talk("Where?", "bot here.")):
+        with pytest.raises(UserError) as raised:
+            examples(tokenizer, words, LONG)
+        found.add(str(raised.value))
+    assert found == {
+        "the chat template opens the assistant's turn with '<|im_start|>bot\\n' and a past one with "
+        "'<|im_start|>assistant\\n': training and serving would differ, fix the template"
+    }, "the same words for every row, so that it is told once"
 
 
 def test_a_long_conversation_is_cut(tokenizer: Any) -> None:
@@ -380,6 +387,22 @@ def test_a_template_that_cannot_be_read_is_told(content: bytes | None, model_fol
         file.write_bytes(content)
     with pytest.raises(UserError, match=r"^chat_template: .*mine\.jinja cannot be read \(.*\): give a Jinja file$"):
         prepare_tokenizer(model_folder, str(file))
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for m in messages %}\n\n{{ m.content }\n{% endfor %}", ":3: unexpected '}'"),
+        ("{{ 1 }}\n{% endif %}", ":2: Encountered unknown tag 'endif'."),
+        ("\n{{ messages | nope }}", ":2: No filter named 'nope'."),
+    ],
+)
+def test_a_template_that_is_no_jinja_is_told_with_its_line(template: str, problem: str, model_folder: Path) -> None:
+    file = model_folder / "mine.jinja"
+    file.write_text(template)
+    with pytest.raises(UserError) as raised:
+        prepare_tokenizer(model_folder, str(file))
+    assert str(raised.value) == f"{file}{problem}: fix the template, or name another in chat_template"
 
 
 def test_a_folder_without_tokenizer_is_told(model_folder: Path) -> None:
