@@ -161,7 +161,7 @@ def _only_read(message: Message, answered: str, start: int) -> list[Span]:
 
 
 def _as_served(tokenizer: Any, messages: list[Message], tools: Any, prompt: str, answered: str) -> str:
-    """The conversation up to its last turn, opened as in the prompt: Hermes' template has a newline more before past ones.
+    """The conversation up to its last turn, opened as in the prompt: in past turns Hermes' template has a newline more.
 
     Raises:
         UserError: they differ in more than white space.
