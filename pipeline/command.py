@@ -111,8 +111,8 @@ def _run_stage(this: Stage, recipe: Recipe, run: Run, make: Callable[[Recipe, Ru
     return receipt
 
 
-def recipe_of_arguments(module: str, does: str) -> Recipe:
-    """The recipe that the command line names; `--help` prints the usage and exits."""
+def recipe_of_arguments(module: str, does: str, complete: bool = False) -> Recipe:
+    """The recipe that the command line names (`load`); `--help` prints the usage and exits."""
     arguments = sys.argv[1:]
     usage = USAGE.format(module=module, does=does)
     if "-h" in arguments or "--help" in arguments:
@@ -120,7 +120,7 @@ def recipe_of_arguments(module: str, does: str) -> Recipe:
         sys.exit(0)
     if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
         raise UserError(f"no recipe given: {usage.splitlines()[0]}")
-    return load(arguments[0], arguments[1:] or None)
+    return load(arguments[0], arguments[1:] or None, complete)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,15 @@ from typing import Any
 
 from pipeline.error import UserError
 
+# What a data file's name may end in, before the ending of a compression.
+JSONS = (".jsonl", ".ndjson", ".json")
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", *JSONS)
+TEXTS = (".txt", ".md", ".text", ".raw", ".tokens")
+PACKED = (".gz", ".zst", ".bz2", ".xz")
+# A data set of the Hub: `owner/name@revision:config:split`.
+HUB = re.compile(
+    r"(?P<id>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<first>[\w.-]+))?(?::(?P<second>[\w.-]+))?"
+)
 MOST_JSON_BYTES = 1 << 28  # the largest tokenizers take a tenth
 
 
@@ -132,6 +142,11 @@ def matching(name: str) -> list[Path]:
         return [path]
     found = glob.glob(glob.escape(name) + "/**" if path.is_dir() else name, recursive=True)
     return sorted(file for file in map(Path, found) if file.is_file())
+
+
+def ending(path: Path) -> str:
+    """The name's ending, without that of a compression."""
+    return (Path(path.stem) if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
 def remove(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from pipeline.error import UserError
-from pipeline.files import matching, unusable
+from pipeline.files import HUB, TABLES, TEXTS, ending, matching, unusable
 from pipeline.recipe import Recipe
 
 SHIPPED = Path("recipes")
@@ -47,10 +47,11 @@ RENAMED = {
 }
 
 
-def load(recipe: str, overrides: list[str] | None = None) -> Recipe:
+def load(recipe: str, overrides: list[str] | None = None, complete: bool = False) -> Recipe:
     """The recipe of that shipped name or path, with `key=value` overrides.
 
-    Without `overrides`, those that the last `make` kept for this run apply (`pipeline.resolve`).
+    Without `overrides`, those that the last `make` kept for this run apply (`pipeline.resolve`). To be `complete`, the
+    files that it names must be there, which what is trained already needs no more.
 
     Raises:
         UserError: with every problem of file and overrides, each with its place and the nearest valid key.
@@ -64,9 +65,10 @@ def load(recipe: str, overrides: list[str] | None = None) -> Recipe:
     places: dict[str, str] = {}
     values = _build(Recipe, tree, "", places, problems)
     # A key with a problem has its default here.
-    loaded, unlocated = _locate(Recipe(os.path.relpath(path), **values), path.parent)
+    loaded, unlocated = _locate(Recipe(os.path.relpath(path), **values), path.parent, complete)
+    wrong = list(problems)
     for key, problem in [*unlocated, *loaded.problems()]:
-        if not any(f" {told}:" in known for known in problems for told in (key, key.partition(".")[0])):
+        if not any(f" {told}:" in known for known in wrong for told in (key, key.partition(".")[0])):
             problems.append(f"{places.get(key, path)}: {key}: {problem}")
     if problems:
         raise UserError(*problems)
@@ -121,9 +123,9 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     return dataclasses.asdict(recipe)
 
 
-def _locate(recipe: Recipe, beside: Path) -> tuple[Recipe, list[tuple[str, str]]]:
+def _locate(recipe: Recipe, beside: Path, complete: bool) -> tuple[Recipe, list[tuple[str, str]]]:
     """The recipe and its problems, as (key, problem). Files are named from the repository, where make runs; one that is
-    not there is sought beside the recipe."""
+    not there is sought beside the recipe, and to be `complete` must be at one of these places."""
     problems = []
 
     def located(key: str, name: str) -> str:
@@ -131,8 +133,10 @@ def _locate(recipe: Recipe, beside: Path) -> tuple[Recipe, list[tuple[str, str]]
             problems.append((key, f"{name!r}: {problem}"))
             return name
         path = Path(name).expanduser()
-        found = not unusable(str(beside / path)) and not matching(str(path)) and matching(str(beside / path))
-        return str(beside / path) if found else str(path)
+        at = next((at for at in (path, beside / path) if not unusable(str(at)) and matching(str(at))), path)
+        if complete and not (os.path.lexists(at) or matching(str(at)) or _may_be_of_the_hub(key, name)):
+            problems.append((key, f"{name!r}: no such file, here or beside the recipe: correct the path"))
+        return str(at)
 
     data = dataclasses.replace(
         recipe.data,
@@ -152,6 +156,13 @@ def _locate(recipe: Recipe, beside: Path) -> tuple[Recipe, list[tuple[str, str]]
     template = recipe.chat_template and located("chat_template", recipe.chat_template)
     base = located("base_model", recipe.base_model)
     return dataclasses.replace(recipe, base_model=base, chat_template=template, data=data, eval=evaluation), problems
+
+
+def _may_be_of_the_hub(key: str, name: str) -> bool:
+    """Whether it may be an id of the Hub, or a base that comes along, and not a path alone."""
+    if key == "base_model":
+        return not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
+    return key == "data.train" and ending(Path(name)) not in (*TABLES, *TEXTS) and bool(HUB.fullmatch(name))
 
 
 def _halves(entry: str) -> list[str]:
@@ -269,6 +280,8 @@ def _apply_override(tree: dict[str, Any], override: str, problems: list[str]) ->
         if not isinstance(child, dict):
             child = tree[parent] = _Section()
         tree = child
+    if isinstance(known := tree.get(last), _Leaf) and known.place == "SET":
+        problems.append(f"SET: {key}: given twice: keep one")
     tree[last] = _Leaf(value, "SET")
 
 

@@ -21,6 +21,27 @@ WITHOUT_IMATRIX = frozenset(("F32", "F16", "BF16", "Q8_0", "MXFP4_MOE", "TQ2_0",
 NEEDS_IMATRIX = frozenset(("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"))
 
 PERSONAL = ("email", "phone", "key", "card", "iban")  # kinds of personal data that can be masked
+# What the libraries that tell languages and phone numbers know, and train/planning/prediction.py of GPUs.
+LANGUAGES = (
+    "af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca ce ceb ckb co cs cv cy da de diq "
+    "dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gom gu gv he hi hif hr hsb ht hu hy ia id ie ilo io is "
+    "it ja jv ka kk km kn ko krc ku kv ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr ms mt mwl my myv "
+    "mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn sco sd sh si "
+    "sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv uk ur uz vec vep vi vls vo wa war wuu xmf yi yo zh"
+)
+REGIONS = (
+    "AC AD AE AF AG AI AL AM AO AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS BT BW BY BZ CA "
+    "CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ EC EE EG EH ER ES ET FI FJ FK FM FO FR "
+    "GA GB GD GE GF GG GH GI GL GM GN GP GQ GR GT GU GW GY HK HN HR HT HU ID IE IL IM IN IO IQ IR IS IT JE JM JO JP "
+    "KE KG KH KI KM KN KP KR KW KY KZ LA LB LC LI LK LR LS LT LU LV LY MA MC MD ME MF MG MH MK ML MM MN MO MP MQ MR "
+    "MS MT MU MV MW MX MY MZ NA NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PR PS PT PW PY QA RE RO "
+    "RS RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TA TC TD TG TH TJ TK TL TM TN TO TR TT "
+    "TV TW TZ UA UG US UY UZ VA VC VE VG VI VN VU WF WS XK YE YT ZA ZM ZW"
+)
+GPUS = (
+    "rtx-4060 rtx-3060 rtx-4070 rtx-5070 t4 rtx-4080 rtx-5080 rtx-3090 rtx-4090 l4 a10g rtx-5090 v100-32gb a100-40gb "
+    "a6000 rtx-6000-ada l40 l40s a100-80gb rtx-pro-6000 h100-pcie h100-80gb h200 mi300x b200"
+)
 
 
 def knob(
@@ -44,7 +65,9 @@ class Clean:
     min_turns: int = knob(0, "Fewest turns of a conversation, without the system prompt", 0)
     max_turns: int = knob(0, "Most turns of a conversation; 0 sets no limit", 0)
     repetition: bool = knob(False, "Reject answers that repeat themselves, by Gopher's bounds; JSON and verse do, too")
-    languages: tuple[str, ...] = knob((), "Reject rows that are not in one of these, by ISO 639 codes like `en`")
+    languages: tuple[str, ...] = knob(
+        (), "Reject rows that are not in one of these, by ISO 639 codes like `en`", choices=LANGUAGES.split()
+    )
     duplicates: bool = knob(True, "Keep the first of equal rows")
     near_duplicates: bool = knob(False, "Keep the first of rows that `similarity` calls alike")
     similarity: float = knob(
@@ -54,7 +77,9 @@ class Clean:
     personal: tuple[str, ...] = knob(
         (), "What is masked, as in `[EMAIL]`, out of: email, phone, key, card, iban", choices=PERSONAL
     )
-    phone_region: str = knob("US", "Country of phone numbers without a country code, as two capitals")
+    phone_region: str = knob(
+        "US", "Country of phone numbers without a country code, in capitals", choices=REGIONS.split()
+    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +113,7 @@ class Data:
 @dataclass(frozen=True)
 class Lora:
     rank: int = knob(16, "Rank of the two matrices that are added to each layer", 1)
-    alpha: float = knob(32.0, "The adapter is scaled by alpha / rank", 0)
+    alpha: float = knob(32.0, "The adapter is scaled by alpha / rank", 1e-3)
     dropout: float = knob(0.0, "Share of the adapter's inputs dropped in training", 0, 0.9)
     targets: tuple[str, ...] = knob(("all-linear",), "Layers that get an adapter, by PEFT's names")
 
@@ -101,7 +126,7 @@ class Train:
     )
     lora: Lora = Lora()
     epochs: float = knob(3.0, "Passes over the training conversations", 0.01)
-    learning_rate: float = knob(1e-3, "Peak learning rate", 0)
+    learning_rate: float = knob(1e-3, "Peak learning rate", 1e-9)
     lr_scheduler: Literal["cosine", "linear", "constant"] = knob("cosine", "How the learning rate falls after warm-up")
     warmup_ratio: float = knob(0.05, "Share of the steps in which the learning rate rises", 0, 1)
     max_length: int = knob(1024, "Longest conversation, the rest is cut and counted; most tokens of a packed row", 16)
@@ -126,7 +151,7 @@ class Train:
         "Where curves are logged; `wandb`, `mlflow`: also there, local unless you are logged in",
     )
     stop_on_divergence: bool = knob(True, "Stop when the loss is no number or stays far above what it was")
-    checkpoint_minutes: float = knob(15.0, "Most minutes between checkpoints; each validation makes one too", 0)
+    checkpoint_minutes: float = knob(15.0, "Most minutes between checkpoints; each validation makes one too", 0.001)
     gradient_checkpointing: bool = knob(False, "Recompute activations in the backward pass: less memory, slower")
     precision: Literal["auto", "float32", "bfloat16"] = knob("auto", "`auto` is what the processor does fast")
     deterministic: bool = knob(False, "The same weights bit by bit on a GPU too, slower; without one they always are")
@@ -224,7 +249,11 @@ class Serve:
 
 @dataclass(frozen=True)
 class Plan:
-    gpu: str | None = knob(None, "A GPU to plan for, as `a100-80gb` (train/planning/prediction.py); else this machine")
+    gpu: str | None = knob(
+        None,
+        "A GPU to plan for, as `a100-80gb` (train/planning/prediction.py); else this machine",
+        choices=GPUS.split(),
+    )
     efficiency: float = knob(0.0, "Share of the device's peak that training reaches; 0 takes what is known", 0, 1)
     price: float = knob(0.0, "USD that one device costs an hour; 0 takes the table's range", 0)
     tokens: int = knob(0, "Tokens of one epoch; 0 counts those of the data's files", 0)
@@ -273,6 +302,13 @@ class Recipe:
         for name, value in (self.chat_template_arguments or {}).items():
             if not name.isidentifier() or not isinstance(value, str | int | float | bool):
                 found.append(("chat_template_arguments", f"{name}: {value!r}: give a name one text, number or truth"))
+        if not self.train.lora.targets:
+            found.append(("train.lora.targets", "is empty: name layers of the base, or all-linear for all of them"))
+        ports = {"port": self.serve.port, "ui_port": self.serve.ui_port, "playground_port": self.serve.playground_port}
+        for number, (name, port) in enumerate(ports.items()):
+            if port in (before := list(ports.values())[:number]):
+                same = list(ports)[before.index(port)]
+                found.append((f"serve.{name}", f"{port} is serve.{same} too: give each a port of its own"))
         if self.data.weights and len(self.data.weights) != len(self.data.train):
             given, wanted = len(self.data.weights), len(self.data.train)
             found.append(("data.weights", f"{given} of them for {wanted} in data.train: give one to each"))

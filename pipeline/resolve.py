@@ -52,10 +52,12 @@ if __name__ == "__main__":
     with boundary():
         given = environment_overrides()
         if given is None:
-            recipe = recipe_of_arguments("pipeline.resolve", "Check the recipe and tell Make what changed")
+            recipe = recipe_of_arguments(
+                "pipeline.resolve", "Check the recipe and tell Make what changed", complete=True
+            )
             if kept := kept_overrides(recipe.name):
                 log.info("%s: with SET=%r as before; 'SET=' drops it", recipe.name, " ".join(kept))
         else:
-            recipe = load(sys.argv[1], given)
+            recipe = load(sys.argv[1], given, complete=True)
             keep_overrides(recipe.name, given)
         resolve(recipe)

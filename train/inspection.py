@@ -204,8 +204,6 @@ def wrong_targets(recipe: Recipe, config: Any) -> list[str]:
     have = f"this base has {', '.join(fit)}; all-linear takes them all"
     if wanted == ("all-linear",):
         return [] if fit else ["train.lora.targets: all-linear finds no layer that takes an adapter: use another base"]
-    if not wanted:
-        return [f"train.lora.targets: empty: {have}"]
     problems = []
     for target in wanted:
         found = {name: layer for name, layer in layers.items() if name == target or name.endswith(f".{target}")}

@@ -172,7 +172,9 @@ def _arguments() -> Any:
     given = sys.argv[1:]
     if not given or given[0].startswith("-"):
         raise UserError("no recipe given: usage: python -m train.plan RECIPE [key=value ...]")
-    return load(given[0], given[1:] or environment_overrides())
+    overrides = given[1:] or environment_overrides()
+    recipe = load(given[0], overrides)
+    return recipe if recipe.plan.tokens else load(given[0], overrides, complete=True)  # with tokens no data is read
 
 
 if __name__ == "__main__":

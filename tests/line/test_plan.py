@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline import Run, UserError, load
+from pipeline.recipe import GPUS
 from train import plan
 from train.config import read_config
 from train.planning import fit
@@ -94,8 +95,9 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
-        Path("mine.yaml").write_text("data: {train: none.jsonl}\n")
-        recipe = load("mine.yaml", [f"base_model={folder}", "plan.tokens=1000000", "plan.gpu=a100-80gb", *overrides])
+        keys = "data: {train: none.jsonl}\nplan: {tokens: 1000000, gpu: a100-80gb}\n"
+        Path("mine.yaml").write_text(f"base_model: {folder}\n{keys}")
+        recipe = load("mine.yaml", [*overrides])
         return job(recipe, Run("mine"))
 
     return make
@@ -285,10 +287,8 @@ def test_a_truncated_gguf_is_told(tmp_path: Path) -> None:
         read_config(load("tiny", [f"base_model={tmp_path / 'cut.gguf'}"]), Run("nowhere"))
 
 
-def test_an_unknown_gpu_is_told(planned: Callable) -> None:
-    of = planned("qwen3-0.6b")
-    with pytest.raises(UserError, match=r"plan\.gpu='h1000' is unknown: choose one of: rtx-4060, "):
-        place(replace(of.recipe, plan=replace(of.recipe.plan, gpu="h1000")))
+def test_the_gpus_of_the_recipe_are_those_of_the_table() -> None:
+    assert GPUS.split() == list(DEVICES)
 
 
 def test_supervised_positions_are_filled_up_to_eighths() -> None:

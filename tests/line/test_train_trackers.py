@@ -117,7 +117,7 @@ def test_a_run_is_written_offline_and_goes_on_as_the_same(
             based.run.receipt_path("train").unlink()
         done = subprocess.run(
             [sys.executable, "-m", "train.run", "line.yaml", f"train.tracker={tracker}", "train.epochs=1",
-             "train.checkpoint_minutes=0", f"train.batch_size={rows}", f"train.gradient_accumulation={2 // rows}"],
+             "train.checkpoint_minutes=0.001", f"train.batch_size={rows}", f"train.gradient_accumulation={2 // rows}"],
             env={**clean, "HOME": str(tmp_path), "PYTHONPATH": f"{REPOSITORY}:{aside}"},
             capture_output=True, text=True, check=False,
         )  # fmt: skip

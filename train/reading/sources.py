@@ -11,26 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import UserError
-from pipeline.files import matching
+from pipeline.files import HUB, TABLES, TEXTS, ending, matching
 from pipeline.recipe import Data
 from train.hub import without_waiting
-from train.reading.chunks import JSONS, TEXTS, Chunk, file_chunks
+from train.reading.chunks import Chunk, file_chunks
 from train.reading.row import Names, named_columns
 from train.reading.tables import small
 
 log = logging.getLogger("truetune")
-TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", *JSONS)
-PACKED = (".gz", ".zst", ".bz2", ".xz")
 # Files beside the data in a folder that `datasets` saved or a repository has.
 BESIDE = re.compile(r"dataset_infos?|dataset_dict|state|readme|license|changelog|requirements", re.IGNORECASE)
 TRAINING = re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)", re.IGNORECASE)
 TESTING = re.compile(
     r"(^|[^a-z])(tests?|testing|dev|valid|validation|val|eval|heldout|holdout)([^a-z]|$)", re.IGNORECASE
-)
-
-
-NAME = re.compile(
-    r"(?P<id>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<first>[\w.-]+))?(?::(?P<second>[\w.-]+))?"
 )
 
 
@@ -68,7 +61,7 @@ def sources(data: Data) -> list[Source]:
             found += [Source(str(path), weight, columns=names) for path in files(name)]
         except UserError as error:
             hub = hub_set(name)
-            if hub and not Path(name).parent.exists() and _ending(Path(name)) not in TABLES + TEXTS:
+            if hub and not Path(name).parent.exists() and ending(Path(name)) not in TABLES + TEXTS:
                 found.append(Source(name, weight, hub, names))
             else:
                 problems += error.problems
@@ -118,7 +111,7 @@ def _in_folder(folder: Path) -> list[Path]:
     if (folder / "state.json").is_file():  # of datasets.Dataset.save_to_disk
         return sorted(folder.glob("*.arrow"))
     below = [path for path in matching(str(folder)) if not BESIDE.match(path.name)]
-    named = [path for path in below if _ending(path) in TABLES] or [path for path in below if _ending(path) in TEXTS]
+    named = [path for path in below if ending(path) in TABLES] or [path for path in below if ending(path) in TEXTS]
     if not named:
         raise UserError(f"{folder}: no data file in this folder: it needs one that ends in {', '.join(TABLES + TEXTS)}")
     if chats := [path for path in named if re.fullmatch(r"conversations(-\d+)?\.json", path.name)]:
@@ -131,11 +124,6 @@ def _in_folder(folder: Path) -> list[Path]:
     return named
 
 
-def _ending(path: Path) -> str:
-    """The name's ending, without that of a compression."""
-    return (Path(path.stem) if path.suffix.lower() in PACKED else path).suffix.lower()
-
-
 def _hub_chunks(name: str, hub: HubSet) -> Iterator[Chunk]:
     for first, batch in small(download(hub).data.table.to_batches(), name):
         yield Chunk(name, first, batch)
@@ -143,7 +131,7 @@ def _hub_chunks(name: str, hub: HubSet) -> Iterator[Chunk]:
 
 def hub_set(name: str) -> HubSet | None:
     """The set of that name, if it could be one."""
-    found = NAME.fullmatch(name)
+    found = HUB.fullmatch(name)
     return HubSet(**found.groupdict()) if found else None
 
 
