@@ -17,7 +17,16 @@ from pipeline import Made, Recipe, Run, UserError, command
 from pipeline.files import fingerprint, fresh_folder, put_in_place, read_json, read_object
 from pipeline.model import stored
 from pipeline.run import Fingerprints
-from train.config import PACKAGED, PACKAGED_MODEL, RANDOM, config_in, config_named, packaged_gguf, random_config
+from train.config import (
+    PACKAGED,
+    PACKAGED_MODEL,
+    RANDOM,
+    config_in,
+    config_named,
+    packaged_gguf,
+    random_config,
+    refuse_code,
+)
 from train.hub import fetched, without_waiting
 from train.inspection import (
     clean_generation,
@@ -193,10 +202,7 @@ def refuse_settings(recipe: Recipe, source: Path) -> None:
     """
     for settings in sorted(source.glob("*.json")):
         loaded = read_object(settings) if settings.name in OBJECTS else read_json(settings)
-        if isinstance(loaded, dict) and loaded.get("auto_map"):
-            raise UserError(
-                f"{settings} asks to run the model's own code (auto_map), which is never done: use a base without it"
-            )
+        refuse_code(settings, loaded)
     there = {file.name for file in source.iterdir()}
     pickled = sorted(name for name in there if name.endswith(PICKLED))
     if pickled and not any(name.endswith(".safetensors") for name in there):

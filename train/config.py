@@ -19,6 +19,7 @@ PACKAGED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 RANDOM = "random"
 MOST = {"num_hidden_layers": 1000, "hidden_size": 2**17, "vocab_size": 2**22, "num_attention_heads": 2**12}
 FIX = "fix its config.json or use another base"
+WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 NOT_GENERATING = ("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification")
 
 
@@ -59,11 +60,18 @@ def config_in(folder: Path, name: str) -> Any:
 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json, by which a model is planned: name a model's folder")
-    read_object(folder / "config.json")
+    refuse_code(folder / "config.json", read_object(folder / "config.json"))
     with _understood(name):
-        # A config may name code of its own; it is never run, and most such models are known without it.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return _checked(config, name)
+
+
+def refuse_code(file: Path, settings: Any) -> None:
+    """Raises a UserError if a base's settings name code of its own."""
+    if isinstance(settings, dict) and settings.get("auto_map"):
+        raise UserError(
+            f"{file} asks to run the model's own code (auto_map), which is never done: use a base without it"
+        )
 
 
 @contextmanager
@@ -79,17 +87,17 @@ def _understood(name: str) -> Iterator[None]:
 def _checked(config: Any, name: str) -> Any:
     """The config, if it is of a model that can be and that generates text."""
     from transformers import PretrainedConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     if absurd := _absurd(config.get_text_config()):
         raise UserError(f"base {name!r}: its config has {absurd}: {FIX}")
     kinds = [str(kind) for kind in config.architectures or ()]
+    named = f"base {name!r} is a {config.model_type} ({', '.join(kinds) or 'no architecture named'})"
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not any(kind.endswith(WRITES) for kind in kinds):
+        raise UserError(f"{named}, an encoder, which reads text and writes none: use a base that chats, a decoder")
     generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not any(k.endswith(NOT_GENERATING) for k in kinds)
     if not generates or not isinstance(config, PretrainedConfig):
-        raise UserError(
-            f"base {name!r} is a {config.model_type} ({', '.join(kinds) or 'no architecture named'}), which "
-            "does not generate text: use a base whose architecture ends with ForCausalLM"
-        )
+        raise UserError(f"{named}, which does not generate text: use a base whose architecture ends with ForCausalLM")
     return config
 
 

@@ -61,6 +61,7 @@ def wrap(recipe: Recipe, model: Any, added: list[int]) -> Any:
     if tuner.config is None:
         return model
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     lora = recipe.train.lora
     targets = lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets)
@@ -74,6 +75,7 @@ def wrap(recipe: Recipe, model: Any, added: list[int]) -> Any:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # it only divides by it
         lora_dropout=lora.dropout,
         target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's layers are transposed
         exclude_modules=read_past_adapters(model.config) if targets == "all-linear" else None,
         trainable_token_indices={name: added for name in names} if added else None,
         **tuner.config,

@@ -261,7 +261,16 @@ def test_a_packaged_gguf_is_read_by_its_header() -> None:
 
 
 REFUSED = {
-    "an encoder": ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "which does not generate text"),
+    "an encoder": (
+        {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        r"\(BertForMaskedLM\), an encoder, which",
+    ),
+    "an encoder for search": ({"model_type": "bert", "architectures": ["BertModel"]}, "an encoder, which reads text"),
+    "code of its own": (
+        LLAMA_2 | {"auto_map": {"AutoConfig": "a.B"}},
+        "asks to run the model's own code .* never done",
+    ),
+    "an unknown kind by its own code": ({"model_type": "nonesuch", "auto_map": {"AutoConfig": "a.B"}}, "never done"),
     "a translator": ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "which does not generate"),
     "an unknown kind": ({"model_type": "nonesuch"}, "its config is not understood"),
     "no kind": ({}, "its config is not understood"),

@@ -204,6 +204,19 @@ def test_impossible_targets_are_told_under_a_tuner_without_an_adapter() -> None:
     assert told.startswith("train.lora.targets: 'wrong_proj' is no layer")
 
 
+@pytest.mark.parametrize(("family", "transposed"), [("GPT2", True), ("Llama", False)])
+def test_layers_that_are_transposed_are_told_to_peft(
+    family: str, transposed: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    from pipeline.model import on_meta
+    from train.tuners import wrap
+
+    keys = {"n_layer": 1, "n_embd": 32, "n_head": 2} if transposed else {"num_hidden_layers": 1}
+    adapted = wrap(recipe(), on_meta(config(family, **keys)), [])
+    assert adapted.peft_config["default"].fan_in_fan_out == transposed
+    assert not [warning for warning in recwarn if "fan_in_fan_out" in str(warning.message)]
+
+
 @pytest.mark.parametrize("family", ["Mamba", "Mamba2", "FalconMamba"])
 def test_all_linear_leaves_out_what_mamba_s_kernels_read(family: str) -> None:
     from pipeline.model import on_meta
