@@ -53,7 +53,7 @@ help: ## Show this list
 	@echo "  OLLAMA_HOST=gpu-box:11434       for register and test-ollama; OLLAMA_API_KEY if it wants one"
 	@echo "  PROFILE='llamacpp playground'   for up: ollama (the default), gpu, llamacpp or vllm; playground; train"
 	@echo "  Q='Where is my key?'            for ask"
-	@echo "  ROW=17                          for preview: that conversation alone; ROW=talks.jsonl:17 too"
+	@echo "  ROW=17                          for preview: the 17th conversation to train on; ROW=talks.jsonl:17 is that of a file's line"
 	@echo "  NPROC=2                         for train: so many processes; NODE_RANK=1 MASTER_ADDR=10.0.0.1 on another host"
 	@echo "  FORCE=1                         for train and serve: even what is planned not to fit, or failed its proof"
 

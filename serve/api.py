@@ -125,7 +125,7 @@ def chat_window(recipe: Recipe, run: Run, backend: Backend) -> list[Service]:
 
 def start(recipe: Recipe, backend: Backend, supervisor: Supervisor) -> Receipt:
     """Start the services, which prove themselves, and say so in the stage's receipt."""
-    log.info("serve: %s", stage("serve").does)
+    log.info("serve: %s", stage("serve").does if recipe.serve.ui != "none" else "Serve over an OpenAI-compatible API")
     started_at, begin = datetime.now(UTC), time.monotonic()
     supervisor.start()
     seconds = round(time.monotonic() - begin, 3)

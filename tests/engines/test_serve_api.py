@@ -69,6 +69,7 @@ def test_receipt(server: Server):
         "threads": 1,
     }
     assert receipt["peak_rss_bytes"] > 10_000_000
+    assert "chat window" not in server.err.read_text(), "it has none"
 
 
 def test_the_curl_line_works_when_pasted(server: Server):
