@@ -91,13 +91,13 @@ def check_process(receipt: Receipt) -> None:
             if "".join(rest).removesuffix(" (deleted)") == standing and held != node:
                 raise UserError(
                     f"serve: process {server.pid} serves the {path} that stood there when it started, which has been "
-                    "replaced: stop it and run 'make serve' again"
+                    f"replaced: stop it and run 'make serve RECIPE={run.given}' again"
                 )
 
 
 if __name__ == "__main__":
     with boundary():
-        run = Run(recipe_of_arguments("report.verify", "Recompute every hash from the receipts").name)
+        run = Run.of(recipe_of_arguments("report.verify", "Recompute every hash from the receipts"))
         run.receipt("train")
         for name, files in verify(run):
             log.info("%s: %d files are what the receipt says", name, files)

@@ -39,4 +39,4 @@ def stop(run: Run) -> None:
 
 if __name__ == "__main__":
     with boundary():
-        stop(Run(recipe_of_arguments("serve.stop", DOES).name))
+        stop(Run.of(recipe_of_arguments("serve.stop", DOES)))

@@ -78,7 +78,8 @@ def connect(recipe: Recipe) -> "tuple[OpenAI, str]":
         return OpenAI(base_url=served["url"], api_key=key, http_client=http), served["model"]
     port = port_of_environment(served["port"])
     if not is_healthy(port):
-        raise UserError(f"nothing answers on {url_of(port)}: run 'make serve' in another terminal first")
+        start = f"run 'make serve RECIPE={recipe.given}' in another terminal first"
+        raise UserError(f"nothing answers on {url_of(port)}: {start}")
     key = read_key()
     name = served_model(port, key, recipe.name)["id"]
     if name != recipe.name:

@@ -110,7 +110,8 @@ def impossible(recipe: Recipe, machine: Machine) -> list[str]:
     found, needed = [], knobs.tensor * knobs.pipeline * knobs.data
     if needed > max(machine.gpus, 1):
         sizes = f"serve.vllm: tensor {knobs.tensor} x pipeline {knobs.pipeline} x data {knobs.data}"
-        found.append(f"{sizes} needs {needed} GPUs, here are {machine.gpus}: lower them, or see 'make cluster'")
+        more = f"see 'make cluster RECIPE={recipe.given}'"
+        found.append(f"{sizes} needs {needed} GPUs, here are {machine.gpus}: lower them, or {more}")
     if knobs.quantization == "fp8" and not machine.gpus:
         found.append("serve.vllm.quantization: fp8 needs an NVIDIA GPU, here is none: set it to none")
     if knobs.adapter and recipe.train.lora.rank > RANKS[-1]:
@@ -141,7 +142,8 @@ def verified(recipe: Recipe, run: Run) -> Fingerprints:
 def refuse_replaced(recipe: Recipe, run: Run, known: Fingerprints) -> None:
     """After a crash only the files that were proved may be loaded again."""
     if verified(recipe, run) != known:
-        raise UserError(f"{model_of(recipe, run).weights} was replaced while it was served: run 'make serve' again")
+        again = f"run 'make serve RECIPE={recipe.given}' again"
+        raise UserError(f"{model_of(recipe, run).weights} was replaced while it was served: {again}")
 
 
 def refuse_long_context(context: int, weights: Path) -> None:

@@ -92,10 +92,8 @@ def test_nothing_there(server: Server):
     port = free_port()
     done = chat(server.folder, port, "--ask", "apple")
     assert done.returncode == 1
-    assert (
-        done.stderr
-        == f"error: nothing answers on http://127.0.0.1:{port}: run 'make serve' in another terminal first\n"
-    )
+    start = f"run 'make serve RECIPE={NAME}.yaml' in another terminal first"
+    assert done.stderr == f"error: nothing answers on http://127.0.0.1:{port}: {start}\n"
 
 
 def test_another_model_there(server: Server, tmp_path: Path):

@@ -91,7 +91,7 @@ def _of_files(recipe: Recipe) -> tuple[list[dict[str, Any]], int]:
                 whole = False
                 break
         if not read:
-            raise UserError(f"{source.name}: nothing in it can be learned: 'make data' tells why")
+            raise UserError(f"{source.name}: nothing in it can be learned: 'make data RECIPE={recipe.given}' tells why")
         size = len(read) if whole else len(read) * Path(source.name).stat().st_size / _characters(read)
         sample += list(islice(read, 0, None, max(1, len(read) // SAMPLE)))
         total += size * source.weight * (1 - recipe.data.validation)
