@@ -91,7 +91,7 @@ def check_process(receipt: Receipt) -> None:
             if "".join(rest).removesuffix(" (deleted)") == standing and held != node:
                 raise UserError(
                     f"serve: process {server.pid} serves the {path} that stood there when it started, which has been "
-                    f"replaced: stop it and run 'make serve RECIPE={run.given}' again"
+                    "replaced: stop it and run 'make serve' again"
                 )
 
 
