@@ -304,11 +304,8 @@ class Recipe:
                 found.append(("chat_template_arguments", f"{name}: {value!r}: give a name one text, number or truth"))
         if not self.train.lora.targets:
             found.append(("train.lora.targets", "is empty: name layers of the base, or all-linear for all of them"))
-        ports = {"port": self.serve.port, "ui_port": self.serve.ui_port, "playground_port": self.serve.playground_port}
-        for number, (name, port) in enumerate(ports.items()):
-            if port in (before := list(ports.values())[:number]):
-                same = list(ports)[before.index(port)]
-                found.append((f"serve.{name}", f"{port} is serve.{same} too: give each a port of its own"))
+        if self.serve.ui == "openwebui" and self.serve.ui_port == self.serve.port:
+            found.append(("serve.ui_port", f"{self.serve.port} is serve.port too: give each a port of its own"))
         if self.data.weights and len(self.data.weights) != len(self.data.train):
             given, wanted = len(self.data.weights), len(self.data.train)
             found.append(("data.weights", f"{given} of them for {wanted} in data.train: give one to each"))

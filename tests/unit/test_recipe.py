@@ -143,11 +143,8 @@ BAD = {
         ],
     ),
     "one port for two": (
-        DATA + "serve:\n  port: 3000\n  playground_port: 3000\n",
-        [
-            "mine.yaml: serve.ui_port: 3000 is serve.port too: give each a port of its own",
-            "mine.yaml:4: serve.playground_port: 3000 is serve.port too: give each a port of its own",
-        ],
+        DATA + "serve:\n  port: 8001\n  ui_port: 8001\n",
+        ["mine.yaml:4: serve.ui_port: 8001 is serve.port too: give each a port of its own"],
     ),
     "key given twice": (
         DATA + "seed: 1\nseed: 2\n",
