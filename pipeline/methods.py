@@ -8,14 +8,26 @@ class Method:
     """`train/methods/<name>.py` is its code.
 
     Args:
-        rows: what `data` must deliver.
+        rows: what `data` must deliver: `chat` (conversations or text) or `preference` (a better and a worse answer).
         head: which AutoModel every later stage loads (`pipeline.model.HEADS`).
         leaves: what a training makes, and so which stages follow.
+        loss: what its loss is counted in.
+        sequences: how many the model reads of each row.
     """
 
     rows: str
     head: str
     leaves: str
+    loss: str = "nats a token"
+    sequences: int = 1
+
+    @property
+    def packs(self) -> bool:
+        """Whether several rows can be one: answers that are compared stay apart."""
+        return self.rows == "chat"
 
 
-METHODS = {"sft": Method(rows="chat", head="causal", leaves="chat")}
+METHODS = {
+    "sft": Method(rows="chat", head="causal", leaves="chat"),
+    "dpo": Method(rows="preference", head="causal", leaves="chat", loss="a pair", sequences=2),
+}

@@ -118,13 +118,39 @@ class Lora:
     targets: tuple[str, ...] = knob(("all-linear",), "Layers that get an adapter, by PEFT's names")
 
 
+# TRL's losses over a better and a worse answer; the paper of each stands in TRL's documentation of DPO.
+PAIR_LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+               "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")  # fmt: skip
+SFT_ALONE = ("neftune", "label_smoothing", "order")  # keys that no other method reads
+
+
+@dataclass(frozen=True)
+class Dpo:
+    beta: float = knob(0.1, "How much leaving the start costs: higher stays closer", 1e-6)
+    loss_type: tuple[str, ...] = knob(
+        ("sigmoid",), "TRL's loss, or several that are added, as `[sigmoid, sft]`", choices=PAIR_LOSSES
+    )
+    loss_weights: tuple[float, ...] = knob((), "A weight for each of `loss_type`; 1 if not given", 0)
+    label_smoothing: float = knob(
+        0.0, "Share of pairs that are the wrong way round, of `robust`, `aot` and `exo_pair`", 0, 0.49
+    )
+    precompute: bool = knob(
+        False, "Compute the start's log-probabilities once, before training: with `full` no second copy is held"
+    )
+
+
 @dataclass(frozen=True)
 class Train:
-    method: str = knob("sft", "What is learned from the rows: `sft`, the assistant's words", choices=METHODS)
+    method: str = knob(
+        "sft",
+        "What is learned from the rows: `sft`, the assistant's words; `dpo`, the better of two answers",
+        choices=METHODS,
+    )
     tuner: Literal["full", "lora", "qlora", "dora", "rslora"] = knob(
         "lora", "`full` trains all weights; the others an adapter, `qlora` on a base in 4 bits"
     )
     lora: Lora = Lora()
+    dpo: Dpo = Dpo()
     epochs: float = knob(3.0, "Passes over the training conversations", 0.01)
     learning_rate: float = knob(1e-3, "Peak learning rate", 1e-9)
     lr_scheduler: Literal["cosine", "linear", "constant"] = knob("cosine", "How the learning rate falls after warm-up")
@@ -156,6 +182,35 @@ class Train:
     precision: Literal["auto", "float32", "bfloat16"] = knob("auto", "`auto` is what the processor does fast")
     deterministic: bool = knob(False, "The same weights bit by bit on a GPU too, slower; without one they always are")
     max_new_tokens: int = knob(48, "Longest answer when the held-out questions are asked", 1)
+
+    def needs_copy(self, tuner: str) -> bool:
+        """Whether a second, frozen model is held, with which the one that is trained by this tuner is compared."""
+        return self.method == "dpo" and tuner == "full" and not self.dpo.precompute
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong between the method's keys and the others, as (key, problem)."""
+        found = []
+        if self.method == "sft":
+            return []
+        for key in SFT_ALONE:
+            if getattr(self, key) != type(self).__dataclass_fields__[key].default:
+                found.append((f"train.{key}", f"train.method={self.method} does not read it: take it out"))
+        if self.packing == "on":
+            found.append(("train.packing", f"train.method={self.method} packs no rows: set it to auto or off"))
+        if self.lora.dropout:
+            why = f"train.method={self.method} compares two models, which dropout would blur"
+            found.append(("train.lora.dropout", f"{why}: set it to 0"))
+        losses, weights, smoothing = self.dpo.loss_type, self.dpo.loss_weights, self.dpo.label_smoothing
+        if not losses:
+            found.append(("train.dpo.loss_type", "is empty: name one, as sigmoid"))
+        if weights and len(weights) != len(losses):
+            given = f"{len(weights)} of them for {len(losses)} losses"
+            found.append(("train.dpo.loss_weights", f"{given}: give one to each"))
+        if "exo_pair" in losses and not smoothing:
+            found.append(("train.dpo.loss_type", "exo_pair needs train.dpo.label_smoothing: set it to 1e-3"))
+        if self.batch_size == 1 and (sorting := [loss for loss in losses if loss.startswith("aot")]):
+            found.append(("train.batch_size", f"{sorting[0]} compares the pairs of a batch: set it to 2 or more"))
+        return found
 
 
 @dataclass(frozen=True)
@@ -312,6 +367,7 @@ class Recipe:
         if not self.gguf.imatrix_tokens and (needing := NEEDS_IMATRIX.intersection(self.gguf.types)):
             types = ", ".join(sorted(needing))
             found.append(("gguf.types", f"{types} needs an importance matrix: set gguf.imatrix_tokens, say to 4096"))
+        found += self.train.problems()
         if self.serve.vllm.adapter and self.train.tuner in ("full", "dora"):
             why = "leaves no adapter" if self.train.tuner == "full" else "leaves one that vLLM does not apply"
             found.append(("serve.vllm.adapter", f"train.tuner={self.train.tuner} {why}: set it to false"))

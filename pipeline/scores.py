@@ -223,6 +223,18 @@ def interval(estimate: Estimate, unit: str, show: Callable[[float, str], str] = 
     return f"{show(estimate.low, unit)} to {show(estimate.high, unit)}"
 
 
+def line(score: Score) -> str:
+    """A score with its intervals in a line."""
+    told = [
+        figure(estimate.value, score.unit)
+        + (f" ({interval(estimate, score.unit)})" if estimate.low is not None else "")
+        for estimate in (score.base, score.trained)
+        if estimate
+    ]
+    judged = f", {score.verdict}" if score.verdict else ""
+    return f"{score.group}: {score.name} {' -> '.join(told)}{judged}"
+
+
 def grouped(scores: list[Score]) -> list[tuple[str, list[Score]]]:
     """(group, its scores), in their order."""
     return [(group, list(members)) for group, members in groupby(scores, key=lambda score: score.group)]

@@ -17,7 +17,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("data", "train.data", "Read, check and split the conversations", (), ("data", "seed")),
+    Stage("data", "train.data", "Read, check and split the conversations", (), ("data", "train.method", "seed")),
     Stage(
         "base",
         "train.base",

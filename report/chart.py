@@ -265,8 +265,12 @@ def speed_chart(files: list[Comparison], choice: dict[str, Any]) -> Chart | None
     )
 
 
-def loss_chart(train: Receipt) -> Chart | None:
-    """Training loss by step, as it was and smoothed, and the validation losses from before the first step on."""
+def loss_chart(train: Receipt, loss: str = "nats a token") -> Chart | None:
+    """Training loss by step, as it was and smoothed, and the validation losses from before the first step on.
+
+    Args:
+        loss: what it is counted in (pipeline.methods).
+    """
     losses = [(float(step), loss) for step, loss in train.metrics.get("loss_curve", [])]
     if len(losses) < 2:
         return None
@@ -286,10 +290,10 @@ def loss_chart(train: Receipt) -> Chart | None:
     return Chart(
         "losses",
         "Loss by step",
-        "Nats a token of the assistant's words; the validation conversations were never trained on.",
+        f"Loss, {loss}; the validation conversations were never trained on.",
         "; ".join([ends, *([f"validation loss {held}"] if held else []), *told]) + ".",
         horizontal("step", [0, *(step for step, _ in losses)]),
-        vertical("loss, nats a token", [0, *(loss for curve in curves for _, loss in curve.pairs)]),
+        vertical(f"loss, {loss}", [0, *(y for curve in curves for _, y in curve.pairs)]),
         points=marks,
         curves=[curve for curve in curves if curve.pairs],
         breaks=[float(stop["step"]) for stop in stops],

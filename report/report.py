@@ -16,10 +16,11 @@ from typing import Any
 
 from pipeline.command import boundary, log, recipe_of_arguments
 from pipeline.files import write_whole
+from pipeline.methods import METHODS
 from pipeline.proof import Comparison
 from pipeline.recipe import Recipe
 from pipeline.run import Receipt, Run
-from pipeline.scores import change, evaluated, figure, interval
+from pipeline.scores import Score, change, evaluated, figure, grouped, interval
 from pipeline.units import duration, number, share, size
 from report.chart import HEIGHT, WIDTH, change_chart, loss_chart, size_chart, speed_chart
 from report.summary import (
@@ -125,7 +126,7 @@ def page(recipe: Recipe, run: Run) -> str:
     jinja.filters |= FILTERS
     told = verdict(recipe, run)
     files, choice = quantizations(recipe, run, told), recommended(recipe, run)
-    found = evaluated(recipe, run)
+    found, method = evaluated(recipe, run), METHODS[recipe.train.method]
     return jinja.get_template("report.html.jinja").render(
         recipe=recipe,
         style=Markup(style),
@@ -135,8 +136,9 @@ def page(recipe: Recipe, run: Run) -> str:
         data_told=conversations(run),
         base=run.find_receipt("base"),
         train=run.receipt("train"),
-        figures=figures(run.receipt("train"), files, served_type(recipe, choice)),
-        learned=learned(run.receipt("train")),
+        figures=figures(run.receipt("train"), method.loss, files, served_type(recipe, choice)),
+        learned=learned(run.receipt("train"), method.loss),
+        trained=grouped([Score.of(row) for row in run.receipt("train").metrics.get("scores", ())]),
         planned=planned(run.receipt("train")),
         groups=groups,
         compared=taken(FIDELITY, told.rows),
@@ -144,7 +146,7 @@ def page(recipe: Recipe, run: Run) -> str:
         measured=taken(QUANTIZED, files),
         choice=choice,
         charts=[chart for chart in (size_chart(files, choice), speed_chart(files, choice)) if chart],
-        losses=loss_chart(run.receipt("train")),
+        losses=loss_chart(run.receipt("train"), method.loss),
         evaluation=found,
         changes=change_chart(found.scores) if found else None,
         figure=figure,
@@ -169,10 +171,10 @@ def groups(columns: list[Column]) -> list[tuple[str, int]]:
     return [(name, len(list(members))) for name, members in groupby(columns, key=lambda column: column.group)]
 
 
-def learned(train: Receipt) -> list[tuple[str, str, str]]:
-    """(measure, of the base, of the trained model) on what was held back from training."""
+def learned(train: Receipt, loss: str) -> list[tuple[str, str, str]]:
+    """(measure, of the base, of the trained model) on what was held back; `loss` is what it is counted in."""
     known = (
-        ("validation loss, nats a token", "validation_loss", number),
+        (f"validation loss, {loss}", "validation_loss", number),
         ("key facts in answers", "key_fact_accuracy", share),
     )
     before, after = (train.metrics.get(when, {}) for when in ("before", "after"))
@@ -205,9 +207,9 @@ def _beyond(ratio: float) -> str:
     return f"{ratio - 1:+.1%}".replace("-", "\N{MINUS SIGN}") if abs(ratio - 1) >= 5e-4 else "0%"
 
 
-def figures(train: Receipt, files: list[Comparison], kind: str) -> list[tuple[str, str, str]]:
+def figures(train: Receipt, loss: str, files: list[Comparison], kind: str) -> list[tuple[str, str, str]]:
     """(name, value, note) of the few numbers that tell a run at a glance."""
-    found = [(name, after, f"the base: {before}") for name, before, after in learned(train)]
+    found = [(name, after, f"the base: {before}") for name, before, after in learned(train, loss)]
     served = next((row.measures for row in files if row.name == kind), {})
     if "bytes" in served:
         found.append(("served file", size(served["bytes"]), kind))
@@ -239,6 +241,10 @@ def card(recipe: Recipe, run: Run) -> str:
         data=run.find_receipt("data"),
         base=run.find_receipt("base"),
         train=run.receipt("train"),
+        loss=METHODS[recipe.train.method].loss,
+        scores=[Score.of(row) for row in run.receipt("train").metrics.get("scores", ())],
+        figure=figure,
+        interval=interval,
         merged=run.find_receipt("merge"),
         files=files,
         served=next((row for row in files if row.name == served_type(recipe, choice)), None),
@@ -260,17 +266,17 @@ def metadata(recipe: Recipe, run: Run) -> dict[str, Any]:
         "base_model": stated.get("model"),
         "base_model_relation": ("finetune" if whole else "adapter") if stated.get("model") else None,
         "tags": ["truetune", recipe.train.tuner, "conversational", *(["gguf"] if run.find_receipt("gguf") else [])],
-        "model-index": [{"name": recipe.name, "results": results}] if (results := _results(run)) else None,
+        "model-index": [{"name": recipe.name, "results": results}] if (results := _results(recipe, run)) else None,
     }
     return {key: value for key, value in found.items() if value}
 
 
-def _results(run: Run) -> list[dict[str, Any]]:
+def _results(recipe: Recipe, run: Run) -> list[dict[str, Any]]:
     """The trained model's own scores, as the Hub's evaluation results."""
     after = run.receipt("train").metrics.get("after", {})
     scores = (
         (HELDOUT, "accuracy", "Key facts in the answers", after.get("key_fact_accuracy")),
-        (VALIDATION, "loss", "Nats a token of the assistant's words", after.get("validation_loss")),
+        (VALIDATION, "loss", f"Loss, {METHODS[recipe.train.method].loss}", after.get("validation_loss")),
     )
     return [
         {

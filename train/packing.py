@@ -15,9 +15,10 @@ from typing import Any
 from pipeline import Recipe, Run, UserError
 from pipeline.error import reason
 from pipeline.files import write_whole
+from pipeline.methods import METHODS
 from train.launch import of_first, rank
 from train.planning.rehearsal import ATTENTION
-from train.tokens import lengths
+from train.tokens import side_lengths
 
 PARTS, PART_TOKENS = 3, 32  # of the row that is compared
 # Of the logits' size, in float32: 30 layers gave 2e-6 where parts are kept apart, the least leak 7e-3.
@@ -41,12 +42,20 @@ class Layout:
 
 def expected(recipe: Recipe, run: Run, config: Any) -> Layout:
     """The layout as far as it is known without the base's weights."""
-    if recipe.train.packing == "off":
-        return Layout(False, "train.packing=off")
+    if why := _not_wished(recipe):
+        return Layout(False, why)
     if known := _kept(run):
         return known
     why = cannot_pack(config)
     return Layout(not why, why or LEFT_TO_CHECK)
+
+
+def _not_wished(recipe: Recipe) -> str:
+    """Why no base's rows would be packed, or nothing."""
+    if recipe.train.packing == "off":
+        return "train.packing=off"
+    method = recipe.train.method
+    return "" if METHODS[method].packs else f"train.method={method} compares whole answers"
 
 
 def cannot_pack(config: Any) -> str:
@@ -84,13 +93,13 @@ def layout_of(recipe: Recipe, run: Run, model: Any, rows: Any) -> Layout:
     Raises:
         UserError: train.packing=on, and the base does not keep conversations apart.
     """
-    if recipe.train.packing == "off":
-        found = Layout(False, "train.packing=off")
+    if why := _not_wished(recipe):
+        found = Layout(False, why)
     else:
         found = of_first((_kept(run) or _checked(recipe, run, model, rows)) if rank() == 0 else None)
     if recipe.train.packing == "on" and not found.packed:
         raise UserError(refused(recipe, found.why))
-    if not found.packed:
+    if not found.packed and METHODS[recipe.train.method].packs:
         log.warning("train: rows are padded, each is one conversation, batch_size=%d a step: %s",
                     recipe.train.batch_size, found.why)  # fmt: skip
     return found
@@ -108,14 +117,14 @@ def told(found: Layout, rows: Any, row_tokens: int, batch_size: int) -> dict[str
     """
     import numpy as np
 
-    sizes, computed = lengths(rows), len(rows) * row_tokens
+    sides, computed = side_lengths(rows), len(rows) * row_tokens
     if not found.packed:
-        starts = np.arange(0, len(sizes), batch_size)
+        starts = np.arange(0, len(rows), batch_size)
         multiple = padded_to(False, row_tokens)
-        widths = -(-np.maximum.reduceat(sizes, starts) // multiple) * multiple
-        computed = int((widths * np.diff([*starts, len(sizes)])).sum())
-    fill = round(int(sizes.sum()) / computed, 4)
-    return asdict(found) | {"rows": len(sizes), "row_tokens": row_tokens, "fill": fill}
+        widths = -(-np.maximum.reduceat(sides.max(0), starts) // multiple) * multiple
+        computed = len(sides) * int((widths * np.diff([*starts, len(rows)])).sum())
+    fill = round(int(sides.sum()) / computed, 4)
+    return asdict(found) | {"rows": len(rows), "row_tokens": row_tokens, "fill": fill}
 
 
 def _checked(recipe: Recipe, run: Run, model: Any, rows: Any) -> Layout:

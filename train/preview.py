@@ -14,8 +14,18 @@ from pipeline.rows import count, picked, rows
 from pipeline.units import bars
 from train.config import read_config
 from train.packing import expected, told
-from train.template import IGNORED, row_examples
-from train.tokens import SHOWN_TOKENS, VISIBLE, Tokens, longest_and_sum, pieces, row_tokens, tokenized, write_preview
+from train.template import IGNORED
+from train.tokens import (
+    SHOWN_TOKENS,
+    VISIBLE,
+    Tokens,
+    examples_of,
+    longest_and_sum,
+    pieces,
+    row_tokens,
+    tokenized,
+    write_preview,
+)
 
 SHOWN, PACKED_SHOWN = 3, 2
 PACKED = 10_000  # conversations of which the fill of packed rows is told
@@ -61,19 +71,20 @@ def preview(recipe: Recipe, run: Run, wish: str | None = None) -> None:
 
 def show_row(console: Any, tokenizer: Any, recipe: Recipe, row: dict[str, Any], most: int) -> None:
     """A conversation as each of its training rows."""
-    found = row_examples(tokenizer, row, recipe.train.max_length, recipe.train.supervise)
+    found = examples_of(recipe, tokenizer, row)
     if not found:
         heading(console, f"{row['source']}: left out, no answer is within train.max_length={recipe.train.max_length}")
     for index, example in enumerate(found):
-        learned = sum(label != IGNORED for label in example.labels)
         part = f", row {index + 1} of {len(found)}" if len(found) > 1 else ""
-        size = f"{len(example.input_ids):,} tokens, {learned:,} learned ({mark(console)})"
-        cut = ", cut" if len(example.input_ids) == recipe.train.max_length else ""
-        heading(console, f"{row['source']}{part}: {size}{cut}")
-        show_tokens(console, tokenizer, example.input_ids[:most], example.labels[:most])
-        if len(example.input_ids) > most:
-            more = f"... and {len(example.input_ids) - most:,} tokens more: ROW={row['source']} shows all"
-            console.print(more.translate(VISIBLE), markup=False)
+        for name, ids, labels in example.sides:
+            learned = sum(label != IGNORED for label in labels)
+            size = f"{len(ids):,} tokens, {learned:,} learned ({mark(console)})"
+            cut = ", cut" if len(ids) == recipe.train.max_length else ""
+            heading(console, f"{row['source']}{part}{name and f', {name}'}: {size}{cut}")
+            show_tokens(console, tokenizer, ids[:most], labels[:most])
+            if len(ids) > most:
+                more = f"... and {len(ids) - most:,} tokens more: ROW={row['source']} shows all"
+                console.print(more.translate(VISIBLE), markup=False)
 
 
 def show_packed(console: Any, tokenizer: Any, row: dict[str, Any], index: int, most: int) -> None:

@@ -28,6 +28,11 @@ class Example:
     input_ids: list[int]
     labels: list[int]
 
+    @property
+    def sides(self) -> tuple[tuple[str, list[int], list[int]], ...]:
+        """(name, ids, labels) of what the model reads of the row: one conversation, which has no name."""
+        return (("", self.input_ids, self.labels),)
+
 
 @dataclass(frozen=True)
 class Spoken:

@@ -11,7 +11,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,14 @@ from pipeline import Recipe, Run, UserError
 from pipeline.files import fingerprint, fresh_folder, put_in_place, remove, write_whole
 from pipeline.machine import cores
 from pipeline.progress import progress
-from pipeline.recipe import Train
 from pipeline.rows import batches, count, rows
 from train.pool import in_order
 from train.reading.row import Problem, told
-from train.template import IGNORED, batch_examples, controls, row_examples, shown
+from train.template import IGNORED, controls, shown
 
 log = logging.getLogger("truetune")
 PARTS = ("train", "validation")
-COLUMNS = ("input_ids", "labels")
+IDS = "input_ids"  # every column of tokens ends so, beside one of labels
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 PROBLEMS_KEPT = 10_000
 SHORTEST_ROW_TOKENS = 256
@@ -43,7 +43,7 @@ VISIBLE = PICTURES | {code: f"\\u{code:04x}" for code in NUMBERED}
 
 @dataclass(frozen=True)
 class Tokens:
-    """`datasets` have `input_ids` and `labels`, a conversation a row; `counts` what became of each part's rows."""
+    """`datasets` have the columns of the method's examples, one a row; `counts` what became of each part's rows."""
 
     datasets: dict[str, Any]
     counts: dict[str, dict[str, int]]
@@ -82,11 +82,32 @@ def opened(recipe: Recipe, run: Run) -> Tokens:
     return Tokens({part: Dataset.from_file(str(folder / f"{part}.arrow")) for part in PARTS}, counts)
 
 
+def examples_of(recipe: Recipe, tokenizer: Any, row: dict[str, Any], max_tokens: int = 0) -> list[Any]:
+    """The examples that the recipe's method makes of a row of `data/`, cut to `train.max_length` or to `max_tokens`.
+
+    Raises:
+        UserError: names the row's place, and what the template refuses or would leave out in silence.
+    """
+    knobs = recipe.train
+    [found] = _method(recipe).columns(tokenizer, [row], max_tokens or knobs.max_length, knobs.supervise)
+    if isinstance(found, UserError):
+        raise found
+    made: list[Any] = found
+    return made
+
+
 def lengths(dataset: Any) -> Any:
-    """Tokens of each row, as an array; only the mapped offsets are read."""
+    """Tokens of each row, of its longer side where it has two, as an array."""
+    return side_lengths(dataset).max(0)
+
+
+def side_lengths(dataset: Any) -> Any:
+    """Tokens of what the model reads of each row, (sides, rows); only the mapped offsets are read."""
+    import numpy as np
     import pyarrow.compute as compute
 
-    return compute.list_value_length(dataset.data.column("input_ids")).to_numpy()
+    sides = [name for name in dataset.column_names if name.endswith(IDS)]
+    return np.array([compute.list_value_length(dataset.data.column(name)).to_numpy() for name in sides])
 
 
 def longest_and_sum(datasets: Iterable[Any]) -> tuple[int, int]:
@@ -110,14 +131,16 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
     import pyarrow
     from transformers import AutoTokenizer
 
-    knobs, data = recipe.train, run.path("data")
-    schema = pyarrow.schema({name: pyarrow.list_(pyarrow.int32()) for name in COLUMNS})
+    knobs, data, method = recipe.train, run.path("data"), _method(recipe)
+    names = tuple(field.name for field in fields(method.Example))
+    schema = pyarrow.schema({name: pyarrow.list_(pyarrow.int32()) for name in names})
     counts = {part: Counter[str]() for part in PARTS}
     unshown: dict[str, list[Problem]] = {part: [] for part in PARTS}
     silent: dict[str, list[str]] = {part: [] for part in PARTS}
     items = ((part, batch) for part in PARTS for batch in batches(data, part))
     # Sent to the workers and not loaded there: to find its class, AutoTokenizer imports torch.
-    state = AutoTokenizer.from_pretrained(run.path("base")), knobs.max_length, knobs.supervise
+    tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
+    state = tokenizer, method.columns, names, knobs.max_length, knobs.supervise
     with ExitStack() as stack:
         tell = stack.enter_context(progress("tokens", sum(count(data, part) for part in PARTS), "rows"))
         paths = {part: str(folder / f"{part}.arrow") for part in PARTS}
@@ -146,14 +169,20 @@ def _tokenize(recipe: Recipe, run: Run, folder: Path) -> dict[str, dict[str, int
                 part, counts[part]["reasoning_lost"], places[0],
             )  # fmt: skip
     if nothing_left:
-        raise _nothing_learned(next(rows(data, "train")), state[0], knobs)
+        raise _nothing_learned(next(rows(data, "train")), tokenizer, recipe)
     return {part: dict(counted) for part, counted in counts.items()}
 
 
-def _nothing_learned(first: dict[str, Any], tokenizer: Any, knobs: Train) -> UserError:
+def _method(recipe: Recipe) -> Any:
+    """The module of the recipe's method."""
+    return import_module(f"train.methods.{recipe.train.method}")
+
+
+def _nothing_learned(first: dict[str, Any], tokenizer: Any, recipe: Recipe) -> UserError:
     """Why of all conversations, of which this is the first, no token is learned, and what changes that."""
-    whole = row_examples(tokenizer, first, sys.maxsize, knobs.supervise)
-    learned = [index for row in whole for index, label in enumerate(row.labels) if label != IGNORED]
+    whole = examples_of(recipe, tokenizer, first, sys.maxsize)
+    sides = [labels for example in whole for _, _, labels in example.sides]
+    learned = [index for labels in sides for index, label in enumerate(labels) if label != IGNORED]
     if not learned:
         return UserError(
             f"{first['source']}: the base's chat template shows none of the assistant's words, nor in any other "
@@ -161,22 +190,22 @@ def _nothing_learned(first: dict[str, Any], tokenizer: Any, knobs: Train) -> Use
         )
     return UserError(
         f"{first['source']}: its first answer begins at token {min(learned) + 1:,}, and no conversation has one within "
-        f"train.max_length={knobs.max_length}: raise it"
+        f"train.max_length={recipe.train.max_length}: raise it"
     )
 
 
 def _examples(
-    state: tuple[Any, int, str], item: tuple[str, Any]
+    state: tuple[Any, Any, tuple[str, ...], int, str], item: tuple[str, Any]
 ) -> tuple[str, Any, dict[str, int], list[Problem], list[str]]:
-    """(part, ids and labels, what was counted, problems, rows without their thoughts) of a batch; runs in a worker."""
+    """(part, columns, what was counted, problems, rows without their thoughts) of a batch; runs in a worker."""
     import numpy as np
     import pyarrow
 
-    tokenizer, max_tokens, supervise = state
+    tokenizer, columns_of, names, max_tokens, supervise = state
     part, batch = item
     texts, sources = (column.to_pylist() for column in batch.columns)
     rows = [json.loads(text) | {"source": source} for text, source in zip(texts, sources, strict=True)]
-    found = batch_examples(tokenizer, rows, max_tokens, supervise)
+    found = columns_of(tokenizer, rows, max_tokens, supervise)
     problems = [
         Problem(row["source"], problem.removeprefix(f"{row['source']}: "))
         for row, made in zip(rows, found, strict=True)
@@ -185,11 +214,18 @@ def _examples(
     ]
     kept = [row for row in found if not isinstance(row, UserError)]
     examples = [example for row in kept for example in row]
-    sizes = [len(example.input_ids) for example in examples]
-    ends = np.cumsum([0, *sizes], dtype=np.int32)
-    every = (chain.from_iterable(getattr(example, name) for example in examples) for name in COLUMNS)
-    ids, labels = (np.fromiter(values, np.int32, ends[-1]) for values in every)
-    columns = [pyarrow.ListArray.from_arrays(ends, values) for values in (ids, labels)]
+    columns: dict[str, Any] = {}
+    sizes: list[int] = []
+    learned = 0
+    for name in names:
+        every = [getattr(example, name) for example in examples]
+        ends = np.cumsum([0, *map(len, every)], dtype=np.int32)
+        values = np.fromiter(chain.from_iterable(every), np.int32, ends[-1])
+        columns[name] = pyarrow.ListArray.from_arrays(ends, values)
+        if name.endswith(IDS):
+            sizes += map(len, every)
+        else:
+            learned += int((values != IGNORED).sum())
     reasoned = [row["source"] for row in rows if any(turn.get("reasoning_content") for turn in row.get("messages", []))]
     thoughtless = reasoned if reasoned and not shown(tokenizer).reasoning else []
     numbers = {
@@ -198,13 +234,13 @@ def _examples(
         "control_tokens": sum(controls(tokenizer).token.search(text) is not None for text in texts),
         "unshown": len(rows) - len(kept),
         "dropped": sum(not row for row in kept),
-        "cut": sum(any(len(example.input_ids) == max_tokens for example in row) for row in kept),
+        "cut": sum(any(len(ids) == max_tokens for one in row for _, ids, _ in one.sides) for row in kept),
         "examples": len(examples),
         "tokens": sum(sizes),
-        "supervised_tokens": int((labels != IGNORED).sum()),
+        "supervised_tokens": learned,
         "longest": max(sizes, default=0),
     }
-    return part, pyarrow.record_batch(columns, names=COLUMNS), numbers, problems, thoughtless
+    return part, pyarrow.record_batch(columns), numbers, problems, thoughtless
 
 
 def _tell(counts: dict[str, dict[str, int]], recipe: Recipe) -> None:
@@ -230,8 +266,8 @@ def _key(recipe: Recipe, run: Run) -> str:
     made_from = {
         "data": {path: mark for path, mark in data.items() if path.endswith(".arrow")},
         "base": {path: mark for path, mark in base.items() if not path.endswith(WEIGHTS)},
-        "knobs": [recipe.train.max_length, recipe.train.on_template_error, recipe.train.supervise],
-        "code": [fingerprint(Path(__file__).with_name(name)) for name in ("template.py", "tokens.py")],
+        "knobs": [getattr(recipe.train, key) for key in ("method", "max_length", "on_template_error", "supervise")],
+        "code": [fingerprint(Path(__file__).with_name(name)) for name in ("pairs.py", "template.py", "tokens.py")],
         "versions": [transformers.__version__, tokenizers.__version__],
     }
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
@@ -244,19 +280,22 @@ def write_preview(recipe: Recipe, run: Run, tokens: Tokens, tokenizer: Any, pack
         packing: what train.packing tells of the rows.
     """
     train = tokens.datasets["train"]
-    ids, labels = (train[0][name] for name in ("input_ids", "labels"))
-    shown = pieces(tokenizer, ids[:SHOWN_TOKENS], labels[:SHOWN_TOKENS])
+    source, first = _first_example(recipe, run, tokenizer)
+    sides = [
+        {
+            "name": name,
+            "tokens": len(ids),
+            "pieces": [asdict(piece) for piece in pieces(tokenizer, ids[:SHOWN_TOKENS], labels[:SHOWN_TOKENS])],
+        }
+        for name, ids, labels in first.sides
+    ]
     found = {
         "parts": tokens.counts,
         "system": run.receipt("base").metrics.get("system", ""),
         "sources": run.receipt("data").metrics["sources"],
         "lengths": histogram(train),
         "packing": packing,
-        "example": {
-            "source": _first_source(recipe, run, tokenizer),
-            "tokens": len(ids),
-            "pieces": [asdict(piece) for piece in shown],
-        },
+        "example": {"source": source} | sides[0] | {"others": sides[1:]},
     }
     write_whole(run.path("tokens", "preview.json"), json.dumps(found, ensure_ascii=False) + "\n")
     return found
@@ -301,10 +340,10 @@ def histogram(dataset: Any) -> list[tuple[int, int]]:
     return bars[first:]
 
 
-def _first_source(recipe: Recipe, run: Run, tokenizer: Any) -> str:
-    """The place of the first conversation that was not left out."""
+def _first_example(recipe: Recipe, run: Run, tokenizer: Any) -> tuple[str, Any]:
+    """(place, its first example) of the first conversation that was not left out."""
     for row in rows(run.path("data"), "train"):
         with suppress(UserError):
-            if row_examples(tokenizer, row, recipe.train.max_length, recipe.train.supervise):
-                return str(row["source"])
-    return ""
+            if found := examples_of(recipe, tokenizer, row):
+                return str(row["source"]), found[0]
+    raise AssertionError("a part without examples is refused where it is made")

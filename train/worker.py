@@ -20,7 +20,9 @@ from pipeline import Recipe, Run, UserError, load
 from pipeline.error import Stopped
 from pipeline.files import write_whole
 from pipeline.rows import heldout
+from pipeline.scores import Score, line
 from train.launch import is_launched, rank
+from train.scoring.preference import less_likely
 from train.tokens import Tokens, opened, write_preview
 from train.trainer.journal import Diverged, is_shortage, recorded, shortage
 from train.tuners import model_to_train, save
@@ -74,7 +76,7 @@ def work(
         def measured_before() -> float | None:
             """What the base scores; it throws dice, so that who trains takes the seed once more."""
             if not kept.is_file():  # nothing is trained yet, so this is the base; who resumes must not measure it again
-                found = method.measure(trainer, recipe, run, "before")
+                found = method.measure(trainer, recipe, run, None)
                 if first:
                     write_whole(kept, json.dumps(found))
             trainer.accelerator.wait_for_everyone()
@@ -89,15 +91,18 @@ def work(
         if trainer.stopping.wish:
             at = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, its checkpoint is saved"
             raise Stopped(f"{at}: 'make train RECIPE={recipe.given}' resumes from there", trainer.stopping.wish)
-        after = method.measure(trainer, recipe, run, "after")
+        before: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        after = method.measure(trainer, recipe, run, before)
         _tell("after", after)
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_launched() else None  # all take part
         if journal is None:  # the first alone writes
             return {}
-        before: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         save(recipe, trainer.accelerator.unwrap_model(trainer.model), run, weights)
         _save_answers(run, before.pop("answers"), after.pop("answers"))
+        for measured in (before, after):
+            measured.pop("pairs", None)
         return {
+            "scores": after.pop("scores", []),
             "before": before,
             "after": after,
             **trainer.summary(),
@@ -115,6 +120,12 @@ def _peak_gpu_bytes() -> int:
 def _tell(when: str, measured: dict[str, Any]) -> None:
     loss = "not measured" if measured["validation_loss"] is None else f"{measured['validation_loss']:.3f}"
     log.info("%s: validation loss %s, key facts %.0f %%", when, loss, 100 * measured["key_fact_accuracy"])
+    found = [Score.of(row) for row in measured.get("scores", ())]
+    for score in found:
+        log.info("%s: %s", when, line(score))
+    if fallen := less_likely(found):
+        fix = "raise train.dpo.beta, lower train.learning_rate, or add sft to train.dpo.loss_type"
+        log.warning("the chosen answers became less likely (%s): %s", line(fallen), fix)
 
 
 def _save_answers(run: Run, before: list[str], after: list[str]) -> None:

@@ -97,6 +97,27 @@ BAD = {
         "data: {train: [talks.jsonl, 3]}\n",
         ["mine.yaml:1: data.train: 3 is not text"],
     ),
+    "keys that preferences do not read": (
+        DATA + "train: {method: dpo, neftune: 5, packing: on, lora: {dropout: 0.1}}\n",
+        [
+            "mine.yaml:2: train.neftune: train.method=dpo does not read it: take it out",
+            "mine.yaml:2: train.packing: train.method=dpo packs no rows: set it to auto or off",
+            "mine.yaml:2: train.lora.dropout: train.method=dpo compares two models, which dropout would blur: set it "
+            "to 0",
+        ],
+    ),
+    "losses of preferences that do not go together": (
+        DATA + "train: {method: dpo, dpo: {loss_type: [exo_pair, aot], loss_weights: [1]}}\n",
+        [
+            "mine.yaml:2: train.dpo.loss_weights: 1 of them for 2 losses: give one to each",
+            "mine.yaml:2: train.dpo.loss_type: exo_pair needs train.dpo.label_smoothing: set it to 1e-3",
+            "mine.yaml: train.batch_size: aot compares the pairs of a batch: set it to 2 or more",
+        ],
+    ),
+    "no loss": (
+        DATA + "train: {method: dpo, dpo: {loss_type: []}}\n",
+        ["mine.yaml:2: train.dpo.loss_type: is empty: name one, as sigmoid"],
+    ),
     "below a bound": (
         DATA + "serve: {port: 0}\n",
         ["mine.yaml:2: serve.port: 0 is out of range: give a whole number from 1 to 65535"],

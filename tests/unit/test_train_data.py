@@ -231,6 +231,50 @@ def shipped(name: str) -> list[Row]:
     return rows
 
 
+PAIR = {"prompt": "ping", "chosen": "pong", "rejected": "bang"}
+NO_PAIR = "is no pair of a better and a worse answer ('chosen', 'rejected') to the same question"
+USELESS_PAIRS = {
+    "equal": (PAIR | {"rejected": "pong "}, "the chosen and the rejected answer are equal"),
+    "equal once cleaned": (
+        PAIR | {"chosen": "caf\u00e9", "rejected": "cafe\u0301"},
+        "the chosen and the rejected answer",
+    ),
+    "an empty text": (PAIR | {"rejected": ""}, "'chosen' or 'rejected' is empty"),
+    "an empty turn": (PAIR | {"rejected": [{"role": "assistant", "content": " "}]}, "the rejected answer is empty"),
+    "no prompt": ({"chosen": "pong", "rejected": "bang"}, "has no prompt, only texts"),
+    "answers to two questions": (
+        {"chosen": [USER, ASSISTANT], "rejected": [{"role": "user", "content": "bing"}, ASSISTANT]},
+        NO_PAIR,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", USELESS_PAIRS)
+def test_a_pair_of_which_nothing_is_learned_is_left_out_with_its_place(case: str) -> None:
+    row, why = USELESS_PAIRS[case]
+    first = {name: PAIR.get(name, "bing") for name in row} if "prompt" in row else row
+    lines = [first, row] if "prompt" in row else [row]
+    Path("pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path("r.yaml").write_text("data: {train: pairs.jsonl, validation: 0}\ntrain: {method: dpo}\n")
+    if "prompt" not in row:
+        with pytest.raises(UserError) as raised:
+            data(load("r.yaml"), Run("r"))
+        assert str(raised.value).startswith(f"pairs.jsonl:1: {why}")
+        return
+    data(load("r.yaml"), Run("r"))
+    [left_out] = [json.loads(line) for line in Path("runs/r/data/rejected.jsonl").read_text().splitlines()]
+    assert left_out["source"] == "pairs.jsonl:2" and left_out["reason"].startswith(why)
+
+
+def test_conversations_are_no_preferences() -> None:
+    Path("talks.jsonl").write_text(f"{GOOD}\n" * 3)
+    Path("r.yaml").write_text("data: {train: talks.jsonl}\ntrain: {method: dpo}\n")
+    with pytest.raises(UserError) as raised:
+        data(load("r.yaml"), Run("r"))
+    wanted = f"talks.jsonl:1: {NO_PAIR}; none of this file's rows (3) can be learned"
+    assert str(raised.value).startswith(wanted)
+
+
 def test_the_shipped_conversations_pass_and_are_enough() -> None:
     rows = shipped("assistant.jsonl")
     assert len({json.dumps(row.value) for row in rows}) >= 240

@@ -13,13 +13,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import Recipe
+from pipeline.methods import METHODS
 from pipeline.recipe import Clean
 from pipeline.rows import row_batch
 from train.cleaning import contamination, personal
 from train.cleaning.quality import check_language, check_repetition
 from train.reading.chunks import Chunk
 from train.reading.formats import Detected, rows
-from train.reading.row import CODE, Problem, Rejected, Rejection, Row, changed, texts
+from train.reading.row import (
+    CODE,
+    INVISIBLE,
+    Problem,
+    Rejected,
+    Rejection,
+    Row,
+    changed,
+    is_empty,
+    require_kind,
+    texts,
+)
 from train.reading.sources import Source, copies
 
 IN_CODE = re.compile(f"({CODE})", re.DOTALL)
@@ -27,14 +39,14 @@ IN_CODE = re.compile(f"({CODE})", re.DOTALL)
 TERMINAL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb]")
 LINE_ENDS = re.compile("[\x0b\x0c\x85]")
-INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every worker needs to know; cheap to send."""
+    """What every worker needs to know; cheap to send. `rows` is what the method learns from (pipeline.methods)."""
 
     clean: Clean
+    rows: str
     held_out: contamination.Questions
     seed: int
 
@@ -76,7 +88,7 @@ def settings(recipe: Recipe, questions: list[Row]) -> Settings:
     """The recipe's, with its held-out questions made ready to be looked for."""
     knobs = recipe.data.clean
     held_out = contamination.questions(questions if knobs.contamination else [], knobs.similarity)
-    return Settings(knobs, held_out, recipe.seed)
+    return Settings(knobs, METHODS[recipe.train.method].rows, held_out, recipe.seed)
 
 
 def prepared(settings: Settings, work: Work) -> Prepared:
@@ -85,11 +97,13 @@ def prepared(settings: Settings, work: Work) -> Prepared:
 
     from train.cleaning.duplicates import signatures
 
-    found = rows(work.detected, work.chunk)
+    found = rows(work.detected, work.chunk, settings.rows)
     kept, rejected, changed = [], list(found.rejected), Counter[str]()
     for row in found.rows:
         try:
             value, steps = clean(row.value, settings.clean)
+            if steps:
+                require_kind(value, settings.rows)
             if settings.held_out.places:
                 contamination.check(value, settings.held_out)
         except Rejection as rejection:
@@ -212,19 +226,13 @@ def without_empty_turns(value: dict[str, Any]) -> dict[str, Any]:
             raise Rejection("the text is empty", "empty_turns")
         return value
     messages = value["messages"]
-    empty = next((index for index, message in enumerate(messages) if _is_empty(message)), None)
+    empty = next((index for index, message in enumerate(messages) if is_empty(message)), None)
     if empty is None:
         return value
     answers = [index for index in range(empty) if messages[index]["role"] == "assistant"]
     if not answers or "rejected" in value or "label" in value:  # of these the last answer is what counts
         raise Rejection(f"messages[{empty}] of role {messages[empty]['role']!r} is empty", "empty_turns")
     return value | {"messages": messages[: answers[-1] + 1]}
-
-
-def _is_empty(message: dict[str, Any]) -> bool:
-    if message["role"] not in ("user", "assistant") or message.get("tool_calls"):
-        return False
-    return not message["content"].strip().strip(INVISIBLE)
 
 
 def _check_length(value: dict[str, Any], settings: Clean) -> None:

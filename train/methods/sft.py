@@ -15,15 +15,16 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline import Recipe, Run, UserError
 from pipeline.files import write_whole
-from pipeline.model import answers
 from pipeline.progress import progress
 from pipeline.recipe import Train
-from pipeline.rows import heldout
-from pipeline.scores import key_fact_accuracy
-from train.packing import Layout, layout_of, padded_to, told
-from train.template import IGNORED
+from train.packing import layout_of, padded_to
+from train.scoring.questions import asked
+from train.template import IGNORED, Example, batch_examples
 from train.tokens import lengths, longest_and_sum, row_tokens
 from train.trainer.resumable import Resumable, settings
+
+__all__ = ["Example", "Sft", "columns", "measure", "trainer"]
+columns = batch_examples
 
 
 def trainer(
@@ -63,18 +64,9 @@ def trainer(
     return made
 
 
-def measure(trainer: "Sft", recipe: Recipe, run: Run, when: str) -> dict[str, Any]:
+def measure(trainer: "Sft", recipe: Recipe, run: Run, before: dict[str, Any] | None) -> dict[str, Any]:
     """Validation loss, key-fact accuracy and the answers that it was counted in."""
-    questions, loss = list(heldout(run.path("data"))), trainer.validation_loss()
-    with trainer.autocast_smart_context_manager():
-        found = answers(
-            trainer.model, trainer.processing_class, questions, recipe.train.max_new_tokens, f"questions, {when}"
-        )
-    return {
-        "validation_loss": loss,
-        "key_fact_accuracy": round(key_fact_accuracy(found, questions), 4),
-        "answers": found,
-    }
+    return asked(trainer, recipe, run, "after" if before else "before")
 
 
 class Sft(Resumable, SFTTrainer):  # type: ignore[misc]
@@ -83,9 +75,8 @@ class Sft(Resumable, SFTTrainer):  # type: ignore[misc]
     `python -m bench.train` measures both, side by side.
     """
 
-    def __init__(self, knobs: Train, layout: Layout, order: Path | None = None, **kwargs: Any) -> None:
+    def __init__(self, knobs: Train, order: Path | None = None, **kwargs: Any) -> None:
         super().__init__(knobs=knobs, **kwargs)
-        self.layout = layout
         self.smoothing = knobs.label_smoothing
         self.noise = EmbeddingNoise(self.model, knobs.neftune) if knobs.neftune else None
         self.order = None if knobs.order == "random" else self._curriculum(knobs.order, order)
@@ -133,14 +124,6 @@ class Sft(Resumable, SFTTrainer):  # type: ignore[misc]
         with torch.inference_mode(), self.compute_loss_context_manager():
             inputs = self._prepare_inputs(self.data_collator([row]))
             return float(self.compute_loss(self.model, inputs))
-
-    def rows(self) -> dict[str, Any]:
-        """How the rows are laid out, and how full they are; TRL fills packed ones best-fit, a thousand at a time."""
-        return told(self.layout, self.train_dataset, self.args.max_length, self.args.train_batch_size)
-
-    def summary(self) -> dict[str, Any]:
-        """As of any training, and how its rows are laid out."""
-        return {"packing": self.rows()} | super().summary()
 
     def _curriculum(self, order: str, kept: Path | None) -> list[int]:
         """Indexes of the rows, easiest first, the same in every epoch.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import Recipe, Run, UserError
+from pipeline.methods import METHODS
 from pipeline.rows import count, row_text, rows
 from train.tokens import row_tokens
 
@@ -42,13 +43,14 @@ def corpus(recipe: Recipe, run: Run, packed: bool) -> Corpus:
     else:
         sample, total = _of_files(recipe)
     tokenizer = _tokenizer(recipe, run)
-    sizes = [_tokens(row, tokenizer) for row in sample]
-    lengths = [min(tokens, recipe.train.max_length) for tokens, _ in sizes]
+    sides = METHODS[recipe.train.method].sequences
+    sizes = [_tokens(row, tokenizer, sides == 2) for row in sample]
+    lengths = [min(tokens, sides * recipe.train.max_length) for tokens, _ in sizes]
     tokens = round(sum(lengths) * total / len(lengths))
     row = row_tokens(max(lengths), round(tokens / (1 - recipe.data.validation)), recipe.train.max_length)
     return Corpus(
         tokens=tokens,
-        row=row if packed else max(lengths),
+        row=row if packed else max(lengths) // sides,
         supervised=sum(learned for _, learned in sizes) / sum(tokens for tokens, _ in sizes),
         told="the base's tokenizer" if tokenizer else f"{CHARACTERS_A_TOKEN} characters a token",
     )
@@ -84,7 +86,7 @@ def _of_files(recipe: Recipe) -> tuple[list[dict[str, Any]], int]:
         problems: list[Problem] = []
         whole = True
         for chunk in whole_chunks(source, detected.format):
-            found = rows(detected, chunk)
+            found = rows(detected, chunk, METHODS[recipe.train.method].rows)
             read += [row.value for row in found.rows]
             problems += found.problems
             if len(read) >= 100 * SAMPLE:
@@ -118,8 +120,12 @@ def _tokenizer(recipe: Recipe, run: Run) -> Any:
     return AutoTokenizer.from_pretrained(run.path("base"))
 
 
-def _tokens(row: dict[str, Any], tokenizer: Any) -> tuple[int, int]:
-    """(tokens of a row, how many of them are learned: the assistant's and the end of each turn of it)."""
+def _tokens(row: dict[str, Any], tokenizer: Any, pairs: bool) -> tuple[int, int]:
+    """(tokens of a row, how many of them are learned: the assistant's and the end of each turn of it); of a pair those
+    of both sides."""
+    if isinstance(row.get("rejected"), list) and pairs:
+        sides = [_tokens(side, tokenizer, False) for side in (row, {"messages": row["rejected"]})]
+        return sum(tokens for tokens, _ in sides), sum(learned for _, learned in sides)
     texts = [row["text"]] if "text" in row else [str(turn.get("content") or "") for turn in row["messages"]]
     said = texts if "text" in row else [text for text, turn in zip(texts, row["messages"], strict=True)
                                         if turn["role"] == "assistant"]  # fmt: skip

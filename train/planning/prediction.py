@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from pipeline import Recipe, Run
 from pipeline.machine import cores, free_bytes, gpus, machine
+from pipeline.methods import METHODS
 from pipeline.recipe import Train
 from train.config import read_config
 from train.launch import launch
@@ -155,7 +156,7 @@ class Job:
         return min(self.data.row, knobs.max_length)
 
     def rehearsal(self, place: Place, tuner: str, knobs: Train) -> Rehearsal:
-        tokens = knobs.batch_size * self.row(knobs)
+        tokens = METHODS[knobs.method].sequences * knobs.batch_size * self.row(knobs)
         width = "float32" if place.kind == "processor" else place.precision
         supervised = supervised_positions(tokens, self.data.supervised)
         fast = place.precision == "bfloat16"
@@ -245,6 +246,8 @@ def states(of: Job, at: Place, tuner: str, trained: int) -> dict[str, float]:
     width = 4 if at.kind == "processor" or at.precision == "float32" else 2
     counts = (of.base.parameters, trained, of.base.linear, tuner, width)
     held = state_bytes(*counts, at.devices, at.zero)
+    if METHODS[of.recipe.train.method].sequences > 1:
+        held["frozen copy"] = width * of.base.parameters * of.recipe.train.needs_copy(tuner)
     held["weights"] += whole_bytes(of.base, state_bytes(*counts)["weights"], tuner, width, at.zero * (at.devices > 1))
     return held
 
@@ -255,7 +258,8 @@ def flops(of: Job, at: Place, tuner: str = "") -> float:
     forward = token_flops(of.base, of.row(knobs), of.data.supervised)
     share, tokens = BESIDE.get(tuner, (0.0, 0)) if at.kind == "processor" else (0.0, 0)
     longer = 1 + share + tokens / (knobs.batch_size * of.row(knobs))
-    return longer * training_flops(forward, tuner, knobs.gradient_checkpointing)
+    start = METHODS[knobs.method].sequences > 1 and not knobs.dpo.precompute  # is asked at each step, too
+    return longer * training_flops(forward, tuner, knobs.gradient_checkpointing) + start * forward
 
 
 def full_speed(of: Job, at: Place) -> float:

@@ -24,6 +24,7 @@ from train.reading.row import (
     columns_of_turns,
     is_exchange,
     label,
+    require_kind,
     require_words,
     spread,
     told,
@@ -130,8 +131,8 @@ def numbered(chunk: Chunk) -> Iterator[tuple[int, Any]]:
         yield int(place.rpartition(":")[2]), record
 
 
-def rows(detected: Detected, chunk: Chunk) -> Read:
-    """The rows of a chunk, each checked to be of the source's format."""
+def rows(detected: Detected, chunk: Chunk, wanted: str = "chat") -> Read:
+    """The rows of a chunk, each checked to be of the source's format and of a `wanted` kind (pipeline.methods)."""
     read = Read()
     format = OASST_TREE if detected.format == OASST else detected.format
     strangers: set[str] = set()
@@ -145,8 +146,7 @@ def rows(detected: Detected, chunk: Chunk) -> Read:
                 continue
             require_words(record)
             value = format.value(record, read.changes)
-            if value.get("label") is False:
-                raise Rejection("labelled as a bad answer", "label")
+            require_kind(value, wanted)
             read.rows.append(Row(value, place))
         except Rejection as rejection:
             read.rejected.append(Rejected(record, place, rejection))

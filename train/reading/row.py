@@ -36,6 +36,7 @@ Change = Callable[[str], str]
 # Patterns, to be compiled with re.DOTALL; a fence that nothing closes goes to the end.
 FENCED = r"```.*?(?:```|\Z)"
 CODE = FENCED + r"|`[^`\n]+`"
+INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 PLAIN = ("text", "rejected")  # of a row without turns, both are texts
 WRITTEN = ("content", "reasoning_content")
 
@@ -151,6 +152,31 @@ def require_words(record: Any) -> None:
     """Raises a Rejection if the record is about a picture, film or sound."""
     if isinstance(record, dict) and (media := [name for name in MEDIA if record.get(name)]):
         raise Rejection(f"has {media[0]!r}: only text is learned")
+
+
+def require_kind(value: dict[str, Any], rows: str) -> None:
+    """Raises a Rejection if a method that learns from such `rows` (pipeline.methods) can learn nothing of this one."""
+    if rows == "chat":
+        if value.get("label") is False:
+            raise Rejection("labelled as a bad answer", "label")
+        return
+    if "messages" not in value:
+        raise Rejection("has no prompt, only texts: write the question into 'prompt'", rows)
+    if "rejected" not in value:
+        raise Rejection("is no pair of a better and a worse answer ('chosen', 'rejected') to the same question", rows)
+    better, worse = value["messages"][-1], value["rejected"][-1]
+    for name, answer in (("chosen", better), ("rejected", worse)):
+        if is_empty(answer):
+            raise Rejection(f"the {name} answer is empty", rows)
+    if {**better, "content": better["content"].strip()} == {**worse, "content": worse["content"].strip()}:
+        raise Rejection("the chosen and the rejected answer are equal", rows)
+
+
+def is_empty(message: dict[str, Any]) -> bool:
+    """Whether a turn of the user or the assistant says and calls nothing."""
+    if message["role"] not in ("user", "assistant") or message.get("tool_calls"):
+        return False
+    return not message["content"].strip().strip(INVISIBLE)
 
 
 def columns_of_turns(record: Record) -> list[str]:

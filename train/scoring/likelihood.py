@@ -3,7 +3,8 @@
 Rows of like length are computed together, and logits only where they are needed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,16 +13,21 @@ from train.packing import carries_state
 from train.template import IGNORED, Example
 
 T = TypeVar("T")
+Start = Callable[[], AbstractContextManager[Any]]  # yields a model to compare with
 TOKENS_AT_ONCE = 1024  # padded; of a vocabulary of 50,000 their logits take 0.2 GB
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of some tokens together: their negative log-likelihood in nats, how many they are, and how many came first."""
+    """Of some tokens together: their negative log-likelihood in nats, how many they are, and how many came first.
+
+    `divergence` is the sum of KL(model || start) over them, in nats, where a start was given.
+    """
 
     loss: float
     tokens: int
     hits: int
+    divergence: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Choices:
     texts: tuple[str, ...]
 
 
-def likelihoods(model: Any, examples: list[Example], what: str) -> list[Likelihood]:
+def likelihoods(model: Any, examples: list[Example], what: str, start: Start | None = None) -> list[Likelihood]:
     """The supervised tokens of each row, teacher-forced: each is predicted from all that is before it."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -46,18 +52,27 @@ def likelihoods(model: Any, examples: list[Example], what: str) -> list[Likeliho
         labels = torch.tensor([row.labels + [IGNORED] * (longest - len(row.labels)) for row in rows])[:, 1:]
         kept = (labels != IGNORED).any(0).nonzero().squeeze(1)
         targets = labels[:, kept].to(model.device)
+        fields = {"input_ids": ids, "attention_mask": mask.to(model.device), "logits_to_keep": kept.to(model.device)}
         with torch.inference_mode():
-            logits = model(
-                input_ids=ids,
-                attention_mask=mask.to(model.device),
-                use_cache=False,
-                logits_to_keep=kept.to(model.device),
-            ).logits.float()
+            logits = model(**fields, use_cache=False).logits.float()
+            divergences = [0.0] * len(rows)
+            if start:
+                with start() as other:
+                    before = other(**fields, use_cache=False).logits.float()
+                supervised = targets != IGNORED
+                each = zip(logits, before, supervised, strict=True)
+                divergences = [divergence(new[here], old[here]) for new, old, here in each]
         losses = cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none").sum(1).tolist()
         tokens = (targets != IGNORED).sum(1).tolist()
         hits = (logits.argmax(-1) == targets).sum(1).tolist()
-        found |= dict(zip(batch, map(Likelihood, losses, tokens, hits), strict=True))
+        found |= dict(zip(batch, map(Likelihood, losses, tokens, hits, divergences), strict=True))
     return [found[index] for index in range(len(examples))]
+
+
+def divergence(logits: Any, others: Any) -> float:
+    """KL divergence of what (positions, vocabulary) logits say from what the others say, summed, in nats."""
+    own = logits.log_softmax(-1)
+    return float((own.exp() * (own - others.log_softmax(-1))).sum())
 
 
 def choice_losses(model: Any, tokenizer: Any, questions: list[Choices], what: str) -> list[list[float]]:

@@ -157,14 +157,13 @@ def _astray(diverged: "Diverged", recipe: Recipe, run: Run) -> UserError:
     from transformers import AutoTokenizer
 
     from pipeline.rows import rows
-    from train.template import row_examples
+    from train.tokens import examples_of
 
     good = set_aside_from(run.path("checkpoints"), diverged.first)
     tokenizer = AutoTokenizer.from_pretrained(run.path("base"))
 
     def ids_of(row: dict[str, object]) -> list[list[int]]:
-        knobs = recipe.train
-        return [one.input_ids for one in row_examples(tokenizer, row, knobs.max_length, knobs.supervise)]
+        return [ids for example in examples_of(recipe, tokenizer, row) for _, ids, _ in example.sides]
 
     places = sources(diverged.batches, rows(run.path("data"), "train"), ids_of)
     more = f" and {len(places) - SOURCES_SHOWN} more" if len(places) > SOURCES_SHOWN else ""

@@ -37,9 +37,10 @@ class Pace:
         """Tokens of whole rows, prompts included, those whose loss is learned, and padding; `inputs` are (batch, time).
 
         Of packed rows TRL's collator gives padding position 0 each, others have a mask. A row without labels is one
-        that Accelerate repeats.
+        that Accelerate repeats. Answers that are compared have a mask of their own.
         """
-        learned = inputs["labels"][:, 1:] != IGNORED
+        compared = inputs.get("completion_mask")
+        learned = (inputs["labels"] != IGNORED if compared is None else compared == 1)[:, 1:]
         if "attention_mask" in inputs:
             tokens = int(inputs["attention_mask"][learned.any(1)].sum())
         else:

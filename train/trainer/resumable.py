@@ -25,6 +25,7 @@ from pipeline.progress import progress
 from pipeline.recipe import Train
 from pipeline.units import size
 from train.launch import everyones, gathered, is_launched, plugin
+from train.packing import Layout, told
 from train.template import IGNORED
 from train.trainer.checkpoints import SAVING, complete, damage
 from train.trainer.journal import Diverged, Journal, Watch
@@ -146,6 +147,7 @@ class Resumable(Trainer):  # type: ignore[misc]
 
     Args:
         knobs: what the recipe says of checkpoints, validation, patience and divergence.
+        layout: whether rows are packed.
         journal: is told each step as a sign of life.
         full_speed: tokens a second of devices at their peak, where that is known.
     """
@@ -156,6 +158,7 @@ class Resumable(Trainer):  # type: ignore[misc]
         self,
         *,
         knobs: Train,
+        layout: Layout,
         journal: Journal | None = None,
         full_speed: float | None = None,
         callbacks: Sequence[Any] = (),
@@ -163,7 +166,7 @@ class Resumable(Trainer):  # type: ignore[misc]
     ) -> None:
         self.stopping, self.pace, self.progress = Stopping(), Pace(full_speed), TrainingProgress()
         self.watch = Watch() if knobs.stop_on_divergence else None
-        self.journal = journal
+        self.journal, self.layout = journal, layout
         self.batches: list[dict[str, Any]] = []
         self.lengths: list[int] = []
         self.step_loss = 0.0
@@ -308,10 +311,15 @@ class Resumable(Trainer):  # type: ignore[misc]
         finally:
             self.apart = False
 
+    def rows(self) -> dict[str, Any]:
+        """How the rows are laid out, and how full they are; TRL fills packed ones best-fit, a thousand at a time."""
+        return told(self.layout, self.train_dataset, self.args.max_length, self.args.train_batch_size)
+
     def summary(self) -> dict[str, Any]:
         """What the receipt tells of the training: steps, tokens, speed and the loss curves."""
         history = self.state.log_history
         return {
+            "packing": self.rows(),
             "steps": self.state.global_step,
             "ended": "all epochs were done"
             if self.state.global_step >= self.state.max_steps

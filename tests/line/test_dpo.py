@@ -1,0 +1,189 @@
+"""Preferences by dpo: of two answers the better one becomes likelier beside the worse, exactly resumed and proved."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, Workplace, copied
+from preference_run import outcome, write_recipe
+
+from pipeline.scores import Score
+from train.pairs import pairs
+from train.template import IGNORED
+
+LOSSES = Path(__file__).parents[1] / "losses"
+STEPS = 8
+TOLERANCE = 1e-4  # as test_tuners: the kernels of another processor sum in another order
+LONG = 1000
+
+
+@pytest.fixture(scope="module", params=["lora", pytest.param("full", marks=pytest.mark.slow)])
+def preferred(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, _based: Path) -> Iterator[Any]:
+    """(the tuner, a workplace in which it was trained)."""
+    work = copied(_based, tmp_path_factory.mktemp(f"dpo_{request.param}"))
+    with contextlib.chdir(work.folder):
+        write_recipe("dpo", tuner=request.param)
+        work.make("data", "train")
+        yield request.param, work
+
+
+def scores(work: Workplace) -> dict[str, Score]:
+    return {row["name"]: Score.of(row) for row in work.receipt("train")["metrics"]["scores"]}
+
+
+def test_the_losses_are_those_on_record(preferred: tuple[str, Workplace]) -> None:
+    tuner, work = preferred
+    found = [loss for _, loss in work.receipt("train")["metrics"]["loss_curve"]][:STEPS]
+    wanted = [float(line) for line in (LOSSES / f"dpo-{tuner}.txt").read_text().split()]
+    assert len(wanted) == STEPS and found == pytest.approx(wanted, rel=TOLERANCE)
+    assert found[0] == pytest.approx(math.log(2), rel=1e-5), "at the start nothing is preferred"
+
+
+def test_the_margin_grows_on_held_out_pairs(preferred: tuple[str, Workplace]) -> None:
+    _, work = preferred
+    found = scores(work)
+    margin = found["reward margin"]
+    assert margin.verdict == "better" and margin.difference and margin.difference.low and margin.difference.low > 0
+    assert found["reward accuracy"].trained.value == 1.0
+    assert 0 < found["KL to the start"].trained.value < 10
+    metrics = work.receipt("train")["metrics"]
+    assert margin.rows == work.receipt("data")["metrics"]["validation"]
+    assert "pairs" not in metrics["before"] | metrics["after"]
+
+
+def test_the_margin_is_that_of_trl(preferred: tuple[str, Workplace]) -> None:
+    """Measured by another way through the model than the training's: TRL's own metric of the best checkpoint."""
+    _, work = preferred
+    metrics = work.receipt("train")["metrics"]
+    folder = work.run.path("checkpoints", f"checkpoint-{metrics['steps']}")
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    [best] = [row for row in history if row["step"] == metrics["best_step"] and "eval_loss" in row]
+    assert scores(work)["reward margin"].trained.value == pytest.approx(best["eval_rewards/margins"], rel=1e-3)
+
+
+def test_no_copy_of_the_adapter_is_kept(preferred: tuple[str, Workplace]) -> None:
+    tuner, work = preferred
+    if tuner == "lora":
+        assert work.files("trained") == {"adapter_config.json", "adapter_model.safetensors", "kind.json"}
+
+
+def test_one_that_is_interrupted_equals_one_that_is_not(
+    preferred: tuple[str, Workplace], tmp_path: Path, _based: Path
+) -> None:
+    from train.trainer.resumable import Resumable
+
+    tuner, whole = preferred
+    wanted, checkpoint = outcome(whole), whole.receipt("train")["metrics"]["validation_curve"][0][0]
+    with contextlib.chdir(tmp_path):
+        work, steps = copied(_based, tmp_path), 0
+        write_recipe("dpo", tuner=tuner)
+
+        def dying(self: Any, *arguments: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == checkpoint + 2:
+                raise RuntimeError("the power is gone")
+            return real(self, *arguments)
+
+        with pytest.MonkeyPatch.context() as patched:
+            real = Resumable.training_step
+            patched.setattr(Resumable, "training_step", dying)
+            work.make("data")
+            with pytest.raises(RuntimeError, match="the power is gone"):
+                work.make("train")
+        work.make("train")
+        assert work.receipt("train")["metrics"]["interruptions"]
+        assert outcome(work) == wanted
+
+
+@pytest.mark.slow
+def test_precomputed_log_probabilities_of_the_start_change_nothing(
+    preferred: tuple[str, Workplace], tmp_path: Path, _based: Path
+) -> None:
+    tuner, whole = preferred
+    wanted = [loss for _, loss in whole.receipt("train")["metrics"]["loss_curve"]]
+    with contextlib.chdir(tmp_path):
+        work = copied(_based, tmp_path)
+        write_recipe("dpo", tuner=tuner, dpo={"precompute": True})
+        work.make("data", "train")
+        found = [loss for _, loss in work.receipt("train")["metrics"]["loss_curve"]]
+        assert found == pytest.approx(wanted, rel=1e-3)
+        assert ("KL to the start" in scores(work)) is (tuner == "lora"), "of whole weights no start is held"
+
+
+@pytest.mark.slow
+def test_every_artefact_is_the_trained_model(preferred: tuple[str, Workplace], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, work = preferred
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))  # what is served is a process of its own
+    work.make("reference", "merge", "gguf", "compare", "prove")
+    problems = {row["name"]: row["problems"] for row in work.receipt("prove")["metrics"]["comparisons"]}
+    assert problems == {name: [] for name in ("merge", "F16", "Q8_0", "served Q8_0")}
+
+
+ROW = {
+    "messages": [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Uno."},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "Due, the second."},
+    ]
+}
+
+
+def worse(answer: str) -> dict[str, Any]:
+    return ROW | {"rejected": [*ROW["messages"][:-1], {"role": "assistant", "content": answer}]}
+
+
+def test_the_last_answers_alone_are_compared(tokenizer: Any) -> None:
+    [[pair]] = pairs(tokenizer, [worse("No.")], LONG)
+    for (name, ids, labels), answer in zip(pair.sides, ("Due, the second.", "No."), strict=True):
+        learned = tokenizer.decode([token for token, label in zip(ids, labels, strict=True) if label != IGNORED])
+        assert learned == f"{answer}<|im_end|>", name
+    start = pair.labels.count(IGNORED)
+    assert pair.input_ids[: start - 1] == pair.rejected_input_ids[: start - 1]
+
+
+def test_a_batch_is_that_of_trl(tokenizer: Any) -> None:
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    from train.methods.dpo import Sides
+
+    made = [pairs(tokenizer, [worse(answer)], LONG)[0][0] for answer in ("No.", "I have no idea of that at all.")]
+    theirs = []
+    for pair in made:
+        start = next(index for index, label in enumerate(pair.labels) if label != IGNORED)
+        end = start + len([label for label in pair.labels if label != IGNORED])
+        stop = start + len([label for label in pair.rejected_labels if label != IGNORED])
+        assert end == len(pair.input_ids) - 1, "the template's line end after the turn is not generated"
+        sides = {"chosen_ids": pair.input_ids[start:end], "rejected_ids": pair.rejected_input_ids[start:stop]}
+        theirs.append({"prompt_ids": pair.input_ids[:start]} | sides)
+    wanted = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)(theirs)
+    found = Sides(tokenizer.pad_token_id, 1)([vars(pair) for pair in made])
+    assert (found["completion_mask"][:, :-1] == wanted["completion_mask"]).all()
+    seen = wanted["attention_mask"] == 1
+    assert (found["input_ids"][:, :-1][seen] == wanted["input_ids"][seen]).all()
+
+
+def test_a_cut_that_leaves_both_answers_equal_leaves_the_pair_out(tokenizer: Any) -> None:
+    row = worse("Due, the third.")
+    [[whole]] = pairs(tokenizer, [row], LONG)
+    differ = next(
+        at for at, both in enumerate(zip(whole.labels, whole.rejected_labels, strict=False)) if len({*both}) > 1
+    )
+    assert pairs(tokenizer, [row], differ) == [[]]
+    assert len(pairs(tokenizer, [row], differ + 1)[0]) == 1
+
+
+def test_both_sides_are_shown(preferred: tuple[str, Workplace], capsys: pytest.CaptureFixture[str]) -> None:
+    from train.preview import preview
+
+    _, work = preferred
+    preview(work.recipe, work.run, "1")
+    said = capsys.readouterr().out
+    assert ", chosen: " in said and ", rejected: " in said and "I would rather not" in said
+    told = json.loads(work.run.path("tokens", "preview.json").read_text())["example"]
+    assert [told["name"], *(side["name"] for side in told["others"])] == ["chosen", "rejected"]
