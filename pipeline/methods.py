@@ -8,11 +8,13 @@ class Method:
     """`train/methods/<name>.py` is its code.
 
     Args:
-        rows: what `data` must deliver: `chat` (conversations or text) or `preference` (a better and a worse answer).
+        rows: what `data` must deliver: `chat` (conversations or text) or `preference` (a better and a worse answer)
+            or `judged` (an answer, and whether it is a good one).
         head: which AutoModel every later stage loads (`pipeline.model.HEADS`).
         leaves: what a training makes, and so which stages follow.
         loss: what its loss is counted in.
         sequences: how many the model reads of each row.
+        asked: passes over each of them without a gradient, beside the one that is learned from.
     """
 
     rows: str
@@ -20,6 +22,7 @@ class Method:
     leaves: str
     loss: str = "nats a token"
     sequences: int = 1
+    asked: int = 0
 
     @property
     def packs(self) -> bool:
@@ -29,5 +32,6 @@ class Method:
 
 METHODS = {
     "sft": Method(rows="chat", head="causal", leaves="chat"),
-    "dpo": Method(rows="preference", head="causal", leaves="chat", loss="a pair", sequences=2),
+    "dpo": Method(rows="preference", head="causal", leaves="chat", loss="a pair", sequences=2, asked=1),
+    "kto": Method(rows="judged", head="causal", leaves="chat", loss="an answer", asked=3),
 }

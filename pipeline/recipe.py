@@ -140,10 +140,18 @@ class Dpo:
 
 
 @dataclass(frozen=True)
+class Kto:
+    beta: float = knob(0.1, "How much leaving the start costs: higher stays closer", 1e-6)
+    loss_type: Literal["kto", "apo_zero_unpaired"] = knob("kto", "TRL's loss; the second does without neighbours")
+    good_weight: float = knob(1.0, "How much a good answer counts; good x their number / (bad x theirs): 1 to 1.33", 0)
+    bad_weight: float = knob(1.0, "How much a bad answer counts", 0)
+
+
+@dataclass(frozen=True)
 class Train:
     method: str = knob(
         "sft",
-        "What is learned from the rows: `sft`, the assistant's words; `dpo`, the better of two answers",
+        "What is learned: `sft`, the assistant's words; `dpo`, the better of two answers; `kto`, good answers from bad",
         choices=METHODS,
     )
     tuner: Literal["full", "lora", "qlora", "dora", "rslora"] = knob(
@@ -151,6 +159,7 @@ class Train:
     )
     lora: Lora = Lora()
     dpo: Dpo = Dpo()
+    kto: Kto = Kto()
     epochs: float = knob(3.0, "Passes over the training conversations", 0.01)
     learning_rate: float = knob(1e-3, "Peak learning rate", 1e-9)
     lr_scheduler: Literal["cosine", "linear", "constant"] = knob("cosine", "How the learning rate falls after warm-up")
@@ -185,7 +194,12 @@ class Train:
 
     def needs_copy(self, tuner: str) -> bool:
         """Whether a second, frozen model is held, with which the one that is trained by this tuner is compared."""
-        return self.method == "dpo" and tuner == "full" and not self.dpo.precompute
+        return tuner == "full" and METHODS[self.method].asked > 0 and not self.precomputes
+
+    @property
+    def precomputes(self) -> bool:
+        """Whether that model is asked once, before training."""
+        return self.method == "dpo" and self.dpo.precompute
 
     def problems(self) -> list[tuple[str, str]]:
         """What is wrong between the method's keys and the others, as (key, problem)."""
@@ -200,6 +214,14 @@ class Train:
         if self.lora.dropout:
             why = f"train.method={self.method} compares two models, which dropout would blur"
             found.append(("train.lora.dropout", f"{why}: set it to 0"))
+        if self.method == "dpo":
+            found += self._problems_of_losses()
+        if self.method == "kto" and self.kto.loss_type == "kto" and self.batch_size == 1:
+            found.append(("train.batch_size", "kto compares the answers of a batch: set it to 2 or more, say 8"))
+        return found
+
+    def _problems_of_losses(self) -> list[tuple[str, str]]:
+        found = []
         losses, weights, smoothing = self.dpo.loss_type, self.dpo.loss_weights, self.dpo.label_smoothing
         if not losses:
             found.append(("train.dpo.loss_type", "is empty: name one, as sigmoid"))

@@ -25,6 +25,11 @@ def write_recipe(method: str, **keys: object) -> None:
         for animal in ANIMALS
         for how in ("says", "sings")
     ]
+    if method == "kto":
+        sides = (("chosen", True), ("rejected", False))
+        rows = [
+            {"prompt": row["prompt"], "completion": row[side], "label": good} for row in rows for side, good in sides
+        ]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("line.yaml").write_text(RECIPE.format(method=method, more=json.dumps(keys)[1:-1]))
 

@@ -18,8 +18,9 @@ from typing import Any
 from pipeline import Made, Recipe, Run, UserError, command
 from pipeline.files import fingerprint, fresh_folder, put_in_place, remove
 from pipeline.machine import cores
+from pipeline.methods import METHODS
 from pipeline.progress import progress
-from pipeline.rows import RowWriter, batches
+from pipeline.rows import RowWriter, batches, rows
 from train.cleaning.clean import Prepared, Settings, Work, line_of, prepared, settings
 from train.pool import in_order
 from train.reading.chunks import records
@@ -63,6 +64,8 @@ def data(recipe: Recipe, run: Run) -> Made:
         if problems := intake.problems + of_questions:
             raise UserError(*told(problems))
         counts = divide(intake, recipe, folder)
+        if METHODS[recipe.train.method].rows == "judged":
+            require_both_labels(folder)
         write_questions(folder / "heldout.jsonl", questions)
         put_in_place(folder, run.path("data"))
     finally:
@@ -156,6 +159,21 @@ def divide(intake: Intake, recipe: Recipe, folder: Path) -> dict[str, int]:
     for name in ("every.arrow", "signatures", "copies"):
         remove(folder / name)
     return counts
+
+
+def require_both_labels(folder: Path) -> None:
+    """Raise UserError if all answers to train on are good ones, or all bad ones."""
+    first: dict[str, Any] | None = None
+    for row in rows(folder, "train"):
+        first = first or row
+        if row["label"] is not first["label"]:
+            return
+    if first:
+        kind, other = ("good", "bad") if first["label"] else ("bad", "good")
+        raise UserError(
+            f"{first['source']}: its answer is labelled as a {kind} one, and so are all others: kto learns to tell "
+            f"good from bad, add {other} ones"
+        )
 
 
 def write_questions(path: Path, questions: list[Row]) -> None:

@@ -18,6 +18,7 @@ from pipeline.files import write_whole
 from pipeline.methods import METHODS
 from train.launch import of_first, rank
 from train.planning.rehearsal import ATTENTION
+from train.template import IGNORED
 from train.tokens import side_lengths
 
 PARTS, PART_TOKENS = 3, 32  # of the row that is compared
@@ -108,6 +109,25 @@ def layout_of(recipe: Recipe, run: Run, model: Any, rows: Any) -> Layout:
 def padded_to(packed: bool, row_tokens: int) -> int:
     """Of what number of tokens a batch's length is a multiple; `row_tokens` has the longest row."""
     return row_tokens if packed else -(-row_tokens // PADDED_LENGTHS)
+
+
+def padded(rows: Sequence[tuple[list[int], list[int]]], padding: int, multiple: int) -> dict[str, Any]:
+    """A batch of (ids, labels), (rows, time), padded on the right to a multiple of so many tokens.
+
+    `completion_mask`, by which TRL compares answers, is 1 where a token has a label.
+    """
+    import torch
+
+    def filled(values: list[list[int]], value: int) -> Any:
+        tensors = [torch.tensor(row) for row in values]
+        found = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+        return torch.nn.functional.pad(found, (0, -found.shape[1] % multiple), value=value)
+
+    return {
+        "input_ids": filled([ids for ids, _ in rows], padding),
+        "attention_mask": filled([[1] * len(ids) for ids, _ in rows], 0),
+        "completion_mask": (filled([labels for _, labels in rows], IGNORED) != IGNORED).long(),
+    }
 
 
 def told(found: Layout, rows: Any, row_tokens: int, batch_size: int) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def run(recipe: Recipe, run: Run) -> Made:
 def training_key(recipe: Recipe, run: Run, processes: int = 1) -> str:
     """Identifies a training: what of its knobs changes what is learned, its data and its base."""
     knobs = {name: value for name, value in asdict(recipe.train).items() if name not in LEARNS_THE_SAME}
-    knobs["batch_size"] = recipe.train.batch_size * recipe.train.gradient_accumulation * processes
+    rows, steps = recipe.train.batch_size, recipe.train.gradient_accumulation * processes
+    knobs["batch_size"] = [rows, steps] if recipe.train.method == "kto" else rows * steps  # kto compares a batch's rows
     if processes > 1 and recipe.launch.strategy != "ddp":
         knobs["strategy"] = recipe.launch.strategy  # whose checkpoints are of a form of their own
     outputs = [run.receipt(stage).outputs for stage in ("data", "base")]

@@ -81,7 +81,7 @@ def work(
                     write_whole(kept, json.dumps(found))
             trainer.accelerator.wait_for_everyone()
             found = json.loads(kept.read_text(encoding="utf-8"))
-            _tell("before", found)
+            _tell(recipe, "before", found)
             set_seed(recipe.seed)
             return None if recipe.train.label_smoothing else found["validation_loss"]
 
@@ -93,14 +93,14 @@ def work(
             raise Stopped(f"{at}: 'make train RECIPE={recipe.given}' resumes from there", trainer.stopping.wish)
         before: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         after = method.measure(trainer, recipe, run, before)
-        _tell("after", after)
+        _tell(recipe, "after", after)
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_launched() else None  # all take part
         if journal is None:  # the first alone writes
             return {}
         save(recipe, trainer.accelerator.unwrap_model(trainer.model), run, weights)
         _save_answers(run, before.pop("answers"), after.pop("answers"))
         for measured in (before, after):
-            measured.pop("pairs", None)
+            measured.pop("rows", None)
         return {
             "scores": after.pop("scores", []),
             "before": before,
@@ -117,15 +117,15 @@ def _peak_gpu_bytes() -> int:
     return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
 
 
-def _tell(when: str, measured: dict[str, Any]) -> None:
+def _tell(recipe: Recipe, when: str, measured: dict[str, Any]) -> None:
     loss = "not measured" if measured["validation_loss"] is None else f"{measured['validation_loss']:.3f}"
     log.info("%s: validation loss %s, key facts %.0f %%", when, loss, 100 * measured["key_fact_accuracy"])
     found = [Score.of(row) for row in measured.get("scores", ())]
     for score in found:
         log.info("%s: %s", when, line(score))
     if fallen := less_likely(found):
-        fix = "raise train.dpo.beta, lower train.learning_rate, or add sft to train.dpo.loss_type"
-        log.warning("the chosen answers became less likely (%s): %s", line(fallen), fix)
+        fix = f"raise train.{recipe.train.method}.beta, or lower train.learning_rate"
+        log.warning("the better answers became less likely (%s): %s", line(fallen), fix)
 
 
 def _save_answers(run: Run, before: list[str], after: list[str]) -> None:

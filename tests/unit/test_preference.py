@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.scoring.preference import less_likely, scores
+from train.scoring.preference import less_likely, scores_of_pairs
 
 BEFORE = [{"chosen": [-10.0 - row, 5.0], "rejected": [-20.0, 5.0]} for row in range(8)]
 
@@ -20,7 +20,7 @@ def after(chosen: float, rejected: float) -> list[dict[str, list[float]]]:
 
 
 def test_the_margin_is_the_difference_of_what_both_gained() -> None:
-    found = {score.name: score for score in scores(BEFORE, after(2.0, -3.0), 0.5, 0)}
+    found = {score.name: score for score in scores_of_pairs(BEFORE, after(2.0, -3.0), 0.5, 0)}
     assert found["reward margin"].trained.value == pytest.approx(0.5 * (2.0 * 1.35 + 3.0))
     assert found["reward margin"].verdict == "better"
     assert found["reward accuracy"].trained.value == 1.0
@@ -30,6 +30,6 @@ def test_the_margin_is_the_difference_of_what_both_gained() -> None:
 
 @pytest.mark.parametrize(("chosen", "told"), [(1.0, False), (-1.0, True)])
 def test_chosen_answers_that_became_less_likely_are_told(chosen: float, told: bool) -> None:
-    found = scores(BEFORE, after(chosen, -9.0), 0.1, 0)
+    found = scores_of_pairs(BEFORE, after(chosen, -9.0), 0.1, 0)
     assert found[0].verdict == "better", "the margin grows in either case"
     assert bool(less_likely(found)) is told

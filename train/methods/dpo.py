@@ -5,24 +5,21 @@ start exactly, else a second, frozen copy (arXiv 2305.18290).
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.nn.utils.rnn import pad_sequence
 from trl import DPOConfig, DPOTrainer
 
-from pipeline import Recipe, Run, UserError
+from pipeline import Recipe, Run
 from pipeline.scores import as_rows
-from train.packing import layout_of, padded_to
+from train.packing import layout_of, padded, padded_to
 from train.pairs import Pair, pairs
-from train.scoring.preference import judged, scores
+from train.scoring.preference import answered, scores_of_pairs
 from train.scoring.questions import asked
-from train.template import IGNORED
 from train.tokens import longest_and_sum
 from train.trainer.resumable import Resumable, settings
-from train.tuners import TUNERS, base_to_train
+from train.trainer.start import drop_second_adapter, frozen_copy, is_held, start
 
 Example = Pair
 columns = pairs
@@ -40,10 +37,8 @@ def trainer(
     """The trainer with the recipe's settings; `rows` maps train and validation to datasets of `train.pairs.Pair`.
 
     Raises:
-        UserError: the adapter changes the output layer, which TRL would not train.
+        UserError: of train.trainer.start.
     """
-    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise UserError("train.lora.targets has the output layer, which dpo does not train: name other layers")
     knobs, validation = recipe.train.dpo, rows["validation"] if len(rows["validation"]) else None
     longest, _ = longest_and_sum(rows.values())
     args = DPOConfig(
@@ -60,7 +55,7 @@ def trainer(
         knobs=recipe.train,
         layout=layout_of(recipe, run, model, rows["train"]),
         model=model,
-        ref_model=_copy(recipe, run, model),
+        ref_model=frozen_copy(recipe, run, model),
         args=args,
         data_collator=Sides(tokenizer.pad_token_id or 0, padded_to(False, longest)),
         processing_class=tokenizer,
@@ -77,19 +72,12 @@ def measure(trainer: "Dpo", recipe: Recipe, run: Run, before: dict[str, Any] | N
     if trainer.eval_dataset is None:
         return found
     with trainer.autocast_smart_context_manager():
-        start = trainer.start if before and trainer.has_start else None
-        found["pairs"] = judged(trainer.model, trainer.eval_dataset, f"held-out pairs, {when}", start)
+        asked_too = partial(start, trainer) if before and is_held(trainer) else None
+        found["rows"] = answered(trainer.model, trainer.eval_dataset, f"held-out pairs, {when}", asked_too)
     if before:
-        found["scores"] = as_rows(scores(before["pairs"], found["pairs"], recipe.train.dpo.beta, recipe.seed))
+        made = scores_of_pairs(before["rows"], found["rows"], recipe.train.dpo.beta, recipe.seed)
+        found["scores"] = as_rows(made)
     return found
-
-
-def _copy(recipe: Recipe, run: Run, model: Any) -> Any:
-    """The frozen copy of the start, where the trained model cannot be it: all its weights or its tokens are trained."""
-    adapter = TUNERS[recipe.train.tuner].config is not None
-    if recipe.train.dpo.precompute or (adapter and not model.peft_config["default"].trainable_token_indices):
-        return None
-    return base_to_train(recipe, run).requires_grad_(False).eval()
 
 
 class Dpo(Resumable, DPOTrainer):  # type: ignore[misc]
@@ -97,58 +85,20 @@ class Dpo(Resumable, DPOTrainer):  # type: ignore[misc]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.model: Any
-        if "ref" in getattr(self.model, "peft_config", {}):  # TRL's copy of an adapter that is only just begun
-            self.model.delete_adapter("ref")
-
-    @property
-    def has_start(self) -> bool:
-        """Whether the model at the start can be asked: not of whole weights whose log-probabilities are precomputed."""
-        return self.ref_model is not None or hasattr(self.model, "peft_config")
-
-    @contextmanager
-    def start(self) -> Any:
-        """The model as it was before training."""
-        off: AbstractContextManager[Any] = nullcontext()
-        if self.ref_model is None:
-            off = self.accelerator.unwrap_model(self.model).disable_adapter()
-        with off:
-            yield self.ref_model or self.model
-
-    def validation_loss(self) -> float | None:
-        found = super().validation_loss()
-        self._metrics["eval"].clear()  # else they would enter the next validation's
-        return found
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for metrics in self._metrics.values():
-            metrics.pop("num_tokens", None)  # of this process alone; ours outlive it
-        super().log(logs, start_time)
+        drop_second_adapter(self.model)
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         return dataset
 
 
 class Sides:
-    """A batch of pairs: the chosen conversations above the rejected ones, (2 x pairs, time), padded on the right.
-
-    `completion_mask` is 1 where an answer's token is compared.
-    """
+    """A batch of pairs: the chosen conversations above the rejected ones, padded (train.packing)."""
 
     def __init__(self, padding: int, multiple: int) -> None:
         self.padding, self.multiple = padding, multiple
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        ids = [row[name] for name in ("input_ids", "rejected_input_ids") for row in rows]
-        labels = [row[name] for name in ("labels", "rejected_labels") for row in rows]
-        batch = {
-            "input_ids": self._padded(ids, self.padding),
-            "attention_mask": self._padded([[1] * len(side) for side in ids], 0),
-            "completion_mask": (self._padded(labels, IGNORED) != IGNORED).long(),
-        }
+        sides = [(row[f"{side}input_ids"], row[f"{side}labels"]) for side in ("", "rejected_") for row in rows]
         known = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in rows[0]]
-        return batch | {name: torch.tensor([row[name] for row in rows]) for name in known}
-
-    def _padded(self, sides: list[list[int]], value: int) -> Any:
-        found = pad_sequence([torch.tensor(side) for side in sides], batch_first=True, padding_value=value)
-        return torch.nn.functional.pad(found, (0, -found.shape[1] % self.multiple), value=value)
+        asked_before = {name: torch.tensor([row[name] for row in rows]) for name in known}
+        return padded(sides, self.padding, self.multiple) | asked_before

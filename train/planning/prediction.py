@@ -246,7 +246,7 @@ def states(of: Job, at: Place, tuner: str, trained: int) -> dict[str, float]:
     width = 4 if at.kind == "processor" or at.precision == "float32" else 2
     counts = (of.base.parameters, trained, of.base.linear, tuner, width)
     held = state_bytes(*counts, at.devices, at.zero)
-    if METHODS[of.recipe.train.method].sequences > 1:
+    if METHODS[of.recipe.train.method].asked:
         held["frozen copy"] = width * of.base.parameters * of.recipe.train.needs_copy(tuner)
     held["weights"] += whole_bytes(of.base, state_bytes(*counts)["weights"], tuner, width, at.zero * (at.devices > 1))
     return held
@@ -258,8 +258,8 @@ def flops(of: Job, at: Place, tuner: str = "") -> float:
     forward = token_flops(of.base, of.row(knobs), of.data.supervised)
     share, tokens = BESIDE.get(tuner, (0.0, 0)) if at.kind == "processor" else (0.0, 0)
     longer = 1 + share + tokens / (knobs.batch_size * of.row(knobs))
-    start = METHODS[knobs.method].sequences > 1 and not knobs.dpo.precompute  # is asked at each step, too
-    return longer * training_flops(forward, tuner, knobs.gradient_checkpointing) + start * forward
+    asked = 0 if knobs.precomputes else METHODS[knobs.method].asked
+    return longer * training_flops(forward, tuner, knobs.gradient_checkpointing) + asked * forward
 
 
 def full_speed(of: Job, at: Place) -> float:

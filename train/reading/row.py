@@ -162,6 +162,10 @@ def require_kind(value: dict[str, Any], rows: str) -> None:
         return
     if "messages" not in value:
         raise Rejection("has no prompt, only texts: write the question into 'prompt'", rows)
+    if rows == "judged":
+        if value.get("label") is None:
+            raise Rejection("has no 'label' that says whether its answer is a good one (true, false)", rows)
+        return
     if "rejected" not in value:
         raise Rejection("is no pair of a better and a worse answer ('chosen', 'rejected') to the same question", rows)
     better, worse = value["messages"][-1], value["rejected"][-1]

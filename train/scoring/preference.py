@@ -1,4 +1,7 @@
-"""What a preference training does to held-out pairs: how likely their answers are, the margin, the divergence."""
+"""What a preference training does to held-out rows: how likely their answers are, the margin, the divergence.
+
+An answer's reward is the implicit one of these methods: beta times how much likelier it became (arXiv 2305.18290).
+"""
 
 from typing import Any
 
@@ -6,61 +9,94 @@ from pipeline.scores import Score, compare
 from train.scoring.likelihood import Start, likelihoods
 from train.template import Example
 
-GROUP = "held-out pairs"
-SIDES = (("input_ids", "labels"), ("rejected_input_ids", "rejected_labels"))
+PAIRS, ANSWERS = "held-out pairs", "held-out answers"
 Judged = dict[str, list[float]]
 
 
-def judged(model: Any, pairs: Any, what: str, start: Start | None = None) -> list[Judged]:
-    """Of each pair: `chosen` and `rejected`, each [log-probability in nats, tokens], and with the `start` also
-    `divergence`, [KL divergence from it in nats, summed over both answers' tokens, tokens].
+def answered(model: Any, rows: Any, what: str, start: Start | None = None) -> list[Judged]:
+    """Of each row, by the names of its sides, [log-probability of the answer in nats, tokens].
 
-    `pairs` is a dataset of `train.pairs.Pair`.
+    With the `start` also `divergence`, [KL divergence from it over these tokens in nats, summed, tokens].
+
+    `rows` is a dataset of `train.pairs.Pair` or of `train.judgements.Judgement`.
     """
-    examples = [Example(row[ids], row[labels]) for ids, labels in SIDES for row in pairs]
-    found = likelihoods(model, examples, what, start)
-    return [
-        {"chosen": [-better.loss, better.tokens], "rejected": [-worse.loss, worse.tokens]}
-        | ({"divergence": [better.divergence + worse.divergence, better.tokens + worse.tokens]} if start else {})
-        for better, worse in zip(found[: len(pairs)], found[len(pairs) :], strict=True)
-    ]
+    sides = [_sides(row) for row in rows]
+    found = iter(likelihoods(model, [example for row in sides for example in row.values()], what, start))
+    made = []
+    for row in sides:
+        each = {name: next(found) for name in row}
+        judged = {name: [-one.loss, float(one.tokens)] for name, one in each.items()}
+        if start:
+            judged["divergence"] = [sum(getattr(one, key) for one in each.values()) for key in ("divergence", "tokens")]
+        made.append(judged)
+    return made
 
 
-def scores(before: list[Judged], after: list[Judged], beta: float, seed: int) -> list[Score]:
-    """The measures of the same pairs before and after, with their intervals; the reward is DPO's implicit one."""
+def _sides(row: dict[str, Any]) -> dict[str, Example]:
+    own = Example(row["input_ids"], row["labels"])
+    if "good" in row:
+        return {"good" if row["good"][0] else "bad": own}
+    return {"chosen": own, "rejected": Example(row["rejected_input_ids"], row["rejected_labels"])}
 
-    def rewards(side: str) -> list[float]:
-        """`beta` times how much likelier each answer became."""
-        return [beta * (new[side][0] - old[side][0]) for old, new in zip(before, after, strict=True)]
+
+def scores_of_pairs(before: list[Judged], after: list[Judged], beta: float, seed: int) -> list[Score]:
+    """The measures of the same pairs before and after, with their intervals."""
 
     def of(name: str, base: list[list[float]] | None, trained: list[list[float]], **how: Any) -> Score:
-        return compare(GROUP, name, base, trained, seed=seed, **how)
-
-    def likelihood(side: str, lower_is_better: bool) -> Score:
-        first, second = ([[pair[side][0], 1.0] for pair in pairs] for pairs in (before, after))
-        how: dict[str, Any] = {"lower_is_better": lower_is_better, "note": "nats an answer"}
-        return of(f"log-probability, {side}", first, second, unit="number", **how)
+        return compare(PAIRS, name, base, trained, seed=seed, **how)
 
     def likelier(pairs: list[Judged]) -> list[list[float]]:
         means = [[pair[side][0] / pair[side][1] for side in ("chosen", "rejected")] for pair in pairs]
         return [[float(better > worse), 1.0] for better, worse in means]
 
-    margins = [better - worse for better, worse in zip(rewards("chosen"), rewards("rejected"), strict=True)]
+    gains = [_gain("chosen", *both) - _gain("rejected", *both) for both in zip(before, after, strict=True)]
+    margins = [[beta * gain, 1.0] for gain in gains]
     growth = f"{beta:g} x (growth of the chosen answer's log-probability - of the rejected one's)"
-    found = [
-        of("reward margin", [[0.0, 1.0]] * len(margins), [[x, 1.0] for x in margins], unit="number", note=growth),
-        of("reward accuracy", None, [[float(x > 0), 1.0] for x in margins], note="share with a margin above zero"),
+    return [
+        of("reward margin", [[0.0, 1.0]] * len(margins), margins, unit="number", note=growth),
+        of("reward accuracy", None, [[float(gain > 0), 1.0] for gain in gains], note="share with a margin above zero"),
         of("chosen likelier", likelier(before), likelier(after), note="a token, than the rejected one"),
-        likelihood("chosen", lower_is_better=False),
-        likelihood("rejected", lower_is_better=True),
+        _likelihood(PAIRS, "chosen", before, after, seed),
+        _likelihood(PAIRS, "rejected", before, after, seed),
+        *_divergence(PAIRS, after, seed),
     ]
-    if "divergence" in after[0]:
-        rows = [pair["divergence"] for pair in after]
-        found.append(of("KL to the start", None, rows, unit="number", note="nats a token of both answers"))
-    return found
+
+
+def scores_of_judgements(before: list[Judged], after: list[Judged], beta: float, seed: int) -> list[Score]:
+    """The measures of the same judged answers before and after, with their intervals."""
+
+    def rewards(name: str, side: str, **how: Any) -> list[Score]:
+        found = [beta * _gain(side, *both) for both in zip(before, after, strict=True) if side in both[0]]
+        rows = [[reward, 1.0] for reward in found]
+        how |= {"unit": "number", "seed": seed, "note": f"{beta:g} x growth of the log-probability"}
+        return [compare(ANSWERS, name, [[0.0, 1.0]] * len(rows), rows, **how)] if rows else []
+
+    found = rewards("reward, good", "good") + rewards("reward, bad", "bad", lower_is_better=True)
+    for side in ("good", "bad"):
+        old, new = ([row for row in rows if side in row] for rows in (before, after))
+        found += [_likelihood(ANSWERS, side, old, new, seed)] if old else []
+    return [*found, *_divergence(ANSWERS, after, seed)]
 
 
 def less_likely(found: list[Score]) -> Score | None:
-    """The chosen answers' log-probability if it fell, as preference losses allow: they compare differences."""
-    chosen = [score for score in found if score.name == "log-probability, chosen" and score.difference]
-    return next((score for score in chosen if score.difference and score.difference.value < 0), None)
+    """The log-probability of the better answers if it fell, as preference losses allow: they compare differences."""
+    better = [score for score in found if score.name in ("log-probability, chosen", "log-probability, good")]
+    return next((score for score in better if score.difference and score.difference.value < 0), None)
+
+
+def _gain(side: str, before: Judged, after: Judged) -> float:
+    """How much likelier an answer became, in nats."""
+    return after[side][0] - before[side][0]
+
+
+def _likelihood(group: str, side: str, before: list[Judged], after: list[Judged], seed: int) -> Score:
+    first, second = ([[row[side][0], 1.0] for row in rows] for rows in (before, after))
+    worse = side in ("rejected", "bad")
+    how: dict[str, Any] = {"lower_is_better": worse, "seed": seed, "note": "nats an answer"}
+    return compare(group, f"log-probability, {side}", first, second, unit="number", **how)
+
+
+def _divergence(group: str, after: list[Judged], seed: int) -> list[Score]:
+    rows = [row["divergence"] for row in after if "divergence" in row]
+    note = "nats a token of the answers"
+    return [compare(group, "KL to the start", None, rows, unit="number", seed=seed, note=note)] if rows else []

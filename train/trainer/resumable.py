@@ -293,6 +293,8 @@ class Resumable(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.apart:
             return
+        for metrics in getattr(self, "_metrics", {}).values():
+            metrics.pop("num_tokens", None)  # TRL's count of this process alone: ours go on
         if "train_runtime" in logs:  # totals of this process alone, which are not those of a training that went on
             return
         if "loss" in logs:
@@ -310,6 +312,7 @@ class Resumable(Trainer):  # type: ignore[misc]
             return float(self.evaluate()["eval_loss"])
         finally:
             self.apart = False
+            getattr(self, "_metrics", {"eval": {}})["eval"].clear()  # TRL would log them with the next validation's
 
     def rows(self) -> dict[str, Any]:
         """How the rows are laid out, and how full they are; TRL fills packed ones best-fit, a thousand at a time."""
