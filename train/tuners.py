@@ -60,8 +60,11 @@ def wrap(recipe: Recipe, model: Any, added: list[int]) -> Any:
     tuner = TUNERS[recipe.train.tuner]
     if tuner.config is None:
         return model
+    import torch
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
+
+    from train.lora import FusedLinear
 
     lora = recipe.train.lora
     targets = lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets)
@@ -80,6 +83,8 @@ def wrap(recipe: Recipe, model: Any, added: list[int]) -> Any:
         trainable_token_indices={name: added for name in names} if added else None,
         **tuner.config,
     )
+    if not tuner.four_bits:  # whose layers are of torch's class too
+        config._register_custom_module({torch.nn.Linear: FusedLinear})
     return get_peft_model(model, config)
 
 

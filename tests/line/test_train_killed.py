@@ -16,7 +16,7 @@ from conftest import Workplace
 
 from train.trainer.checkpoints import last_complete
 
-KILLS = 6
+KILLS = 4
 LONGER = (
     "epochs: 2",
     "epochs: 9, early_stopping_patience: 0, lora: {dropout: 0.1}",

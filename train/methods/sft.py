@@ -17,6 +17,7 @@ from pipeline import Recipe, Run, UserError
 from pipeline.files import write_whole
 from pipeline.progress import progress
 from pipeline.recipe import Train
+from train.attention import attend_apart
 from train.packing import layout_of, padded_to
 from train.scoring.questions import asked
 from train.template import IGNORED, Example, batch_examples
@@ -43,6 +44,7 @@ def trainer(
     """
     validation = rows["validation"] if len(rows["validation"]) else None
     args = SFTConfig(**settings(recipe, run, validation is not None, trackers))  # several processes can speak now
+    attend_apart(model)
     found, (longest, total) = layout_of(recipe, run, model, rows["train"]), longest_and_sum(rows.values())
     args.packing = found.packed
     args.max_length = row_tokens(longest, total, recipe.train.max_length) if found.packed else longest
