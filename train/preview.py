@@ -184,7 +184,7 @@ def _wished(run: Run, wish: str) -> dict[str, Any]:
             raise UserError(f"ROW={wish}: there is no such conversation: give a number from 1 to {number}")
         return next(picked(data, "train", [int(wish) - 1]))
     for part in ("train", "validation"):
-        found = next((row for row in rows(data, part) if row["source"] == wish), None)
+        found = next((row for row in rows(data, part) if f"/{row['source']}".endswith(f"/{wish}")), None)
         if found:
             return found
     raise UserError(f"ROW={wish}: no conversation is from there: name file and line, as rejected.jsonl and errors do")
