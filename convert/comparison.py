@@ -5,25 +5,33 @@ A GGUF is asked in a process of its own (`convert.measure`), which a crash of na
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from convert.evaluator import Asked
-from pipeline import UserError
-from pipeline.proof import Bounds, Comparison, compare_logits, perplexity, same_share
-from pipeline.reference import Reference
+from pipeline import Recipe, UserError
+from pipeline.own_answers import OwnAnswer, most_likely, own_answer
+from pipeline.proof import Bounds, Comparison, compare_logits, divergence, first_difference, perplexity, same_share
+from pipeline.recipe import QUANTIZATIONS
+from pipeline.reference import CONTINUATION_TOKENS, Reference
 from pipeline.rows import GENERATION_TAG
 
 # What the libraries raise for files that are damaged or do not belong together.
 UNREADABLE = (UserError, OSError, ValueError, KeyError, IndexError, RuntimeError, AttributeError)
+BITS_OF_BOUND = 4.5
+LEAST_SAYING_BITS = 2.5  # from here down the most likely token proves nothing
+CONTINUED = 8  # decoded together they cost little more than one
 log = logging.getLogger("truetune")
 Logits = Callable[[Iterable[Asked]], Iterable[Any]]
+Ends = Callable[[int], bool]  # whether a token ends an answer
+Greedy = Callable[[list[list[int]], int], list[list[int]]]  # continues sequences by so many tokens, or to their end
 
 
 def asked_of(reference: Reference) -> list[Asked]:
@@ -33,17 +41,37 @@ def asked_of(reference: Reference) -> list[Asked]:
     return [(ids, list(positions)) for ids, positions in probes + answers]
 
 
-def measure(comparison: Comparison, reference: Reference, logits: Logits, bounds: Bounds, show: Any) -> None:
-    """Logits at the probes' answers, greedy agreement, and perplexity on the validation answers."""
-    found, shares, losses = {}, [], []
+def measure(
+    comparison: Comparison, reference: Reference, logits: Logits, ends: Ends, bounds: Bounds, show: Any
+) -> list[OwnAnswer]:
+    """Logits at the probes' answers, greedy agreement, and perplexity on the validation answers.
+
+    Returns its own greedy answers as far as they are the reference's, and with the first token that is not; one that
+    `ends` an answer in this artefact ends it there.
+    """
+    import numpy as np
+
+    found, shares, losses, own = {}, [], [], []
     made = iter(logits(asked_of(reference)))
     for probe in reference.probes:
         rows = next(made)
         found[probe.name] = rows[: probe.scored]
-        shares.append(same_share(rows.argmax(-1).tolist(), probe.continuation))
+        chosen = rows.argmax(-1).tolist()
+        shares.append(same_share(chosen, probe.continuation))
+        at = first_difference(chosen, probe.continuation)
+        kept = chosen if at is None else chosen[: at + 1]
+        end = next((i + 1 for i, token in enumerate(kept) if ends(token)), None)
+        kept = kept[:end]
+        own.append(OwnAnswer(comparison.name, probe.name, kept, end is not None, most_likely(rows[: len(kept)])))
     compare_logits(comparison, reference, found, bounds, show)
+    if reference.base is not None and "divergence_mean" in comparison.measures:
+        each = np.concatenate([found[probe.name] for probe in reference.probes])
+        width = min(each.shape[-1], reference.base.shape[-1])
+        from_base = divergence(reference.base[:, :width], each[:, :width])
+        comparison.measures["divergence_from_base"] = float(from_base.mean())
     if "divergence_mean" not in comparison.measures:
-        return
+        return []
+    comparison.measures["probes"] = len(shares)
     comparison.measures["greedy_agreement"] = shares.count(1) / len(shares)
     comparison.measures["greedy_share"] = sum(shares) / len(shares)
     if reference.answers:
@@ -52,6 +80,49 @@ def measure(comparison: Comparison, reference: Reference, logits: Logits, bounds
         value, error = perplexity(losses, sizes)
         trained, _ = perplexity([answer.loss for answer in reference.answers], sizes)
         comparison.measures |= {"perplexity": value, "perplexity_error": error, "trained_perplexity": trained}
+    return own
+
+
+def continued(begun: list[OwnAnswer], reference: Reference, logits: Logits, greedy: Greedy) -> list[OwnAnswer]:
+    """The answers that `measure` began, the first CONTINUED of those that leave the reference's to their end."""
+    left = [
+        (probe.ids, own) for probe, own in zip(reference.probes, begun, strict=True) if own.tokens != probe.continuation
+    ]
+    # The last token is asked for again: what comes next needs it, and whoever continues begins with a choice.
+    more = greedy([ids + own.tokens[:-1] for ids, own in left], CONTINUATION_TOKENS)
+    made, asked = {own.probe: own for own in begun}, []
+    for (ids, own), tokens in zip(left, more, strict=True):
+        if tokens[:1] == own.tokens[-1:]:  # else a tie fell otherwise, and no more is known
+            tokens = (own.tokens[:-1] + tokens)[:CONTINUATION_TOKENS]
+            made[own.probe] = replace(own, tokens=tokens, ended=len(tokens) < CONTINUATION_TOKENS)
+            first = len(ids) - 1
+            asked.append((own.probe, (ids + tokens[:-1], list(range(first + len(own.tokens), first + len(tokens))))))
+    asked = [(name, sequence) for name, sequence in asked if sequence[1]]
+    for (name, _), rows in zip(asked, logits(sequence for _, sequence in asked), strict=True):
+        made[name].top.extend(most_likely(rows))
+    return [made[own.probe] for own in begun]
+
+
+def merged_bounds(recipe: Recipe) -> Bounds:
+    """Those of the type that the merged weights were rounded to."""
+    knobs = recipe.prove
+    rounded = recipe.merge.precision == "bfloat16"
+    return Bounds(knobs.bfloat16_max_kl if rounded else knobs.merged_max_kl, knobs.full_min_agreement)
+
+
+def gguf_bounds(recipe: Recipe, kind: str) -> Bounds:
+    """Those of an unquantized type, or of a quantization by its bits."""
+    knobs = recipe.prove
+    if kind in ("F16", "F32"):
+        rounded = merged_bounds(recipe).mean_divergence
+        return Bounds(max(knobs.full_max_kl, rounded), knobs.full_min_agreement)
+    if kind == "BF16":
+        return Bounds(knobs.bfloat16_max_kl, knobs.full_min_agreement)
+    # Measured on SmolLM2-135M: 0.003 for Q8_0, 0.008 Q6_K, 0.05 Q4_K_M, 0.3 Q2_K: about e times more for a bit less.
+    less = BITS_OF_BOUND - QUANTIZATIONS[kind]
+    # At two bits a small model may say anything at all, with no fault but the type.
+    share = min(1.0, max(0.0, 1 - less / (BITS_OF_BOUND - LEAST_SAYING_BITS)))
+    return Bounds(knobs.quantized_max_kl * math.exp(less), knobs.quantized_min_agreement * share)
 
 
 def negative_likelihood(rows: Any, tokens: list[int]) -> float:
@@ -121,10 +192,11 @@ class Task:
 
 @dataclass
 class Found:
-    """The comparison, and the answers to the questions, or none if the file cannot be used."""
+    """The comparison, the answers to the questions and to the probes, or none if the file cannot be used."""
 
     comparison: Comparison
     answers: list[str] = field(default_factory=list)
+    own: list[OwnAnswer] = field(default_factory=list)
 
 
 def measured(task: Task) -> Found:
@@ -135,7 +207,7 @@ def measured(task: Task) -> Found:
         words, status = _run([sys.executable, "-m", "convert.measure", str(given), str(made)])
         if made.is_file():
             row = json.loads(made.read_text(encoding="utf-8"))
-            return Found(Comparison(**row["comparison"]), row["answers"])
+            return Found(Comparison(**row["comparison"]), row["answers"], [own_answer(own) for own in row["own"]])
     how = f"signal {-status}" if status < 0 else f"status {status}"
     says = next((f" ({word})" for word in words if "ASSERT" in word or "rror" in word), "")
     return Found(Comparison(task.kind, {}, [f"{task.path} cannot be used: what reads it ended with {how}{says}"]))

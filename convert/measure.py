@@ -20,6 +20,7 @@ from convert.comparison import (
     check_stops,
     check_template,
     compare_text,
+    continued,
     measure,
     reason,
     shown_by,
@@ -64,14 +65,27 @@ def ask_file(task: Task) -> Found:
         before, _ = resident_bytes()
         with Evaluator(path, longest, threads=task.threads, cache_tokens=CACHE_TOKENS) as evaluator:
             if task.only_divergence:
-                measure(comparison, replace(reference, answers=[]), evaluator.logits, Bounds(*task.bounds), show)
+                measure(
+                    comparison,
+                    replace(reference, answers=[]),
+                    evaluator.logits,
+                    evaluator.ends,
+                    Bounds(*task.bounds),
+                    show,
+                )
                 return found
             comparison.measures |= speeds(evaluator, reference)
             comparison.measures["peak_rss_bytes"] = resident_bytes()[1] - before
             for probe in reference.probes:
                 if not compare_tokens(comparison, probe, evaluator.tokens(probe.prompt), show):
                     break
-            measure(comparison, reference, evaluator.logits, Bounds(*task.bounds), show)
+            begun = measure(comparison, reference, evaluator.logits, evaluator.ends, Bounds(*task.bounds), show)
+
+            def greedy(prompts: list[list[int]], most: int) -> list[list[int]]:
+                return greedy_answers(evaluator, prompts, most, f"prove: {task.kind}")
+
+            if begun:
+                found.own = continued(begun, reference, evaluator.logits, greedy)
             if task.questions:
                 prompts = [evaluator.tokens(question["prompt"]) for question in task.questions]
                 made = greedy_answers(evaluator, prompts, task.answer_tokens, f"prove: {task.kind}")

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.files import write_whole
 from pipeline.reference import Probe, Reference
 
+RESAMPLES = 2000
 LARGEST_LOSS = 100.0  # nats a token; more, of a model that is lost anyway, would be no number of JSON
 
 
@@ -30,12 +31,14 @@ class Comparison:
     - of the file: `bytes`, `bits_per_weight`, `tensors`, `fallbacks` (tensors by `WANTED -> WRITTEN`), `imatrix`
       (whether an importance matrix weighed its rounding);
     - of what it says, nats where no unit is named: `divergence_mean`, `divergence_median`, `divergence_p99`,
-      `divergence_mean_without_imatrix`, `top1_agreement`, `greedy_agreement`, `perplexity`, `perplexity_error`,
+      `divergence_interval`, `top1_interval` (95 %, of the means, over the probes), `divergence_mean_without_imatrix`,
+      `probes`, `top1_agreement`, `greedy_agreement`, `perplexity`, `perplexity_error`,
       `trained_perplexity`, `stops`, `facts_accuracy` (share of the key facts), `facts_of` (held-out questions),
       `facts_loss` (share that the unquantized file has and this one has not), `facts_loss_error` (its standard error);
-    - of a server's answers: `probes`, `too_long` (for the context), `changed_again` (how many are others when their
+    - of a server's answers: `too_long` (for the context), `changed_again` (how many are others when their
       prompt is cached), `changed_beside` (when it is evaluated beside others), `moved_again`, `moved_beside` (the most
-      that a log-probability of the rest moves);
+      that a log-probability of the rest moves), `own_agreement` (share that is the served file's own, but for near
+      ties), `divergence_from_file` (of the probabilities that it tells from the file's own);
     - of this machine: `prompt_tokens_per_second`, `decode_tokens_per_second`, `peak_rss_bytes` (of loading and asking
       it), `cache_bytes_per_token` (of a server's cache), `seconds`.
     """
@@ -108,6 +111,10 @@ def compare_logits(
             pair = f"{show(int(mine[at].argmax()))}, trained {show(int(wanted[at].argmax()))}"
             first = f"probe '{probe.name}', answer position {at}: {pair}"
     each = np.concatenate(divergences)
+    spread = {
+        "divergence_interval": interval([row.tolist() for row in divergences]),
+        "top1_interval": interval([row.tolist() for row in agreements]),
+    }
     measured: dict[str, float] = {
         "divergence_mean": float(each.mean()),
         "divergence_median": float(np.median(each)),
@@ -115,7 +122,7 @@ def compare_logits(
         "top1_agreement": float(np.concatenate(agreements).mean()),
         "relative_error": math.sqrt(squared / norm),
     }
-    comparison.measures |= measured | {"first_difference": first}
+    comparison.measures |= measured | spread | {"first_difference": first}
     where = f"; first at {first}" if first else ""
     if not measured["divergence_mean"] <= bounds.mean_divergence:
         comparison.problems.append(
@@ -126,6 +133,39 @@ def compare_logits(
             f"logits: most likely token agrees in {measured['top1_agreement']:.1%}, "
             f"wanted {bounds.top1_agreement:.0%}{where}"
         )
+
+
+def interval(probes: list[list[float]]) -> tuple[float, float]:
+    """Of a mean over all positions the 95 % interval, by drawing whole probes again: positions of one are not
+    independent (the percentile bootstrap: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
+    """
+    import numpy as np
+
+    sums = np.array([float(sum(values)) for values in probes])
+    counts = np.array([len(values) for values in probes])
+    drawn = np.random.default_rng(0).integers(len(probes), size=(RESAMPLES, len(probes)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def in_words(row: Comparison) -> str:
+    """What a person needs to know of an artefact: how many answers it changes, and whether it loses key facts."""
+    measures = row.measures
+    if "greedy_agreement" not in measures or not measures.get("probes"):
+        return ""
+    changed = round((1 - measures["greedy_agreement"]) * measures["probes"])
+    asked = f"{changed} of {measures['probes']}"
+    if not changed:
+        words = f"{row.name} changes no answer (0 of {measures['probes']})"
+    elif 2 * changed < measures["probes"]:
+        words = f"{row.name} changes 1 answer in {measures['probes'] / changed:.0f} ({asked})"
+    else:
+        words = f"{row.name} changes most answers ({asked})"
+    if "facts_loss" in measures:
+        lost = measures["facts_loss"]
+        return f"{words}; none of the key facts" if lost <= 0 else f"{words}, and loses {lost:.0%} of the key facts"
+    return words
 
 
 def _usable(comparison: Comparison, reference: Reference, found: dict[str, Any]) -> bool:

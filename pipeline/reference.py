@@ -7,6 +7,7 @@ Format 2, in `runs/<recipe>/reference/`:
   up to and with the token that ends the turn or to CONTINUATION_TOKENS; `stopped`, whether it ended by itself;
   `scored`, how many positions of `ids + continuation`, from the prompt's last token on, have logits.
 - `logits.safetensors`: tensor `logits` (scored positions of all probes in their order, vocabulary), float32.
+- `base.safetensors`, where it was asked for: the same of the base without its adapter.
 - `validation.jsonl`: `ids` and `first`, one row an answer of the validation split; the tokens from `first` on are the
   answer, whose likelihood gives the perplexity; `loss`, the trained model's own, summed over those tokens.
 """
@@ -19,6 +20,7 @@ from typing import Any
 from pipeline.error import UserError
 
 FORMAT = 2
+BASE_LOGITS = "base.safetensors"
 CONTINUATION_TOKENS = 32
 SCORED_POSITIONS = 256
 Message = dict[str, Any]
@@ -59,11 +61,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reference:
-    """All probes, the (scored positions, vocabulary) float32 logits, and the validation answers."""
+    """All probes, the (scored positions, vocabulary) float32 logits, the validation answers, and the base's logits."""
 
     probes: list[Probe]
     logits: Any
     answers: list[Answer]
+    base: Any = None
 
     def logits_of(self, probe: Probe) -> Any:
         """The (scored, vocabulary) logits of one probe."""
@@ -82,6 +85,13 @@ def write_reference(folder: Path, reference: Reference) -> None:
     _write_rows(folder / "probes.jsonl", [{"format": FORMAT} | asdict(probe) for probe in reference.probes])
     _write_rows(folder / "validation.jsonl", [asdict(answer) for answer in reference.answers])
     save_file({"logits": reference.logits}, folder / "logits.safetensors")
+
+
+def write_base_logits(folder: Path, logits: Any) -> None:
+    """Add those of the base without its adapter to what `write_reference` wrote."""
+    from safetensors.numpy import save_file
+
+    save_file({"logits": logits}, folder / BASE_LOGITS)
 
 
 def read_probes(folder: Path) -> list[Probe]:
@@ -105,10 +115,12 @@ def read_reference(folder: Path) -> Reference:
     """
     from safetensors.numpy import load_file
 
+    base = folder / BASE_LOGITS
     return Reference(
         probes=read_probes(folder),
         logits=load_file(folder / "logits.safetensors")["logits"],
         answers=[Answer(**row) for row in _read_rows(folder / "validation.jsonl")],
+        base=load_file(base)["logits"] if base.is_file() else None,
     )
 
 

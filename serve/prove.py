@@ -12,21 +12,33 @@ from typing import Any, Literal
 
 from pipeline import Made, Recipe, Run, UserError
 from pipeline.command import boundary, recipe_of_arguments, up_to_date
-from pipeline.proof import Comparison, read_comparisons
+from pipeline.own_answers import OwnAnswer, of_trained, read_own_answers
+from pipeline.proof import Comparison, in_words, interval, read_comparisons
 from pipeline.recommend import chosen
-from pipeline.reference import Reference, read_reference
+from pipeline.reference import Probe, Reference, read_reference
 from pipeline.stages import stage
 from serve.asking.endpoint import ERRORS, free_port, with_environment
-from serve.asking.probe import Engine, LlamaCpp, Vllm, ask_probes
+from serve.asking.judgement import (
+    DOUBTFUL_DEVIATIONS,
+    Own,
+    as_told,
+    deviations,
+    divergences_of,
+    drawn_otherwise,
+    judge,
+    own_of_file,
+)
+from serve.asking.probe import Answer, Engine, LlamaCpp, Told, Vllm, ask_probes, drawn, limit
 from serve.engines.llamacpp import is_repeatable, served_file
 from serve.engines.ollama.registration import row as registered_row
+from serve.engines.vllm import machine_for
 from serve.openwebui import port_of, proved_windows
 from serve.running.backend import Backend, backend_of
 from serve.running.session import find
 from serve.running.supervisor import Supervisor
 
 SERVED = "served"
-LEAST_OF_FILE = 0.5  # near ties fall otherwise in the server, whose cache has 16 bits; another model agrees in nothing
+DRAWING_ROUNDS, ENOUGH_TOKENS = 6, 400
 COLUMNS = ("artefact", "verdict", "MB", "bits", "divergence", "99th pct", "top-1", "facts", "greedy", "perplexity",
            "prompt t/s", "decode t/s", "RSS MB")  # fmt: skip
 
@@ -36,26 +48,40 @@ def prove(recipe: Recipe, run: Run) -> Made:
     reference = read_reference(run.path("reference"))
     before = read_comparisons(run.path("compare.jsonl"))
     recipe = chosen(recipe, run)
-    loaded = "merge" if recipe.serve.engine == "vllm" else recipe.served_type
-    file = next((row for row in before if row.name == loaded), None)
-    comparisons = [*before, prove_served(recipe, run, reference, file)]
+    comparisons = [*before, prove_served(recipe, run, reference, own_of(recipe, run, reference))]
     return Made(
         outputs=[],
         metrics={
             "passed": not any(comparison.problems for comparison in comparisons),
             "comparisons": [vars(comparison) for comparison in comparisons],
-            "notes": [*notes(reference, comparisons[-1]), *advice(run.receipt("compare").metrics)],
+            "notes": [
+                *notes(reference, comparisons[-1]),
+                *filter(None, map(in_words, comparisons)),
+                *advice(run.receipt("compare").metrics),
+            ],
             "recommended": run.receipt("compare").metrics["recommended"],
         },
         packages=("xllamacpp",),
     )
 
 
-def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Comparison | None) -> Comparison:
-    """The endpoint: the template's bytes and the token ids that it makes of the probes, and its greedy answers.
+def own_of(recipe: Recipe, run: Run, reference: Reference) -> Own | None:
+    """What the served artefact answers by itself; None where its file failed, which then says nothing of its server.
 
-    `file` is what was found of the served artefact itself: its server cannot agree more, and must not much less.
+    Raises:
+        UserError: an older `make compare` did not write it.
     """
+    if recipe.serve.engine != "vllm":
+        return own_of_file(recipe, run, recipe.served_type)
+    knobs = recipe.serve.vllm
+    found = of_trained(reference) if knobs.adapter else read_own_answers(run.path("compare-greedy.jsonl")).get("merge")
+    is_rounded = knobs.quantization != "none" or machine_for(recipe).precision != "float32"
+    bound = max(recipe.prove.served_max_kl, recipe.prove.bfloat16_max_kl if is_rounded else 0)
+    return Own(found, {}, bound) if found else None
+
+
+def prove_served(recipe: Recipe, run: Run, reference: Reference, own: Own | None) -> Comparison:
+    """The endpoint: the template's bytes and the token ids that it makes of the probes, and its answers."""
     comparison = Comparison(f"{SERVED} {'vllm' if recipe.serve.engine == 'vllm' else recipe.served_type}")
     # Ollama, whose server is not ours, has a row of its own beside that of llama.cpp.
     engine_name: Literal["vllm", "llamacpp"] = "vllm" if recipe.serve.engine == "vllm" else "llamacpp"
@@ -63,18 +89,12 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
     backend = backend_of(recipe, run)
     try:
         with answering(recipe, run, backend) as engine:
-            ask_probes(comparison, engine, reference.probes, recipe.serve.context, recipe.serve.slots)
+            prove_answers(comparison, engine, reference, own, recipe)
     except UserError as error:
         comparison.problems += error.problems
         return comparison
     except (*ERRORS, LookupError) as error:
         comparison.problems.append(f"the engine fails ({error!r}): see {run.path('prove.log')}")
-    agreed = comparison.measures.get("greedy_share")
-    expected = file.measures.get("greedy_share", 0.0) if file else 0.0
-    if agreed is not None and not comparison.problems and agreed < LEAST_OF_FILE * expected:
-        comparison.problems.append(
-            f"answers: {agreed:.0%} of them are as the trained model's, of the same file read directly {expected:.0%}"
-        )
     if (
         engine_name == "llamacpp"
         and changing(comparison)
@@ -82,6 +102,50 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, file: Compariso
     ):
         comparison.problems.append(f"the same question: {changing(comparison)}, of a file that cannot: report a bug")
     return comparison
+
+
+def prove_answers(
+    comparison: Comparison, engine: Engine, reference: Reference, own: Own | None, recipe: Recipe
+) -> None:
+    """Ask the probes, and judge the answers by the artefact's own."""
+    context, slots = recipe.serve.context, recipe.serve.slots
+    found = ask_probes(comparison, engine, reference.probes, context, slots)
+    if comparison.problems or not own:
+        return
+    judge(comparison, found, own, engine.text)
+    compare_probabilities(comparison, found, of_trained(reference))
+    probes = [probe for probe, _, _ in found]
+    tokens: list[Told] = []
+    for round_number in range(DRAWING_ROUNDS):
+        if comparison.problems or (len(tokens) > ENOUGH_TOKENS and deviations(tokens) < DOUBTFUL_DEVIATIONS):
+            break
+        tokens += drawn(engine, probes, context, slots, seed=round_number * len(probes))
+        comparison.problems += filter(None, [drawn_otherwise(tokens)])
+    shortest = min(probes, key=lambda probe: len(probe.ids))
+    if not comparison.problems and (length := limit(engine, shortest, context)):
+        comparison.problems.append(
+            f"server settings: a limit of length: an answer that asks for none is cut after {length} tokens: "
+            "lift max_tokens (num_predict)"
+        )
+
+
+def compare_probabilities(
+    comparison: Comparison, found: list[tuple[Probe, Answer, Answer]], trained: dict[str, OwnAnswer]
+) -> None:
+    """Add what the served probabilities are from the trained model's, for as long as both answer the same."""
+    pairs = [
+        (as_told(trained[probe.name], served.tokens), served.tokens) for probe, served, _ in found if served.tokens
+    ]
+    divergences = [list(divergences_of(own, tokens)) for own, tokens in pairs]
+    same = [
+        [float(told.token == token) for told, token, _ in zip(tokens, own.tokens, each, strict=False)]
+        for (own, tokens), each in zip(pairs, divergences, strict=True)
+    ]
+    for name, values in (("divergence", divergences), ("top1", same)):
+        if any(values):
+            what = "divergence_mean" if name == "divergence" else "top1_agreement"
+            comparison.measures[what] = sum(map(sum, values)) / sum(map(len, values))
+            comparison.measures[f"{name}_interval"] = interval([each for each in values if each])
 
 
 def changing(served: Comparison) -> str:
@@ -167,9 +231,9 @@ def show(comparisons: list[dict[str, Any]], below: list[str], recommended: str |
             "[red]FAILED[/red]" if row["problems"] else "[green]same[/green]",
             _number(measures, "bytes", ".0f", 1e6),
             _number(measures, "bits_per_weight", ".2f"),
-            _number(measures, "divergence_mean", ".2g"),
+            _number(measures, "divergence_mean", ".2g") + _half(measures, "divergence_interval", ".1g"),
             _number(measures, "divergence_p99", ".2g"),
-            _number(measures, "top1_agreement", ".0%"),
+            _number(measures, "top1_agreement", ".0%") + _half(measures, "top1_interval", ".0%"),
             _number(measures, "facts_accuracy", ".0%"),
             _number(measures, "greedy_agreement", ".0%"),
             _number(measures, "perplexity", ".4g") + error,
@@ -185,6 +249,11 @@ def show(comparisons: list[dict[str, Any]], below: list[str], recommended: str |
 
 def _number(measures: dict[str, Any], name: str, layout: str, unit: float = 1) -> str:
     return format(measures[name] / unit, layout) if name in measures else "-"
+
+
+def _half(measures: dict[str, Any], name: str, layout: str) -> str:
+    """Half of the 95 % interval."""
+    return f" ± {format((measures[name][1] - measures[name][0]) / 2, layout)}" if name in measures else ""
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from ollama_double import greedy
 
 from pipeline import Recipe, Run, load
 from pipeline.files import files_below, fingerprint
+from pipeline.own_answers import OwnAnswer, most_likely
 from pipeline.reference import CONTINUATION_TOKENS, FORMAT, Probe
 from pipeline.run import Receipt
 from serve.engines.ollama.template import renderer
@@ -60,13 +61,14 @@ class Registering:
         path.parent.mkdir(parents=True, exist_ok=True)
         probes = self.run.path("reference", "probes.jsonl")
         probes.parent.mkdir(exist_ok=True)
-        content, rows = trained(template)
+        content, rows, own = trained(template)
         path.write_bytes(content)
         probes.write_text(rows)
         for name in ("reference", "gguf"):
             self.sign(name)
-        comparison = {"name": "Q8_0", "measures": {"greedy_share": 1.0}, "problems": []}
+        comparison = {"name": "Q8_0", "measures": {}, "problems": []}
         self.run.path("compare.jsonl").write_text(json.dumps(comparison) + "\n")
+        self.run.path("compare-greedy.jsonl").write_text(own)
         found = {"recommended": "Q8_0"}
         self.run.write_receipt(Receipt("compare", {}, {}, {}, {}, found, "2026-01-01T00:00:00+00:00", 0.0, 0))
 
@@ -104,24 +106,28 @@ class Registering:
 
 
 @cache
-def trained(template: str) -> tuple[bytes, str]:
-    """A model with this template, and the lines of the probes with what it answers, read directly."""
+def trained(template: str) -> tuple[bytes, str, str]:
+    """A model with this template, the lines of the probes, and those of what it answers, read directly."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.gguf")
         write_gguf(path, template, ends=True)
-        rows = [json.dumps({"format": FORMAT} | asdict(probe)) for probe in answered(path, template)]
-        return path.read_bytes(), "\n".join(rows) + "\n"
+        pairs = answered(path, template)
+        rows = [json.dumps({"format": FORMAT} | asdict(probe)) for probe, _ in pairs]
+        own = [json.dumps(asdict(answer)) for _, answer in pairs]
+        return path.read_bytes(), "\n".join(rows) + "\n", "\n".join(own) + "\n"
 
 
-def answered(path: Path, template: str) -> list[Probe]:
+def answered(path: Path, template: str) -> list[tuple[Probe, OwnAnswer]]:
     """The probes with the greedy answers of a file."""
-    model = llama_cpp.Llama(str(path), n_ctx=CONTEXT, n_threads=1, verbose=False)
-    render, probes = renderer(template, "<s>", "</s>"), []
+    model = llama_cpp.Llama(str(path), n_ctx=CONTEXT, n_threads=1, verbose=False, logits_all=True)
+    render, pairs = renderer(template, "<s>", "</s>"), []
     for name, messages in ASKED.items():
         prompt = render(messages, True)
         ids = model.tokenize(prompt.encode(), add_bos=not prompt.startswith("<s>"), special=True)
         fits = len(ids) + CONTINUATION_TOKENS <= CONTEXT
         answer, reason = greedy(model, ids, CONTINUATION_TOKENS) if fits else ([], "length")
         stopped = reason == "stop"
-        probes.append(Probe(name, messages, [], prompt, ids, [*answer, 2] if stopped else answer, stopped, 1))
-    return probes
+        probe = Probe(name, messages, [], prompt, ids, [*answer, 2] if stopped else answer, stopped, 1)
+        top = most_likely(model.scores[len(ids) - 1 :][: len(probe.continuation)])
+        pairs.append((probe, OwnAnswer("Q8_0", name, probe.continuation, stopped, top)))
+    return pairs

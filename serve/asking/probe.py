@@ -1,6 +1,7 @@
 """The reference's probes asked of a server: the tokens of the prompt, the greedy answer, whether it stops, and whether
-it is the same when asked again."""
+it is the same when asked again; then answers that are drawn, and one without a limit."""
 
+import http.client
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,7 +9,11 @@ from typing import Any, ClassVar, Protocol
 
 from pipeline.proof import Comparison, first_difference, same_share
 from pipeline.reference import CONTINUATION_TOKENS, Probe
-from serve.asking.endpoint import ask
+from serve.asking.endpoint import HOST, ask
+
+LONG_TOKENS = 272  # servers' own limits are 16, 128 or 256 tokens, if they have one
+WHOLE_VOCABULARY = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0}
+TOP_TOKENS = 20  # the most that OpenAI's API tells
 
 
 class Engine(Protocol):
@@ -24,6 +29,9 @@ class Engine(Protocol):
 
     def prompt_problem(self, probe: Probe) -> str:
         """How the prompt that the server makes of the messages differs from training's, or nothing."""
+
+    def prompt_tokens(self, probe: Probe, switches: dict[str, Any]) -> int:
+        """How many tokens the prompt has when the template is given these switches."""
 
     def text(self, tokens: list[int]) -> str:
         """The server's text of tokens."""
@@ -42,16 +50,35 @@ class LlamaCpp:
         return asked(probe)
 
     def prompt_problem(self, probe: Probe) -> str:
-        status, rendered = ask(self.port, "/apply-template", self.key, asked(probe), 60)
+        status, prompt = self.prompt(probe)
         if status != 200:
-            return f"chat template: probe '{probe.name}' is refused: {refusal(rendered)}"
-        prompt = rendered["prompt"]
-        tokens = self.tokens(prompt)
-        # The server takes off a BOS that the template writes, and puts it on again with the tokens.
-        bos = self.text(self.tokens("")[:1])
-        if prompt != probe.prompt and probe.prompt.startswith(bos):
-            prompt = bos + prompt
-        return other_text(probe, prompt) if prompt != probe.prompt else other_tokens(probe, tokens)
+            return f"chat template: probe '{probe.name}' is refused: {prompt}"
+        if self.is_as_trained(prompt, probe):
+            return other_tokens(probe, self.tokens(prompt))
+        for thinking in (True, False):
+            if self.is_as_trained(self.prompt(probe, {"enable_thinking": not thinking})[1], probe):
+                how = "on" if thinking else "off"
+                return f"chat template: probe '{probe.name}': the server switches thinking {how} (enable_thinking)"
+        bos = self.bos
+        return other_text(probe, bos + prompt if probe.prompt.startswith(bos) else prompt)
+
+    def is_as_trained(self, prompt: str, probe: Probe) -> bool:
+        """The server takes off a BOS that the template writes, and puts it on again with the tokens."""
+        return probe.prompt in (prompt, self.bos + prompt)
+
+    @property
+    def bos(self) -> str:
+        """The text of the token that it puts before all others, if it does."""
+        return self.text(self.tokens("")[:1])
+
+    def prompt_tokens(self, probe: Probe, switches: dict[str, Any]) -> int:
+        return len(self.tokens(self.prompt(probe, switches)[1]))
+
+    def prompt(self, probe: Probe, switches: dict[str, Any] | None = None) -> tuple[int, str]:
+        """The status, and the rendered text or the refusal."""
+        body = asked(probe) | ({"chat_template_kwargs": switches} if switches else {})
+        status, made = ask(self.port, "/apply-template", self.key, body, 60)
+        return status, str(made["prompt"]) if status == 200 else refusal(made)
 
     def tokens(self, text: str) -> list[int]:
         """The server's tokens of a rendered prompt, with what it adds by itself."""
@@ -75,7 +102,7 @@ class Vllm:
 
     def request(self, probe: Probe) -> dict[str, Any]:
         # It takes tools without a parser for their calls only if none is to be called; the prompt is the same.
-        return asked(probe) | ({"tool_choice": "none"} if probe.tools else {})
+        return asked(probe) | {"return_tokens_as_token_ids": True} | ({"tool_choice": "none"} if probe.tools else {})
 
     def prompt_problem(self, probe: Probe) -> str:
         body = asked(probe) | {"model": self.name}
@@ -86,6 +113,11 @@ class Vllm:
         if tokens != probe.ids and (text := self.text(tokens)) != self.text(probe.ids):
             return other_text(probe, text)
         return other_tokens(probe, tokens)
+
+    def prompt_tokens(self, probe: Probe, switches: dict[str, Any]) -> int:
+        body = asked(probe) | {"model": self.name, "chat_template_kwargs": switches}
+        status, made = ask(self.port, "/tokenize", self.key, body, 60)
+        return len(made["tokens"]) if status == 200 else 0
 
     def text(self, tokens: list[int]) -> str:
         _, made = ask(self.port, "/detokenize", self.key, {"model": self.name, "tokens": tokens}, 60)
@@ -98,6 +130,17 @@ def asked(probe: Probe) -> dict[str, Any]:
     for call in (call for message in messages for call in message.get("tool_calls", [])):
         call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
     return {"messages": messages} | ({"tools": probe.tools} if probe.tools else {})
+
+
+def other_number(probe: Probe, found: int, engine: Engine) -> str:
+    """Why the chat's prompt has another number of tokens than it is rendered with, as far as the number tells."""
+    what = f"token ids: probe '{probe.name}' has {found} when chatting, trained with {len(probe.ids)}"
+    for thinking in (True, False):
+        if engine.prompt_tokens(probe, {"enable_thinking": thinking}) == found:
+            return f"{what}: thinking is switched {'on' if thinking else 'off'} (enable_thinking)"
+    if found > len(probe.ids):
+        return f"{what}: something is added on the way, as a system prompt or a date"
+    return f"{what}: something is taken away or cut on the way"
 
 
 def other_text(probe: Probe, prompt: str) -> str:
@@ -117,18 +160,36 @@ def other_tokens(probe: Probe, tokens: list[int]) -> str:
 
 
 @dataclass(frozen=True)
+class Told:
+    """One token of an answer: its id, its log-probability (nats), and those of the most likely ones in its place."""
+
+    token: int
+    score: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True)
 class Answer:
-    """A greedy answer: the status, the text or the refusal, why it ended, its tokens' log-probabilities in nats."""
+    """An answer: the status, the text or the refusal, why it ended, its tokens where the server tells them.
+
+    `length` is their number, also of those of which nothing is told; 0 if it is unknown.
+    """
 
     status: int
     text: str
     reason: str = ""
     prompt_tokens: int = 0
-    scores: tuple[float, ...] = ()
+    tokens: tuple[Told, ...] = ()
+    length: int = 0
 
 
-def ask_probes(comparison: Comparison, engine: Engine, probes: list[Probe], context: int, slots: int) -> None:
-    """Ask all probes that fit the context; of one that does not, the engine must say so instead of cutting it."""
+def ask_probes(
+    comparison: Comparison, engine: Engine, probes: list[Probe], context: int, slots: int
+) -> list[tuple[Probe, Answer, Answer]]:
+    """Ask all probes that fit the context; of one that does not, the engine must say so instead of cutting it.
+
+    Returns the answers to new prompts and to the same ones again, nothing if a prompt is not as in training.
+    """
     fitting = [probe for probe in probes if len(probe.ids) + CONTINUATION_TOKENS <= context]
     comparison.measures |= {"probes": len(fitting), "too_long": len(probes) - len(fitting)}
     if not fitting:
@@ -138,7 +199,7 @@ def ask_probes(comparison: Comparison, engine: Engine, probes: list[Probe], cont
     for probe in probes:
         if problem := engine.prompt_problem(probe):
             comparison.problems.append(problem)
-            return
+            return []
         found = answer(engine, probe, context, engine.new)
         if len(probe.ids) >= context:
             if found.status == 200 and found.prompt_tokens < len(probe.ids):
@@ -146,16 +207,13 @@ def ask_probes(comparison: Comparison, engine: Engine, probes: list[Probe], cont
                     f"context: probe '{probe.name}' has {len(probe.ids)} tokens, more than {context}, "
                     f"and was cut to {found.prompt_tokens} without a word"
                 )
-                return
+                return []
         elif found.status != 200:
             comparison.problems.append(f"probe '{probe.name}' is refused: {found.text}")
-            return
+            return []
         elif found.prompt_tokens != len(probe.ids):
-            comparison.problems.append(
-                f"token ids: probe '{probe.name}' has {found.prompt_tokens} when chatting, "
-                f"trained with {len(probe.ids)}"
-            )
-            return
+            comparison.problems.append(other_number(probe, found.prompt_tokens, engine))
+            return []
         elif probe in fitting:
             stopped += probe.stopped and found.reason == "stop"
             shares.append(same_share(found.text, expected_text(engine, probe)))
@@ -176,6 +234,43 @@ def ask_probes(comparison: Comparison, engine: Engine, probes: list[Probe], cont
         "greedy_share": sum(shares) / max(len(shares), 1),
         "stops": not ending or stopped > 0,
     }
+    return list(zip(fitting, cold, cached, strict=True))
+
+
+def drawn(engine: Engine, probes: list[Probe], context: int, slots: int, seed: int) -> list[Told]:
+    """Tokens of answers that are drawn at temperature 1 from the whole vocabulary."""
+    with ThreadPoolExecutor(slots) as others:
+        seeded = [(probe, WHOLE_VOCABULARY | {"seed": number}) for number, probe in enumerate(probes, seed)]
+        answers = list(others.map(lambda each: answer(engine, each[0], context, each[1]), seeded))
+    return [token for found in answers for token in found.tokens]
+
+
+def limit(engine: Engine, probe: Probe, context: int) -> int:
+    """After how many tokens an answer is cut that asks for no limit; 0 if it still goes on after LONG_TOKENS.
+
+    Raises:
+        OSError, HTTPException, ValueError: (endpoint.ERRORS) nothing answered, or not in JSON.
+    """
+    most = min(LONG_TOKENS, context - len(probe.ids) - 1)
+    body = engine.request(probe) | {"model": engine.name, "temperature": 0, "stream": True, "ignore_eos": True}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {engine.key}"}
+    connection = http.client.HTTPConnection(HOST, engine.port, timeout=600)
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        count = 0
+        for line in connection.getresponse():
+            if not line.startswith(b"data: {"):
+                continue
+            for choice in json.loads(line.removeprefix(b"data: ")).get("choices", ()):
+                if choice.get("finish_reason") == "length":
+                    return count
+                delta = choice["delta"]
+                count += bool(delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning"))
+            if count > most:
+                break
+        return 0
+    finally:
+        connection.close()
 
 
 def changes(how: str, answers: list[Answer], again: list[Answer]) -> dict[str, float]:
@@ -185,22 +280,35 @@ def changes(how: str, answers: list[Answer], again: list[Answer]) -> dict[str, f
     """
     pairs = list(zip(answers, again, strict=True))
     alike = [(one, other) for one, other in pairs if (one.status, one.text) == (other.status, other.text)]
-    moves = [abs(mine - its) for one, other in alike for mine, its in zip(one.scores, other.scores, strict=False)]
+    moves = [
+        abs(mine.score - its.score) for one, other in alike for mine, its in zip(one.tokens, other.tokens, strict=False)
+    ]
     return {f"changed_{how}": len(pairs) - len(alike), f"moved_{how}": max(moves, default=0.0)}
 
 
 def answer(engine: Engine, probe: Probe, context: int, more: dict[str, Any] | None = None) -> Answer:
     """The greedy answer, asked as any client asks, with `more` in the request."""
     room = max(1, min(CONTINUATION_TOKENS, context - len(probe.ids)))
-    body = engine.request(probe) | {"model": engine.name, "temperature": 0, "max_tokens": room, "logprobs": True}
-    status, made = ask(engine.port, "/v1/chat/completions", engine.key, body | (more or {}), timeout=600)
+    wanted = {"temperature": 0, "max_tokens": room, "logprobs": True, "top_logprobs": TOP_TOKENS}
+    body = engine.request(probe) | {"model": engine.name} | wanted | (more or {})
+    status, made = ask(engine.port, "/v1/chat/completions", engine.key, body, timeout=600)
     if status != 200:
         return Answer(status, refusal(made))
     choice = made["choices"][0]
-    message = choice["message"]
+    message, usage = choice["message"], made["usage"]
     text = (message.get("reasoning_content") or message.get("reasoning") or "") + (message.get("content") or "")
-    scores = tuple(token["logprob"] for token in (choice.get("logprobs") or {}).get("content") or [])
-    return Answer(status, text, choice["finish_reason"], made["usage"]["prompt_tokens"], scores)
+    tokens = tuple(told(entry) for entry in (choice.get("logprobs") or {}).get("content") or [])
+    return Answer(status, text, choice["finish_reason"], usage["prompt_tokens"], tokens, usage["completion_tokens"])
+
+
+def told(entry: dict[str, Any]) -> Told:
+    """From what OpenAI's API says of a token, with its id as llama.cpp adds it, or as vLLM writes it when asked to."""
+    top = {token_id(other): float(other["logprob"]) for other in entry["top_logprobs"]}
+    return Told(token_id(entry), float(entry["logprob"]), top)
+
+
+def token_id(entry: dict[str, Any]) -> int:
+    return int(entry["id"] if "id" in entry else entry["token"].removeprefix("token_id:"))
 
 
 def refusal(made: dict[str, Any]) -> str:

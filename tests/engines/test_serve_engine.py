@@ -15,7 +15,7 @@ from openai import OpenAI
 from pipeline.error import UserError
 from pipeline.reference import Probe
 from serve.asking.endpoint import ask
-from serve.asking.probe import Answer, LlamaCpp, answer, changes
+from serve.asking.probe import Answer, LlamaCpp, Told, answer, changes
 from serve.engines.llamacpp import is_repeatable, trained_context
 
 pytest_plugins = ["serve_fixtures"]
@@ -173,7 +173,7 @@ def test_a_question_is_answered_alike_new_cached_and_beside_others(
             beside = list(others.map(lambda probe: answer(engine, probe, CONTEXT), probes))
     finally:
         server.end()
-    assert all(found.status == 200 and found.scores for found in cold)
+    assert all(found.status == 200 and found.tokens for found in cold)
     found = changes("again", cold, cached) | changes("beside", cold, beside)
     same = {"changed_again": 0, "moved_again": 0, "changed_beside": 0, "moved_beside": 0}
     assert (found == same) == repeatable, found
@@ -184,8 +184,11 @@ def question(text: str) -> Probe:
 
 
 def test_what_changes_between_answers_is_counted():
-    before = [Answer(200, "meow", scores=(-1.0, -0.5)), Answer(200, "moo", scores=(-2.0,)), Answer(200, "oink")]
-    after = [Answer(200, "meow", scores=(-1.0, -0.75)), Answer(200, "wow", scores=(-9.0,)), Answer(503, "busy")]
+    def said(text: str, *scores: float) -> Answer:
+        return Answer(200, text, tokens=tuple(Told(0, score, {0: score}) for score in scores))
+
+    before = [said("meow", -1.0, -0.5), said("moo", -2.0), said("oink")]
+    after = [said("meow", -1.0, -0.75), said("wow", -9.0), Answer(503, "busy")]
     assert changes("again", before, before) == {"changed_again": 0, "moved_again": 0}
     assert changes("again", before, after) == {"changed_again": 2, "moved_again": 0.25}
 

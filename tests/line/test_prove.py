@@ -10,7 +10,7 @@ import pytest
 from prove_run import REPOSITORY, TEMPLATE, Proved
 from test_prove_faults import CHATML, change_gguf, failed
 
-from convert.compare import gguf_bounds, merged_bounds
+from convert.comparison import gguf_bounds, merged_bounds
 from convert.evaluator import Evaluator
 from convert.measure import greedy_answers
 from pipeline.proof import Comparison, divergence, first_difference, perplexity

@@ -6,8 +6,8 @@ import pytest
 
 from pipeline.reference import CONTINUATION_TOKENS, read_reference
 from pipeline.rows import rows
-from train import reference as stage
-from train.reference import OWN_PROBES, TOOL, probe_cases
+from train import probes as stage
+from train.probes import OWN_PROBES, TOOL, probe_cases
 
 TALKS = [[{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": "Yes."}] for n in range(20)]
 WITH_TOOLS = (

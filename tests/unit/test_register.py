@@ -32,7 +32,8 @@ def test_what_is_registered_renders_every_prompt_as_trained(registering: Registe
     receipt = ensure(registering.recipe, registering.run)
     for probe in registering.probes:  # llama.cpp adds the BOS itself
         assert registering.rendered(probe.messages) == probe.prompt.removeprefix("<s>")
-    measures = {"probes": 7, "too_long": 1, "greedy_agreement": 1.0, "greedy_share": 1.0, "stops": True}
+    measures = {"probes": 7, "too_long": 1, "own_agreement": 1.0, "greedy_agreement": 1.0, "greedy_share": 1.0}
+    measures["stops"] = True
     assert receipt.metrics["measures"] == measures
 
 

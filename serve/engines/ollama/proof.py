@@ -10,10 +10,10 @@ from pipeline.error import UserError
 from pipeline.gguf_head import read_head
 from pipeline.proof import Comparison, same_share
 from pipeline.reference import CONTINUATION_TOKENS, Probe
-from serve.asking.probe import other_text
+from serve.asking.judgement import Own, judge, plain, spoken
+from serve.asking.probe import Answer, other_text
 from serve.engines.ollama.server import OllamaServer
 
-LEAST_OF_FILE = 0.5  # near ties fall otherwise in the server, whose cache has 16 bits; another model agrees in nothing
 _quiet: list[Any] = []  # a callback that Python freed while llama.cpp holds it would crash
 
 
@@ -48,50 +48,46 @@ def prove_answers(
     name: str,
     vocabulary: "Vocabulary",
     probes: list[Probe],
+    own: Own,
     context: int,
     tell: Callable[[int], None],
 ) -> None:
     """Ask all probes that fit the context: each prompt's number of tokens, the answer, and that it stops.
 
-    The measure `greedy_share` of the GGUF itself, read directly, stands in `comparison` before, if it is known.
+    The answers must be those of the GGUF itself, read directly: Ollama tells no probabilities.
     """
-    expected = comparison.measures.pop("greedy_share", 0.0)
     probes = [probe for probe in probes if not probe.tools]
     fitting = [probe for probe in probes if len(probe.ids) + CONTINUATION_TOKENS <= context]
     comparison.measures |= {"probes": len(fitting), "too_long": len(probes) - len(fitting)}
     if not fitting:
         comparison.problems.append(f"context: none of {len(probes)} probes fits serve.context {context}")
         return
-    stopped, shares = 0, []
+    stopped, shares, found = 0, [], []
     for number, probe in enumerate(fitting):
         text, reason, tokens = server.answer(name, probe.messages)
+        served = again = Answer(200, text, reason, tokens)
+        if plain(text) != spoken(own.answers[probe.name], vocabulary.text):
+            again = Answer(200, *server.answer(name, probe.messages))
+        found.append((probe, served, again))
         if tokens != len(probe.ids):
             comparison.problems.append(
                 f"token ids: probe '{probe.name}' has {tokens} when chatting, trained with {len(probe.ids)}"
             )
             return
         stopped += probe.stopped and reason == "stop"
-        spoken = vocabulary.text(probe.continuation[:-1] if probe.stopped else probe.continuation)
-        shares.append(same_share(words(text), words(spoken)))
+        wanted = vocabulary.text(probe.continuation[:-1] if probe.stopped else probe.continuation)
+        shares.append(same_share(plain(text), plain(wanted)))
         tell(number + 1)
     ending = sum(probe.stopped for probe in fitting)
-    agreed = sum(shares) / len(shares)
     comparison.measures |= {
         "greedy_agreement": shares.count(1) / len(shares),
-        "greedy_share": agreed,
+        "greedy_share": sum(shares) / len(shares),
         "stops": not ending or stopped > 0,
     }
     if ending and not stopped:
         comparison.problems.append(f"stop token: the trained model ends {ending} answers by itself, Ollama's none")
-    if agreed < LEAST_OF_FILE * expected:
-        comparison.problems.append(
-            f"answers: {agreed:.0%} of them are as the trained model's, of the same file read directly {expected:.0%}"
-        )
-
-
-def words(answer: str) -> str:
-    """An answer without the marks and white space that a server drops when it parts a model's thoughts from it."""
-    return " ".join(answer.replace("<think>", " ").replace("</think>", " ").split())
+    else:
+        judge(comparison, found, own, vocabulary.text)
 
 
 def replaced_template(statuses: list[str]) -> str:

@@ -18,11 +18,12 @@ from pipeline import Made, Recipe, Run, UserError
 from pipeline.command import up_to_date_within
 from pipeline.files import write_whole
 from pipeline.progress import progress
-from pipeline.proof import Comparison, read_comparisons
+from pipeline.proof import Comparison
 from pipeline.recommend import chosen, refuse_without_gguf
 from pipeline.reference import read_probes
 from pipeline.run import Receipt
 from pipeline.stages import stage
+from serve.asking.judgement import own_of_file
 from serve.engines.llamacpp import refuse_long_context, served_file
 from serve.engines.ollama.proof import Vocabulary, prove_answers, prove_prompts, read_vocabulary, refused
 from serve.engines.ollama.server import OllamaServer, server_url
@@ -186,7 +187,9 @@ def create(server: OllamaServer, modelfile: Modelfile) -> list[str]:
 
 def prove(server: OllamaServer, name: str, vocabulary: Vocabulary, recipe: Recipe, run: Run) -> Comparison:
     """Ask the model there the reference's probes."""
-    comparison = Comparison(f"served {recipe.served_type} by Ollama", measures=measured(run, recipe.served_type))
+    comparison = Comparison(f"served {recipe.served_type} by Ollama")
+    if (own := own_of_file(recipe, run, recipe.served_type)) is None:
+        raise UserError(f"{recipe.served_type} itself failed its proof: run 'make prove RECIPE={run.name}'")
     probes = read_probes(run.path("reference"))
     log.info("register: loading %s", name)
     server.load(name)
@@ -196,16 +199,8 @@ def prove(server: OllamaServer, name: str, vocabulary: Vocabulary, recipe: Recip
     if not comparison.problems:
         log.info("register: asking %d probes", len(probes))
         with progress("asking probes", len(probes), "probes") as tell:
-            prove_answers(comparison, server, name, vocabulary, probes, recipe.serve.context, tell)
+            prove_answers(comparison, server, name, vocabulary, probes, own, recipe.serve.context, tell)
     return comparison
-
-
-def measured(run: Run, kind: str) -> dict[str, Any]:
-    """How much of the greedy answers the same file gives when read directly, if `make compare` has measured it."""
-    if run.find_receipt("compare") is None:
-        return {}
-    rows = (row for row in read_comparisons(run.path("compare.jsonl")) if row.name == kind)
-    return next(({"greedy_share": row.measures.get("greedy_share", 0.0)} for row in rows), {})
 
 
 def remove(server: OllamaServer, modelfile: Modelfile, digest: str) -> None:
