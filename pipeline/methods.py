@@ -33,5 +33,6 @@ class Method:
 METHODS = {
     "sft": Method(rows="chat", head="causal", leaves="chat"),
     "dpo": Method(rows="preference", head="causal", leaves="chat", loss="a pair", sequences=2, asked=1),
+    "orpo": Method(rows="preference", head="causal", leaves="chat", loss="a pair", sequences=2),
     "kto": Method(rows="judged", head="causal", leaves="chat", loss="an answer", asked=3),
 }

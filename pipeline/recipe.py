@@ -148,10 +148,15 @@ class Kto:
 
 
 @dataclass(frozen=True)
+class Orpo:
+    beta: float = knob(0.1, "How much the odds ratio counts beside the likelihood of the better answer", 0)
+
+
+@dataclass(frozen=True)
 class Train:
     method: str = knob(
         "sft",
-        "What is learned: `sft`, the assistant's words; `dpo`, the better of two answers; `kto`, good answers from bad",
+        "What is learned: `sft`, the assistant's words; `dpo` or `orpo`, the better of two answers; `kto`, good ones",
         choices=METHODS,
     )
     tuner: Literal["full", "lora", "qlora", "dora", "rslora"] = knob(
@@ -160,6 +165,7 @@ class Train:
     lora: Lora = Lora()
     dpo: Dpo = Dpo()
     kto: Kto = Kto()
+    orpo: Orpo = Orpo()
     epochs: float = knob(3.0, "Passes over the training conversations", 0.01)
     learning_rate: float = knob(1e-3, "Peak learning rate", 1e-9)
     lr_scheduler: Literal["cosine", "linear", "constant"] = knob("cosine", "How the learning rate falls after warm-up")

@@ -234,9 +234,9 @@ def limited(rows: list[Any], recipe: Recipe) -> list[Any]:
 
 
 def sample(recipe: Recipe, run: Run, part: str) -> list[dict[str, Any]]:
-    """At most `eval.max_samples` conversations of a part of the data."""
+    """At most `eval.max_samples` conversations of a part of the data, but for answers that are judged bad."""
     data = run.path("data")
-    return list(picked(data, part, drawn(count(data, part), recipe)))
+    return [row for row in picked(data, part, drawn(count(data, part), recipe)) if row.get("label") is not False]
 
 
 def drawn(total: int, recipe: Recipe) -> list[int]:

@@ -19,6 +19,7 @@ from typing import Any
 from pipeline import Recipe, Run, UserError, load
 from pipeline.error import Stopped
 from pipeline.files import write_whole
+from pipeline.methods import METHODS
 from pipeline.rows import heldout
 from pipeline.scores import Score, line
 from train.launch import is_launched, rank
@@ -124,8 +125,8 @@ def _tell(recipe: Recipe, when: str, measured: dict[str, Any]) -> None:
     for score in found:
         log.info("%s: %s", when, line(score))
     if fallen := less_likely(found):
-        fix = f"raise train.{recipe.train.method}.beta, or lower train.learning_rate"
-        log.warning("the better answers became less likely (%s): %s", line(fallen), fix)
+        dearer = f", or raise train.{recipe.train.method}.beta" if METHODS[recipe.train.method].asked else ""
+        log.warning("the better answers became less likely (%s): lower train.learning_rate%s", line(fallen), dearer)
 
 
 def _save_answers(run: Run, before: list[str], after: list[str]) -> None:

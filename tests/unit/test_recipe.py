@@ -114,6 +114,10 @@ BAD = {
             "mine.yaml: train.batch_size: aot compares the pairs of a batch: set it to 2 or more",
         ],
     ),
+    "a batch without neighbours": (
+        DATA + "train: {method: kto, batch_size: 1}\n",
+        ["mine.yaml:2: train.batch_size: kto compares the answers of a batch: set it to 2 or more, say 8"],
+    ),
     "no loss": (
         DATA + "train: {method: dpo, dpo: {loss_type: []}}\n",
         ["mine.yaml:2: train.dpo.loss_type: is empty: name one, as sigmoid"],

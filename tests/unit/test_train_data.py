@@ -275,6 +275,37 @@ def test_conversations_are_no_preferences() -> None:
     assert str(raised.value).startswith(wanted)
 
 
+def judged(*labels: bool) -> None:
+    lines = [
+        json.dumps({"prompt": f"ping {at}", "completion": "pong", "label": good}) for at, good in enumerate(labels)
+    ]
+    Path("judged.jsonl").write_text("\n".join(lines))
+    Path("r.yaml").write_text("data: {train: judged.jsonl, validation: 0}\ntrain: {method: kto, batch_size: 2}\n")
+
+
+@pytest.mark.parametrize(("good", "kind", "other"), [(True, "good", "bad"), (False, "bad", "good")])
+def test_answers_of_one_label_are_refused(good: bool, kind: str, other: str) -> None:
+    judged(good, good)
+    with pytest.raises(UserError) as raised:
+        data(load("r.yaml"), Run("r"))
+    wanted = f"judged.jsonl:1: its answer is labelled as a {kind} one, and so are all others: "
+    assert str(raised.value) == f"{wanted}kto learns to tell good from bad, add {other} ones"
+
+
+def test_answers_of_both_labels_are_kept() -> None:
+    judged(True, False)
+    data(load("r.yaml"), Run("r"))
+    assert [row["label"] for row in written(Path("runs/r/data"), "train")] == [True, False]
+
+
+def test_an_answer_without_a_label_is_not_judged() -> None:
+    judged(True, False)
+    Path("judged.jsonl").write_text(f"{GOOD}\n")
+    with pytest.raises(UserError) as raised:
+        data(load("r.yaml"), Run("r"))
+    assert str(raised.value).startswith("judged.jsonl:1: has no 'label' that says whether its answer is a good one")
+
+
 def test_the_shipped_conversations_pass_and_are_enough() -> None:
     rows = shipped("assistant.jsonl")
     assert len({json.dumps(row.value) for row in rows}) >= 240

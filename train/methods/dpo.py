@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from trl import DPOConfig, DPOTrainer
 
 from pipeline import Recipe, Run
 from pipeline.scores import as_rows
-from train.packing import layout_of, padded, padded_to
+from train.packing import Sides, layout_of, padded_to
 from train.pairs import Pair, pairs
 from train.scoring.preference import answered, scores_of_pairs
 from train.scoring.questions import asked
@@ -89,16 +88,3 @@ class Dpo(Resumable, DPOTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         return dataset
-
-
-class Sides:
-    """A batch of pairs: the chosen conversations above the rejected ones, padded (train.packing)."""
-
-    def __init__(self, padding: int, multiple: int) -> None:
-        self.padding, self.multiple = padding, multiple
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        sides = [(row[f"{side}input_ids"], row[f"{side}labels"]) for side in ("", "rejected_") for row in rows]
-        known = [name for name in ("ref_chosen_logps", "ref_rejected_logps") if name in rows[0]]
-        asked_before = {name: torch.tensor([row[name] for row in rows]) for name in known}
-        return padded(sides, self.padding, self.multiple) | asked_before

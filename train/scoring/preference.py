@@ -3,6 +3,7 @@
 An answer's reward is the implicit one of these methods: beta times how much likelier it became (arXiv 2305.18290).
 """
 
+import math
 from typing import Any
 
 from pipeline.scores import Score, compare
@@ -45,17 +46,30 @@ def scores_of_pairs(before: list[Judged], after: list[Judged], beta: float, seed
     def of(name: str, base: list[list[float]] | None, trained: list[list[float]], **how: Any) -> Score:
         return compare(PAIRS, name, base, trained, seed=seed, **how)
 
-    def likelier(pairs: list[Judged]) -> list[list[float]]:
-        means = [[pair[side][0] / pair[side][1] for side in ("chosen", "rejected")] for pair in pairs]
-        return [[float(better > worse), 1.0] for better, worse in means]
-
     gains = [_gain("chosen", *both) - _gain("rejected", *both) for both in zip(before, after, strict=True)]
     margins = [[beta * gain, 1.0] for gain in gains]
     growth = f"{beta:g} x (growth of the chosen answer's log-probability - of the rejected one's)"
     return [
         of("reward margin", [[0.0, 1.0]] * len(margins), margins, unit="number", note=growth),
         of("reward accuracy", None, [[float(gain > 0), 1.0] for gain in gains], note="share with a margin above zero"),
-        of("chosen likelier", likelier(before), likelier(after), note="a token, than the rejected one"),
+        _likelier(before, after, seed),
+        _likelihood(PAIRS, "chosen", before, after, seed),
+        _likelihood(PAIRS, "rejected", before, after, seed),
+        *_divergence(PAIRS, after, seed),
+    ]
+
+
+def scores_of_odds(before: list[Judged], after: list[Judged], seed: int) -> list[Score]:
+    """The measures of the same pairs before and after, where their odds are what is learned (arXiv 2403.07691)."""
+
+    def odds(rows: list[Judged]) -> list[list[float]]:
+        """The logarithm of the odds of each chosen answer over those of the rejected one, a token."""
+        return [[_log_odds(*row["chosen"]) - _log_odds(*row["rejected"]), 1.0] for row in rows]
+
+    note = "of the chosen answer's probability, a token, over the rejected one's"
+    return [
+        compare(PAIRS, "log odds ratio", odds(before), odds(after), unit="number", seed=seed, note=note),
+        _likelier(before, after, seed),
         _likelihood(PAIRS, "chosen", before, after, seed),
         _likelihood(PAIRS, "rejected", before, after, seed),
         *_divergence(PAIRS, after, seed),
@@ -87,6 +101,20 @@ def less_likely(found: list[Score]) -> Score | None:
 def _gain(side: str, before: Judged, after: Judged) -> float:
     """How much likelier an answer became, in nats."""
     return after[side][0] - before[side][0]
+
+
+def _log_odds(log_probability: float, tokens: float) -> float:
+    mean = log_probability / tokens
+    return mean - math.log(-math.expm1(min(mean, -1e-12)))
+
+
+def _likelier(before: list[Judged], after: list[Judged], seed: int) -> Score:
+    def rows(pairs: list[Judged]) -> list[list[float]]:
+        means = [[pair[side][0] / pair[side][1] for side in ("chosen", "rejected")] for pair in pairs]
+        return [[float(better > worse), 1.0] for better, worse in means]
+
+    note = "a token, than the rejected one"
+    return compare(PAIRS, "chosen likelier", rows(before), rows(after), seed=seed, note=note)
 
 
 def _likelihood(group: str, side: str, before: list[Judged], after: list[Judged], seed: int) -> Score:
