@@ -14,6 +14,10 @@ from torch.nn.functional import linear
 class FusedLinear(Linear):
     """PEFT's layer, whose products are one function of autograd where they are plain: one adapter, one number type."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fan_in_fan_out = False  # GPT-2's own layers lie transposed, its head does not
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(..., in) to (..., out)."""
         if args or kwargs or self.disable_adapters or self.merged or not self._is_plain(x):

@@ -217,6 +217,25 @@ def test_layers_that_are_transposed_are_told_to_peft(
     assert not [warning for warning in recwarn if "fan_in_fan_out" in str(warning.message)]
 
 
+def test_an_adapter_on_transposed_layers_and_a_plain_head_is_merged_as_it_answers() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from train.tuners import wrap
+
+    torch.manual_seed(0)
+    keys = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 99, "tie_word_embeddings": False}
+    base = AutoModelForCausalLM.from_config(config("GPT2", **keys))
+    adapted = wrap(recipe("c_attn", "lm_head"), base, []).eval()
+    for name, weights in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights, std=0.3)
+    ids = torch.arange(8)[None]
+    with torch.inference_mode():
+        told = adapted(ids).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, told, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["Mamba", "Mamba2", "FalconMamba"])
 def test_all_linear_leaves_out_what_mamba_s_kernels_read(family: str) -> None:
     from pipeline.model import on_meta
