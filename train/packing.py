@@ -106,9 +106,12 @@ def layout_of(recipe: Recipe, run: Run, model: Any, rows: Any) -> Layout:
     return found
 
 
-def padded_to(packed: bool, row_tokens: int) -> int:
-    """Of what number of tokens a batch's length is a multiple; `row_tokens` has the longest row."""
-    return row_tokens if packed else -(-row_tokens // PADDED_LENGTHS)
+def padded_to(packed: bool, row_tokens: int, batch_size: int = 1) -> int:
+    """Of what number of tokens a batch's length is a multiple; `row_tokens` has the longest row.
+
+    Packed rows of a batch lie end to end.
+    """
+    return -(-row_tokens * (batch_size if packed else 1) // PADDED_LENGTHS)
 
 
 def padded(rows: Sequence[tuple[list[int], list[int]]], padding: int, multiple: int) -> dict[str, Any]:
@@ -163,16 +166,17 @@ def learned_positions(targets: Any) -> tuple[Any, Any]:
 def told(found: Layout, rows: Any, row_tokens: int, batch_size: int) -> dict[str, Any]:
     """What preview and receipt say of `rows`: layout, number, longest, and the share of tokens that are no padding.
 
-    Padded ones are counted in the batches of the data's own order.
+    They are counted in the batches of the data's own order.
     """
     import numpy as np
 
-    sides, computed = side_lengths(rows), len(rows) * row_tokens
-    if not found.packed:
-        starts = np.arange(0, len(rows), batch_size)
-        multiple = padded_to(False, row_tokens)
-        widths = -(-np.maximum.reduceat(sides.max(0), starts) // multiple) * multiple
-        computed = len(sides) * int((widths * np.diff([*starts, len(rows)])).sum())
+    sides, starts = side_lengths(rows), np.arange(0, len(rows), batch_size)
+    multiple = padded_to(found.packed, row_tokens, batch_size)
+    if found.packed:  # a batch is one row
+        lengths, count = np.add.reduceat(sides.sum(0), starts), np.array(1)
+    else:
+        lengths, count = np.maximum.reduceat(sides.max(0), starts), len(sides) * np.diff([*starts, len(rows)])
+    computed = int((-(-lengths // multiple) * multiple * count).sum())
     fill = round(int(sides.sum()) / computed, 4)
     return asdict(found) | {"rows": len(rows), "row_tokens": row_tokens, "fill": fill}
 

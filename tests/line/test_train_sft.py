@@ -138,7 +138,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_conversations_alone(rows
     assert len(made.train_dataset) == rows and batch["input_ids"].shape[0] == 1
     starts = (batch["position_ids"][:, :-1] == 0) & (batch["position_ids"][:, 1:] == 1)  # padding has zeros alone
     assert starts.sum() == len(TALKS), "every conversation starts at position 0"
-    assert batch["input_ids"].shape[1] % made.args.max_length == 0, "rows have one length"
+    assert batch["input_ids"].shape[1] % made.args.pad_to_multiple_of == 0, "rows have few lengths"
     supervised = torch.tensor(sum(label != -100 for row in made.rows for label in row["labels"]))
 
     packed = made.compute_loss(made.model, batch, num_items_in_batch=supervised)

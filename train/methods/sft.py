@@ -48,7 +48,7 @@ def trainer(
     found, (longest, total) = layout_of(recipe, run, model, rows["train"]), longest_and_sum(rows.values())
     args.packing = found.packed
     args.max_length = row_tokens(longest, total, recipe.train.max_length) if found.packed else longest
-    args.pad_to_multiple_of = padded_to(found.packed, args.max_length)
+    args.pad_to_multiple_of = padded_to(found.packed, args.max_length, recipe.train.batch_size)
     # What TRL does to rows that are not packed is done: they are cut, and none is without a label.
     args.dataset_kwargs = None if found.packed else {"skip_prepare_dataset": True}
     made = Sft(
