@@ -18,7 +18,7 @@ import pytest
 from conftest import Workplace
 
 from pipeline import UserError, load
-from train.launch import Launch, arguments, deepspeed, launch, plugin, variables
+from train.launch import Launch, arguments, launch, variables
 
 REPOSITORY = Path(__file__).parents[2]
 HOSTS = {"NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"}
@@ -90,23 +90,6 @@ def test_the_processes_share_the_cores_and_speak_on_loopback(monkeypatch: pytest
         "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true",
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_reads_its_configuration(stage: int) -> None:
-    config = deepspeed(stage)
-    assert plugin(load("tiny", [f"launch.strategy=zero{stage}"])) == {"deepspeed": config}
-    runtime = pytest.importorskip("deepspeed.runtime.config")
-    from transformers import TrainingArguments
-    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
-
-    filled = HfTrainerDeepSpeedConfig(config)
-    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_grad_norm": 0.5, "bf16": True}
-    filled.trainer_config_process(TrainingArguments(use_cpu=True, **settings))
-    read = runtime.DeepSpeedConfig(filled.config)
-    assert (read.zero_optimization_stage, read.train_batch_size, read.gradient_clipping) == (stage, 6, 0.5)
-    assert read.bfloat16_config.enabled
-    assert read.zero_config.gather_16bit_weights_on_model_save == (stage == 3)
 
 
 def test_one_process_that_sees_several_gpus_is_refused(based: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
