@@ -397,6 +397,9 @@ class Recipe:
             types = ", ".join(sorted(needing))
             found.append(("gguf.types", f"{types} needs an importance matrix: set gguf.imatrix_tokens, say to 4096"))
         found += self.train.problems()
+        if self.train.method != "sft" and self.launch.strategy in ("fsdp", "zero3"):
+            why = f"train.method={self.train.method} asks the whole model in each process"
+            found.append(("launch.strategy", f"{why}: set ddp or zero2"))
         if self.serve.vllm.adapter and self.train.tuner in ("full", "dora"):
             why = "leaves no adapter" if self.train.tuner == "full" else "leaves one that vLLM does not apply"
             found.append(("serve.vllm.adapter", f"train.tuner={self.train.tuner} {why}: set it to false"))

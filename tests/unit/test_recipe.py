@@ -118,6 +118,10 @@ BAD = {
         DATA + "train: {method: kto, batch_size: 1}\n",
         ["mine.yaml:2: train.batch_size: kto compares the answers of a batch: set it to 2 or more, say 8"],
     ),
+    "a model that no process has whole": (
+        DATA + "train: {method: orpo}\nlaunch: {strategy: fsdp}\n",
+        ["mine.yaml:3: launch.strategy: train.method=orpo asks the whole model in each process: set ddp or zero2"],
+    ),
     "no loss": (
         DATA + "train: {method: dpo, dpo: {loss_type: []}}\n",
         ["mine.yaml:2: train.dpo.loss_type: is empty: name one, as sigmoid"],
