@@ -183,6 +183,28 @@ def test_a_batch_is_that_of_trl(tokenizer: Any) -> None:
     assert (found["input_ids"][:, :-1][seen] == wanted["input_ids"][seen]).all()
 
 
+def test_neighbours_are_those_of_trl(tokenizer: Any) -> None:
+    from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+    from train.judgements import judgements
+    from train.methods.kto import Neighbours
+
+    rows = [ROW | {"label": True}, worse("No.") | {"messages": worse("No.")["rejected"], "label": False}]
+    [first], [second] = judgements(tokenizer, rows, LONG)
+    parts = []
+    for made in (first, second):
+        start = next(index for index, label in enumerate(made.labels) if label != IGNORED)
+        answer = [label for label in made.labels if label != IGNORED]
+        parts.append({"prompt_ids": made.input_ids[:start], "completion_ids": answer, "label": bool(made.good[0])})
+    theirs = [part | {"KL_completion_ids": parts[at - 1]["completion_ids"]} for at, part in enumerate(parts)]
+    wanted = DataCollatorForUnpairedPreference(pad_token_id=tokenizer.pad_token_id)(theirs)
+    found = Neighbours(tokenizer.pad_token_id, 1, LONG)([vars(first), vars(second)])
+    assert found["label"].tolist() == wanted["label"].tolist() == [True, False]
+    for name in ("KL_input_ids", "KL_attention_mask", "KL_completion_mask"):
+        assert (found[name] == wanted[name]).all(), name
+    assert (found["completion_mask"][:, :-1] == wanted["completion_mask"]).all()
+
+
 def test_the_orpo_of_trl_is_the_one_that_ours_is_made_for(base_folder: Path, tokenizer: Any) -> None:
     """It is experimental: what is overridden must give what TRL's own gives, of answers as TRL is given them."""
     from types import SimpleNamespace
