@@ -11,6 +11,12 @@ from pipeline.files import write_whole
 from pipeline.reference import Probe, Reference
 
 RESAMPLES = 2000
+OFTEN_LOST = {
+    "sliding_window": "a sliding window",
+    "norm_topk_prob": "a normalization of experts",
+    "attention_bias": "biases of attention",
+    "mlp_bias": "biases of the layers between",
+}
 LARGEST_LOSS = 100.0  # nats a token; more, of a model that is lost anyway, would be no number of JSON
 
 
@@ -166,6 +172,16 @@ def in_words(row: Comparison) -> str:
         lost = measures["facts_loss"]
         return f"{words}; none of the key facts" if lost <= 0 else f"{words}, and loses {lost:.0%} of the key facts"
     return words
+
+
+def suspects(config: dict[str, Any]) -> str:
+    """What of a model's config.json converters and runtimes are known to lose, for the message of a difference."""
+    config = config.get("text_config", config)
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kinds = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
+    found = [words for key, words in OFTEN_LOST.items() if config.get(key) and config.get(f"use_{key}", True)]
+    found += [f"a rope scaling ({kinds})"] if kinds != "default" else []
+    return f"its config has {' and '.join(found)}, which may be what is lost" if found else ""
 
 
 def _usable(comparison: Comparison, reference: Reference, found: dict[str, Any]) -> bool:

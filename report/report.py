@@ -56,6 +56,17 @@ def measure(key: str, show: Callable[[Any], str]) -> Callable[[dict[str, Any]], 
     return lambda measures: show(measures[key]) if measures.get(key) is not None else None
 
 
+def ranged(key: str, spread: str, show: Callable[[Any], str]) -> Callable[[dict[str, Any]], str | None]:
+    """The cell of a mean with its 95 % interval."""
+
+    def cell(measures: dict[str, Any]) -> str | None:
+        if key not in measures or spread not in measures:
+            return measure(key, show)(measures)
+        return f"{show(measures[key])} ({' to '.join(map(show, measures[spread]))})"
+
+    return cell
+
+
 def _perplexity(measures: dict[str, Any]) -> str | None:
     if "perplexity" not in measures:
         return None
@@ -78,9 +89,9 @@ def _imatrix(measures: dict[str, Any]) -> str | None:
 
 
 FIDELITY = (
-    Column("KL mean", measure("divergence_mean", number)),
+    Column("KL mean", ranged("divergence_mean", "divergence_interval", number)),
     Column("KL 99th pct", measure("divergence_p99", number)),
-    Column("top-1", measure("top1_agreement", share)),
+    Column("top-1", ranged("top1_agreement", "top1_interval", share)),
     Column("same answers", measure("greedy_agreement", share)),
     Column("perplexity", _perplexity),
     Column("ends its turn", measure("stops", {True: "yes", False: "no"}.__getitem__)),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.load import as_dict
-from pipeline.proof import Comparison, read_comparisons
+from pipeline.proof import Comparison, in_words, read_comparisons
 from pipeline.recipe import Recipe
 from pipeline.run import Fingerprints, Receipt, Run
 from pipeline.scores import has_fact
@@ -73,7 +73,8 @@ def _problems(rows: list[Comparison]) -> list[str]:
 
 def _passed(rows: list[Comparison]) -> list[str]:
     names = ", ".join(row.name for row in rows)
-    return [f"Everything made from it says what the trained model says, within the recipe's bounds: {names}."]
+    passed = f"Everything made from it says what the trained model says, within the recipe's bounds: {names}."
+    return [passed, *(f"{words}." for words in map(in_words, rows) if words)]
 
 
 @dataclass(frozen=True)

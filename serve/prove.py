@@ -12,23 +12,16 @@ from typing import Any, Literal
 
 from pipeline import Made, Recipe, Run, UserError
 from pipeline.command import boundary, recipe_of_arguments, up_to_date
-from pipeline.own_answers import OwnAnswer, of_trained, read_own_answers
-from pipeline.proof import Comparison, in_words, interval, read_comparisons
+from pipeline.files import read_json
+from pipeline.own_answers import of_trained, read_own_answers
+from pipeline.proof import Comparison, in_words, read_comparisons, suspects
 from pipeline.recommend import chosen
-from pipeline.reference import Probe, Reference, read_reference
+from pipeline.reference import Reference, read_reference
 from pipeline.stages import stage
 from serve.asking.endpoint import ERRORS, free_port, with_environment
-from serve.asking.judgement import (
-    DOUBTFUL_DEVIATIONS,
-    Own,
-    as_told,
-    deviations,
-    divergences_of,
-    drawn_otherwise,
-    judge,
-    own_of_file,
-)
-from serve.asking.probe import Answer, Engine, LlamaCpp, Told, Vllm, ask_probes, drawn, limit
+from serve.asking.judgement import Own, own_of_file
+from serve.asking.probe import Engine, LlamaCpp, Vllm
+from serve.asking.proving import prove_answers
 from serve.engines.llamacpp import is_repeatable, served_file
 from serve.engines.ollama.registration import row as registered_row
 from serve.engines.vllm import machine_for
@@ -38,7 +31,6 @@ from serve.running.session import find
 from serve.running.supervisor import Supervisor
 
 SERVED = "served"
-DRAWING_ROUNDS, ENOUGH_TOKENS = 6, 400
 COLUMNS = ("artefact", "verdict", "MB", "bits", "divergence", "99th pct", "top-1", "facts", "greedy", "perplexity",
            "prompt t/s", "decode t/s", "RSS MB")  # fmt: skip
 
@@ -89,7 +81,7 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, own: Own | None
     backend = backend_of(recipe, run)
     try:
         with answering(recipe, run, backend) as engine:
-            prove_answers(comparison, engine, reference, own, recipe)
+            prove_answers(comparison, engine, reference, own, recipe.serve.context, recipe.serve.slots)
     except UserError as error:
         comparison.problems += error.problems
         return comparison
@@ -102,50 +94,6 @@ def prove_served(recipe: Recipe, run: Run, reference: Reference, own: Own | None
     ):
         comparison.problems.append(f"the same question: {changing(comparison)}, of a file that cannot: report a bug")
     return comparison
-
-
-def prove_answers(
-    comparison: Comparison, engine: Engine, reference: Reference, own: Own | None, recipe: Recipe
-) -> None:
-    """Ask the probes, and judge the answers by the artefact's own."""
-    context, slots = recipe.serve.context, recipe.serve.slots
-    found = ask_probes(comparison, engine, reference.probes, context, slots)
-    if comparison.problems or not own:
-        return
-    judge(comparison, found, own, engine.text)
-    compare_probabilities(comparison, found, of_trained(reference))
-    probes = [probe for probe, _, _ in found]
-    tokens: list[Told] = []
-    for round_number in range(DRAWING_ROUNDS):
-        if comparison.problems or (len(tokens) > ENOUGH_TOKENS and deviations(tokens) < DOUBTFUL_DEVIATIONS):
-            break
-        tokens += drawn(engine, probes, context, slots, seed=round_number * len(probes))
-        comparison.problems += filter(None, [drawn_otherwise(tokens)])
-    shortest = min(probes, key=lambda probe: len(probe.ids))
-    if not comparison.problems and (length := limit(engine, shortest, context)):
-        comparison.problems.append(
-            f"server settings: a limit of length: an answer that asks for none is cut after {length} tokens: "
-            "lift max_tokens (num_predict)"
-        )
-
-
-def compare_probabilities(
-    comparison: Comparison, found: list[tuple[Probe, Answer, Answer]], trained: dict[str, OwnAnswer]
-) -> None:
-    """Add what the served probabilities are from the trained model's, for as long as both answer the same."""
-    pairs = [
-        (as_told(trained[probe.name], served.tokens), served.tokens) for probe, served, _ in found if served.tokens
-    ]
-    divergences = [list(divergences_of(own, tokens)) for own, tokens in pairs]
-    same = [
-        [float(told.token == token) for told, token, _ in zip(tokens, own.tokens, each, strict=False)]
-        for (own, tokens), each in zip(pairs, divergences, strict=True)
-    ]
-    for name, values in (("divergence", divergences), ("top1", same)):
-        if any(values):
-            what = "divergence_mean" if name == "divergence" else "top1_agreement"
-            comparison.measures[what] = sum(map(sum, values)) / sum(map(len, values))
-            comparison.measures[f"{name}_interval"] = interval([each for each in values if each])
 
 
 def changing(served: Comparison) -> str:
@@ -196,13 +144,18 @@ def advice(compare: dict[str, Any]) -> list[str]:
     return [f"recommended is {compare['recommended']}: {compare['rule']}", *lines]
 
 
-def verdict(recipe: Recipe, comparisons: list[dict[str, Any]]) -> list[str]:
-    """What is wrong, each with where the model was lost: in the artefact itself or in one that it is made from."""
+def verdict(recipe: Recipe, comparisons: list[dict[str, Any]], config: dict[str, Any] | None = None) -> list[str]:
+    """What is wrong, each with where the model was lost: in the artefact itself or in one that it is made from.
+
+    Of a conversion that is lost the model's `config` may tell why.
+    """
     failed = [row["name"] for row in comparisons if row["problems"]]
     lines = []
     for row in comparisons:
         lost = next((name for name in made_from(recipe, row["name"]) if name in failed), None)
         end = f"it is made from {lost}" if lost else "here the model that was trained is lost"
+        if row["name"] == recipe.gguf.full and not lost and (why := suspects(config or {})):
+            end += f" ({why})"
         lines += [f"{row['name']}: {problem}: {end}" for problem in row["problems"]]
     return lines
 
@@ -265,5 +218,6 @@ if __name__ == "__main__":
         if ollama := registered_row(recipe, Run.of(recipe)):
             comparisons.append(vars(ollama))
         show(comparisons, receipt.metrics["notes"], receipt.metrics["recommended"])
-        if problems := verdict(recipe, comparisons):
+        config = read_json(Run(recipe.name).path("base", "config.json"))
+        if problems := verdict(recipe, comparisons, config):
             raise UserError(*problems)

@@ -13,22 +13,29 @@ Change = Callable[[dict[str, Any]], dict[str, Any] | None]
 
 @contextmanager
 def proxied(port: int, change: Change) -> Iterator[int]:
-    """The port of a proxy to a local server; `change` is given each question of a chat."""
+    """The port of a proxy to a local server, which tells its models and answers chats alone.
+
+    `change` is given each question of a chat.
+    """
 
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/v1/models":
+                self.passed(b"")
+            else:
+                self.send_error(404)
+
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path == "/v1/chat/completions":
                 asked = json.loads(body)
                 body = json.dumps(change(asked) or asked).encode()
+            self.passed(body)
+
+        def passed(self, body: bytes) -> None:
+            own = {"Content-Type": "application/json", "Authorization": self.headers.get("Authorization", "")}
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            connection.request(
-                "POST",
-                self.path,
-                body,
-                {"Content-Type": "application/json"}
-                | {name: value for name, value in self.headers.items() if name == "Authorization"},
-            )
+            connection.request(self.command, self.path, body or None, own)
             response = connection.getresponse()
             content = response.read()
             connection.close()

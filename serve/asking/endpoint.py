@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import socket
+import urllib.parse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -87,18 +88,27 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def connected(where: int | str, timeout: float) -> tuple[http.client.HTTPConnection, str]:
+    """A connection to a port of this machine, or to a URL; and what comes before the path there."""
+    if isinstance(where, int):
+        return http.client.HTTPConnection(HOST, where, timeout=timeout), ""
+    parts = urllib.parse.urlsplit(where)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return kind(parts.hostname or HOST, parts.port, timeout=timeout), parts.path.rstrip("/")
+
+
 def ask(
-    port: int, path: str, key: str = "", body: dict[str, Any] | None = None, timeout: float = 10
+    where: int | str, path: str, key: str = "", body: dict[str, Any] | None = None, timeout: float = 10
 ) -> tuple[int, Any]:
-    """HTTP status and JSON of one request, None for an answer without content.
+    """HTTP status and JSON of one request to a port of this machine or a URL, None for an answer without content.
 
     Raises:
         OSError, HTTPException, ValueError: (ERRORS) nothing answered, or not in JSON.
     """
-    connection = http.client.HTTPConnection(HOST, port, timeout=timeout)
+    connection, before = connected(where, timeout)
     try:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        connection.request("POST" if body else "GET", path, json.dumps(body) if body else None, headers)
+        connection.request("POST" if body else "GET", before + path, json.dumps(body) if body else None, headers)
         response = connection.getresponse()
         content = response.read()
         return response.status, json.loads(content) if content else None

@@ -36,12 +36,14 @@ SELDOM = (0.1, 0.05, 0.02)  # of the most likely token's probability: min_p as i
 class Own:
     """What the served artefact answers by itself, by probe, and what each file does that might be in its place.
 
-    `max_divergence` bounds the mean divergence of its server's probabilities, in nats.
+    `max_divergence` bounds the mean divergence of its server's probabilities, in nats; where it tells none,
+    `least_agreement` the share of answers that are the same.
     """
 
     answers: dict[str, OwnAnswer]
     others: dict[str, dict[str, OwnAnswer]]
     max_divergence: float
+    least_agreement: float = 1.0
 
 
 def own_of_file(recipe: Recipe, run: Run, kind: str) -> Own | None:
@@ -89,8 +91,9 @@ def judge(comparison: Comparison, answers: list[tuple[Probe, Answer, Answer]], o
     ]
     divergences = [each for one in asked for each in divergences_of(one.shown, one.served.tokens)]
     left = [found for one in asked if (found := departure(one, text)) and found.nats > NEAR_TIE_NATS]
-    passed = [found for one in asked for found in passed_over(one)] if divergences else left
     comparison.measures["own_agreement"] = 1 - len(left) / len(asked)
+    left = left if comparison.measures["own_agreement"] < own.least_agreement else []
+    passed = [found for one in asked for found in passed_over(one)] if divergences else left
     if divergences:
         comparison.measures["divergence_from_file"] = sum(divergences) / len(divergences)
     mean = comparison.measures.get("divergence_from_file", 0.0)
@@ -115,7 +118,8 @@ def judge(comparison: Comparison, answers: list[tuple[Probe, Answer, Answer]], o
 def divergences_of(own: OwnAnswer, tokens: Iterable[Told]) -> Iterator[float]:
     """Kullback-Leibler divergence (nats) of the served probabilities from the artefact's, where both said the same."""
     for likely, chosen, told in zip(own.top, own.tokens, tokens, strict=False):
-        yield divergence_of(likely, told)
+        if told.top:
+            yield divergence_of(likely, told)
         if told.token != chosen:
             return
 
@@ -134,7 +138,7 @@ def passed_over(one: Asked) -> Iterator[Passed]:
     """Where the server by its own probabilities had a likelier token than the one that it chose."""
     for at, told in enumerate(one.served.tokens):
         likely = max(told.top, key=lambda token: told.top[token], default=told.token)
-        if (nats := told.top.get(likely, told.score) - told.score) > TIE_NATS:
+        if likely != told.token and (nats := told.top[likely] - told.score) > TIE_NATS:
             yield Passed(one, at, likely, told.token, nats)
 
 

@@ -1,7 +1,7 @@
 """The reference's probes asked of a server: the tokens of the prompt, the greedy answer, whether it stops, and whether
 it is the same when asked again; then answers that are drawn, and one without a limit."""
 
-import http.client
+import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,19 +9,28 @@ from typing import Any, ClassVar, Protocol
 
 from pipeline.proof import Comparison, first_difference, same_share
 from pipeline.reference import CONTINUATION_TOKENS, Probe
-from serve.asking.endpoint import HOST, ask
+from serve.asking.endpoint import ask, connected
 
 LONG_TOKENS = 272  # servers' own limits are 16, 128 or 256 tokens, if they have one
 WHOLE_VOCABULARY = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0}
-TOP_TOKENS = 20  # the most that OpenAI's API tells
+PROBABILITIES = {"logprobs": True, "top_logprobs": 20}  # the most that OpenAI's API tells
 
 
 class Engine(Protocol):
-    """A server that answers under `name`, and what only servers of its kind tell."""
+    """A server that answers under a name, and what only servers of its kind tell."""
 
-    port: int
-    key: str
-    name: str
+    @property
+    def port(self) -> int | str:
+        """Its port on this machine, or its URL."""
+
+    @property
+    def key(self) -> str:
+        """What it wants from who asks."""
+
+    @property
+    def name(self) -> str:
+        """The model's there."""
+
     new: ClassVar[dict[str, Any]]  # what a request says so that nothing of its prompt is taken from the cache
 
     def request(self, probe: Probe) -> dict[str, Any]:
@@ -36,18 +45,24 @@ class Engine(Protocol):
     def text(self, tokens: list[int]) -> str:
         """The server's text of tokens."""
 
+    def token(self, entry: dict[str, Any]) -> int:
+        """The id of a token as the server tells it."""
+
 
 @dataclass(frozen=True)
 class LlamaCpp:
     """llama.cpp's server, which shows the text and the tokens of a prompt."""
 
-    port: int
+    port: int | str
     key: str
     name: str
     new: ClassVar[dict[str, Any]] = {"cache_prompt": False}
 
     def request(self, probe: Probe) -> dict[str, Any]:
-        return asked(probe)
+        return asked(probe) | PROBABILITIES
+
+    def token(self, entry: dict[str, Any]) -> int:
+        return int(entry["id"])
 
     def prompt_problem(self, probe: Probe) -> str:
         status, prompt = self.prompt(probe)
@@ -92,17 +107,58 @@ class LlamaCpp:
 
 
 @dataclass(frozen=True)
+class OpenAi:
+    """Any other server of OpenAI's API, which shows nothing of a prompt but its length.
+
+    `vocabulary` is the trained model's own; `tells` is whether the server tells probabilities.
+    """
+
+    port: int | str
+    key: str
+    name: str
+    vocabulary: Any
+    tells: bool
+    new: ClassVar[dict[str, Any]] = {}
+
+    def request(self, probe: Probe) -> dict[str, Any]:
+        return asked(probe) | (PROBABILITIES if self.tells else {})
+
+    def prompt_problem(self, probe: Probe) -> str:
+        return ""
+
+    def prompt_tokens(self, probe: Probe, switches: dict[str, Any]) -> int:
+        return 0
+
+    def text(self, tokens: list[int]) -> str:
+        return str(self.vocabulary.decode(tokens))
+
+    def token(self, entry: dict[str, Any]) -> int:
+        return self.ids.get(entry["token"], -1)
+
+    @functools.cached_property
+    def ids(self) -> dict[str, int]:
+        """The id of each token's text; of several with one text the first."""
+        count = self.vocabulary.get_vocab_size()
+        texts = self.vocabulary.decode_batch([[token] for token in range(count)], skip_special_tokens=False)
+        return {text: token for token, text in reversed(list(enumerate(texts)))}
+
+
+@dataclass(frozen=True)
 class Vllm:
     """vLLM's server, which shows the tokens of a prompt only."""
 
-    port: int
+    port: int | str
     key: str
     name: str
     new: ClassVar[dict[str, Any]] = {}
 
     def request(self, probe: Probe) -> dict[str, Any]:
         # It takes tools without a parser for their calls only if none is to be called; the prompt is the same.
-        return asked(probe) | {"return_tokens_as_token_ids": True} | ({"tool_choice": "none"} if probe.tools else {})
+        told = PROBABILITIES | {"return_tokens_as_token_ids": True}
+        return asked(probe) | told | ({"tool_choice": "none"} if probe.tools else {})
+
+    def token(self, entry: dict[str, Any]) -> int:
+        return int(entry["token"].removeprefix("token_id:"))
 
     def prompt_problem(self, probe: Probe) -> str:
         body = asked(probe) | {"model": self.name}
@@ -254,9 +310,9 @@ def limit(engine: Engine, probe: Probe, context: int) -> int:
     most = min(LONG_TOKENS, context - len(probe.ids) - 1)
     body = engine.request(probe) | {"model": engine.name, "temperature": 0, "stream": True, "ignore_eos": True}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {engine.key}"}
-    connection = http.client.HTTPConnection(HOST, engine.port, timeout=600)
+    connection, before = connected(engine.port, timeout=600)
     try:
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        connection.request("POST", f"{before}/v1/chat/completions", json.dumps(body), headers)
         count = 0
         for line in connection.getresponse():
             if not line.startswith(b"data: {"):
@@ -289,7 +345,7 @@ def changes(how: str, answers: list[Answer], again: list[Answer]) -> dict[str, f
 def answer(engine: Engine, probe: Probe, context: int, more: dict[str, Any] | None = None) -> Answer:
     """The greedy answer, asked as any client asks, with `more` in the request."""
     room = max(1, min(CONTINUATION_TOKENS, context - len(probe.ids)))
-    wanted = {"temperature": 0, "max_tokens": room, "logprobs": True, "top_logprobs": TOP_TOKENS}
+    wanted = {"temperature": 0, "max_tokens": room}
     body = engine.request(probe) | {"model": engine.name} | wanted | (more or {})
     status, made = ask(engine.port, "/v1/chat/completions", engine.key, body, timeout=600)
     if status != 200:
@@ -297,18 +353,14 @@ def answer(engine: Engine, probe: Probe, context: int, more: dict[str, Any] | No
     choice = made["choices"][0]
     message, usage = choice["message"], made["usage"]
     text = (message.get("reasoning_content") or message.get("reasoning") or "") + (message.get("content") or "")
-    tokens = tuple(told(entry) for entry in (choice.get("logprobs") or {}).get("content") or [])
+    tokens = tuple(told(engine, entry) for entry in (choice.get("logprobs") or {}).get("content") or [])
     return Answer(status, text, choice["finish_reason"], usage["prompt_tokens"], tokens, usage["completion_tokens"])
 
 
-def told(entry: dict[str, Any]) -> Told:
-    """From what OpenAI's API says of a token, with its id as llama.cpp adds it, or as vLLM writes it when asked to."""
-    top = {token_id(other): float(other["logprob"]) for other in entry["top_logprobs"]}
-    return Told(token_id(entry), float(entry["logprob"]), top)
-
-
-def token_id(entry: dict[str, Any]) -> int:
-    return int(entry["id"] if "id" in entry else entry["token"].removeprefix("token_id:"))
+def told(engine: Engine, entry: dict[str, Any]) -> Told:
+    """From what OpenAI's API says of a token; of a place where two tokens have one text, nothing can be known."""
+    top = {engine.token(other): float(other["logprob"]) for other in entry["top_logprobs"]}
+    return Told(engine.token(entry), float(entry["logprob"]), top if len(top) == len(entry["top_logprobs"]) else {})
 
 
 def refusal(made: dict[str, Any]) -> str:

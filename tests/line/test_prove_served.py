@@ -15,7 +15,8 @@ from pipeline.proof import Comparison
 from pipeline.reference import read_reference
 from serve.asking.endpoint import free_port
 from serve.asking.probe import Engine, LlamaCpp
-from serve.prove import answering, own_of, prove_answers
+from serve.asking.proving import prove_answers
+from serve.prove import answering, own_of
 from serve.running.backend import backend_of
 
 pytest_plugins = ["prove_fixtures"]
@@ -50,7 +51,9 @@ def judged(recipe: Recipe, engine: Engine, change: Change = lambda asked: None) 
     reference = replace(reference, probes=reference.probes[:PROBES])
     with proxied(engine.port, change) as port:
         through = LlamaCpp(port, engine.key, engine.name)
-        prove_answers(comparison, through, reference, own_of(recipe, run, reference), recipe)
+        prove_answers(
+            comparison, through, reference, own_of(recipe, run, reference), recipe.serve.context, recipe.serve.slots
+        )
     return comparison.problems
 
 
@@ -90,7 +93,7 @@ FAULTS: dict[str, tuple[Change, str]] = {
         setting(logit_bias={str(FULL_STOP): -5}),
         f"server settings: a logit bias: token '.' ({FULL_STOP}) is avoided ",
     ),
-    "a bias to the end": (setting(logit_bias={"2": 4}), "server settings: a logit bias: token '<|im_end|>' (2) is"),
+    "a bias to the end": (setting(logit_bias={"2": 8}), "server settings: a logit bias: token '<|im_end|>' (2) is"),
     "a system prompt": (
         with_system,
         "token ids: probe 'plain' has 29 when chatting, trained with 27: something is added",

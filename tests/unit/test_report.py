@@ -10,11 +10,13 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from report_run import EVERY, METRICS, SCORES, TYPES, Told, comparisons
 
 from pipeline import Run, UserError
+from pipeline.proof import Comparison, in_words, interval, suspects
 from pipeline.scores import Score
 from report.chart import change_chart, loss_chart
 from report.report import page, report
@@ -343,3 +345,40 @@ def test_the_speed_of_the_endpoint_is_shown_as_long_as_it_serves_the_same(told: 
     assert "served by llamacpp: first token after 41 ms (40 to 52), then 31.5 tokens a second" in made(run).text
     run.run.path("served.json").write_text(json.dumps(found | {"inputs": {}}))
     assert "served by llamacpp" not in made(run).text
+
+
+def test_an_artefact_is_told_in_a_sentence() -> None:
+    def told(**measures: float) -> str:
+        return in_words(Comparison("Q4_K_M", measures))
+
+    assert told(probes=40, greedy_agreement=0.95, facts_loss=0.0) == (
+        "Q4_K_M changes 1 answer in 20 (2 of 40); none of the key facts"
+    )
+    assert told(probes=40, greedy_agreement=1.0) == "Q4_K_M changes no answer (0 of 40)"
+    assert told(probes=40, greedy_agreement=0.1, facts_loss=0.25) == (
+        "Q4_K_M changes most answers (36 of 40), and loses 25% of the key facts"
+    )
+    assert told(greedy_agreement=0.5) == ""
+
+
+def test_an_interval_is_as_wide_as_the_probes_differ() -> None:
+    assert interval([[1.0, 1.0], [1.0]]) == (1.0, 1.0)
+    low, high = interval([[0.0] * 8, [1.0] * 8] * 10)
+    assert low == pytest.approx(0.28, abs=0.05) and high == pytest.approx(0.72, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "config, says",
+    [
+        ({}, ""),
+        ({"sliding_window": None, "rope_parameters": {"rope_type": "default"}}, ""),
+        ({"sliding_window": 4096, "use_sliding_window": False}, ""),
+        ({"sliding_window": 4096}, "its config has a sliding window, which may be what is lost"),
+        (
+            {"text_config": {"norm_topk_prob": True, "rope_scaling": {"rope_type": "yarn"}}},
+            "its config has a normalization of experts and a rope scaling (yarn), which may be what is lost",
+        ),
+    ],
+)
+def test_what_a_config_has_that_conversions_lose(config: dict[str, Any], says: str) -> None:
+    assert suspects(config) == says
