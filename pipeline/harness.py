@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.error import UserError
+from pipeline.error import UserError, reason
 from pipeline.scores import Estimate, Score, compare, squared_and_added, verdict
 
 RESAMPLES = 1000  # for the error of a task's own measure that is no mean of its rows
@@ -46,10 +46,10 @@ def tasks_named(names: tuple[str, ...]) -> dict[str, Any]:
         try:
             loaded = manager.load([name])
         except (OSError, DatasetsError) as error:  # of the network, too
-            problems.append(f"eval.tasks: the data of {name} is out of reach ({_reason(error)}): {_FIX}")
+            problems.append(f"eval.tasks: the data of {name} is out of reach ({reason(error)}): {_FIX}")
             continue
         except (YAMLError, TemplateError, *WRONGLY_WRITTEN) as error:
-            problems.append(f"eval.tasks: the harness cannot read {name} ({_reason(error)}): fix the task")
+            problems.append(f"eval.tasks: the harness cannot read {name} ({reason(error)}): fix the task")
             continue
         for part, values in loaded.items():
             found[part] |= values
@@ -89,7 +89,7 @@ def asked(model: Any, tasks: dict[str, Any], rows: int, seed: int) -> Any:
         )
     except (TemplateError, *WRONGLY_WRITTEN) as error:
         names = ", ".join(tasks["tasks"])
-        raise UserError(f"eval.tasks: the harness cannot ask {names} ({_reason(error)}): fix the task") from error
+        raise UserError(f"eval.tasks: the harness cannot ask {names} ({reason(error)}): fix the task") from error
 
 
 def compared(base: Any, trained: Any, seed: int) -> list[Score]:
@@ -147,8 +147,3 @@ def _of_errors(task: str, label: str, name: str, kind: str, base: Any, trained: 
     difference = squared_and_added(told(base), second)
     judged = verdict(rows, difference, lower)
     return Score(task, label, "number", rows, told(base), second, difference, judged, note)
-
-
-def _reason(error: Exception) -> str:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{type(error).__name__}: {first[:160]}"
