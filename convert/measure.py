@@ -32,7 +32,7 @@ from pipeline.machine import resident_bytes
 from pipeline.progress import progress
 from pipeline.proof import Bounds, Comparison, compare_tokens
 from pipeline.recipe import QUANTIZATIONS
-from pipeline.reference import Reference, read_reference
+from pipeline.reference import CONTINUATION_TOKENS, Reference, read_reference
 from pipeline.scores import key_fact_accuracy
 
 log = logging.getLogger("truetune")
@@ -61,7 +61,8 @@ def ask_file(task: Task) -> Found:
             "tensors": header.tensors,
             "imatrix": header.imatrix,
         }
-        longest = max(len(ids) for ids, _ in asked_of(reference))
+        # An answer of its own may be longer than the reference's.
+        longest = max(len(ids) for ids, _ in asked_of(reference)) + CONTINUATION_TOKENS
         before, _ = resident_bytes()
         with Evaluator(path, longest, threads=task.threads, cache_tokens=CACHE_TOKENS) as evaluator:
             if task.only_divergence:
