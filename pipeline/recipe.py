@@ -281,7 +281,7 @@ class Prove:
     full_max_kl: float = knob(1e-4, "The same of a GGUF in F16 or F32; rounding to F16 gives 1e-7 to 3e-6", 0)
     bfloat16_max_kl: float = knob(5e-3, "The same of bfloat16, merged or GGUF, which rounds 8 times coarser", 0)
     full_min_agreement: float = knob(0.97, "Share of equal most likely tokens; near ties may flip by rounding", 0, 1)
-    served_max_kl: float = knob(2e-3, "The same of a server from the file that it serves; honest 2e-6 to 4e-4", 0)
+    served_max_kl: float = knob(1e-2, "The same of a server from its file; honest 1e-5, with keys in bfloat16 2e-3", 0)
     quantized_max_kl: float = knob(1.0, "The same to 4.5 bits a weight; each bit more allows e times less", 0)
     quantized_min_agreement: float = knob(0.6, "Agreement of a quantization; another model's is below 0.5", 0, 1)
 
