@@ -92,7 +92,6 @@ def test_the_first_stage_that_differs_is_named(foreign: Proved, monkeypatch: pyt
     [
         (lambda last: (last / "adapter_model.safetensors").unlink(), "pickled adapters are not read"),
         (lambda last: shutil.rmtree("original"), "name the adapter's base with BASE=..."),
-        (lambda last: (last / "chat_template.jinja").unlink(), "has no chat template"),
     ],
 )
 def test_what_cannot_be_a_reference_is_one_line(

@@ -177,10 +177,9 @@ def test_two_processes_learn_what_one_does(strategy: str, tuner: str, rows: int,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_one_that_is_killed_ends_all_and_the_next_start_resumes(strategy: str, twins: tuple[Path, Path]) -> None:
+def test_one_that_is_killed_ends_all_and_the_next_start_resumes(twins: tuple[Path, Path]) -> None:
     alone, killed = twins
-    words = (f"launch.strategy={strategy}", "train.epochs=4", "train.early_stopping_patience=0")
+    words = ("launch.strategy=fsdp", "train.epochs=4", "train.early_stopping_patience=0")
     assert ended(started(alone, *words, NPROC="2"))[0] == 0
     process = started(killed, *words, NPROC="2")
     checkpoints = killed / "runs/line/checkpoints"
