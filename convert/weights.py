@@ -19,7 +19,7 @@ from convert.comparison import (
 )
 from convert.evaluator import Asked
 from pipeline import UserError
-from pipeline.model import greedy, load, logits
+from pipeline.model import ends_of, greedy, load, logits
 from pipeline.proof import Bounds, Comparison, compare_tokens
 from pipeline.reference import Reference
 from pipeline.rows import rendered
@@ -46,8 +46,7 @@ def compare_weights(name: str, folder: Path, precision: str, bounds: Bounds, ref
                 break
             if not compare_tokens(comparison, probe, tokenizer(prompt, add_special_tokens=False)["input_ids"], show):
                 break
-        stops = model.generation_config.eos_token_id
-        stops = stops if isinstance(stops, list) else [stops]
+        stops = ends_of(model)
         check_stops(comparison, reference, stops)
         begun = measure(comparison, reference, logits_of(model), stops.__contains__, bounds, show)
         if begun:

@@ -187,6 +187,12 @@ def logits(model: Any, ids: list[int], first: int = 0) -> Any:
         return model(asked, logits_to_keep=len(ids) - first).logits[0].float().cpu()
 
 
+def ends_of(model: Any) -> list[int]:
+    """The tokens that end an answer, by the model's generation config."""
+    known = model.generation_config.eos_token_id
+    return known if isinstance(known, list) else [] if known is None else [known]
+
+
 def greedy(
     model: Any,
     tokenizer: Any,
@@ -202,8 +208,7 @@ def greedy(
     """
     import torch
 
-    known = stops or model.generation_config.eos_token_id
-    ends = known if isinstance(known, list) else [known]
+    ends = stops or ends_of(model)
     groups: list[list[int]] = []
     for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
         last = groups[-1] if groups else []
@@ -219,7 +224,11 @@ def greedy(
             rows = {"input_ids": [prompts[index] for index in group]}
             batch = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
             made = model.generate(
-                **batch, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, eos_token_id=ends
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                repetition_penalty=1.0,
+                eos_token_id=ends or None,
             )[:, batch["input_ids"].shape[1] :].tolist()
             for index, row in zip(group, made, strict=True):
                 end = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))

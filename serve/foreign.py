@@ -53,7 +53,7 @@ CAUSES = {
 
 
 @dataclass(frozen=True)
-class Told:
+class Verdict:
     """One artefact's verdict: the first stage that differs, or none, and what usually causes that."""
 
     name: str
@@ -64,7 +64,7 @@ class Told:
     measures: dict[str, Any]
 
 
-def foreign(arguments: argparse.Namespace) -> list[Told]:
+def foreign(arguments: argparse.Namespace) -> list[Verdict]:
     """Compare all artefacts with the reference; what is found is in the folder, too."""
     folder = Path(arguments.to or "proof-" + re.sub(r"[^\w.-]+", "-", arguments.reference).strip("-."))
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def foreign(arguments: argparse.Namespace) -> list[Told]:
     for name in filter(is_server, arguments.artefacts):
         rows[name] = served(name, folder, reference)
     config = config_of(folder)
-    found = [told(rows[name], config) for name in arguments.artefacts]
+    found = [verdict(rows[name], config) for name in arguments.artefacts]
     write(folder, arguments.reference, found)
     return found
 
@@ -150,13 +150,13 @@ def engine_of(name: str, folder: Path) -> tuple[Engine, int]:
     return OpenAi(root, key, model["id"], vocabulary, tells), context
 
 
-def told(row: Comparison, config: dict[str, Any]) -> Told:
+def verdict(row: Comparison, config: dict[str, Any]) -> Verdict:
     """The verdict in words."""
     problem = row.problems[0] if row.problems else ""
     stage = stage_of(row, problem) if problem else ""
     hint = f"{suspects(config)}; " if suspects(config) else ""
     cause = CAUSES[stage].format(hint=hint) if stage else ""
-    return Told(row.name, stage, problem, cause, in_words(row), row.measures)
+    return Verdict(row.name, stage, problem, cause, in_words(row), row.measures)
 
 
 def stage_of(row: Comparison, problem: str) -> str:
@@ -186,7 +186,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def write(folder: Path, reference: str, found: list[Told]) -> None:
+def write(folder: Path, reference: str, found: list[Verdict]) -> None:
     """proof.json, proof.html and badge.svg."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -206,7 +206,7 @@ BADGE = """<svg xmlns="http://www.w3.org/2000/svg" width="160" height="20" role=
 """
 
 
-def show(found: list[Told]) -> None:
+def show(found: list[Verdict]) -> None:
     """The table, and below it a sentence of each artefact."""
     from rich.console import Console
     from rich.table import Table

@@ -218,6 +218,6 @@ if __name__ == "__main__":
         if ollama := registered_row(recipe, Run.of(recipe)):
             comparisons.append(vars(ollama))
         show(comparisons, receipt.metrics["notes"], receipt.metrics["recommended"])
-        config = read_json(Run(recipe.name).path("base", "config.json"))
+        config = read_json(Run.of(recipe).path("base", "config.json"))
         if problems := verdict(recipe, comparisons, config):
             raise UserError(*problems)

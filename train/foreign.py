@@ -16,7 +16,7 @@ from pipeline import UserError
 from pipeline.command import boundary
 from pipeline.error import reason
 from pipeline.files import fresh_folder, read_object, write_whole
-from pipeline.model import greedy, load, logits, with_adapter
+from pipeline.model import ends_of, greedy, load, logits, with_adapter
 from pipeline.own_answers import OwnAnswer, most_likely, write_own_answers
 from pipeline.reference import CONTINUATION_TOKENS, Probe, Reference, write_base_logits, write_reference
 from train.hub import fetched
@@ -58,13 +58,14 @@ def foreign(name: str, folder: Path, base: str, prompts: str) -> None:
             model = with_adapter(model, trained)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{trained} cannot be loaded ({reason(error)}): is {weights} its base? Else set BASE") from None
-    probes, scores = ask(model, tokenizer, probe_cases(tokenizer, asked_in(prompts)), ends_of(model, tokenizer))
+    ends = list({*ends_of(model), tokenizer.eos_token_id} - {None})
+    probes, scores = ask(model, tokenizer, probe_cases(tokenizer, asked_in(prompts)), ends)
     made = fresh_folder(folder / "reference")
     write_reference(made, Reference(probes, np.concatenate(scores), []))
     if adapter:
         with model.disable_adapter():
             rows = [logits(model, probe.sequence, probe.positions[0])[: probe.scored].numpy() for probe in probes]
-            own = answers_of_base(model, tokenizer, probes, ends_of(model, tokenizer))
+            own = answers_of_base(model, tokenizer, probes, ends)
         write_base_logits(made, np.concatenate(rows))
         write_own_answers(folder / "base-greedy.jsonl", own)
     tokenizer.save_pretrained(fresh_folder(folder / "tokenizer"))
@@ -104,13 +105,6 @@ def located(name: str, beside: Path | None = None) -> Path:
         return fetched(name, lambda: snapshot_download(repository, revision=revision or None, allow_patterns=FETCHED))
     what = f"{name!r} is no folder and no Hub id" if name else f"{beside} does not name its base"
     raise UserError(f"{what}: name the adapter's base with BASE=..., a folder or owner/name")
-
-
-def ends_of(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: those of the generation config and the tokenizer's eos."""
-    stated = model.generation_config.eos_token_id
-    stated = stated if isinstance(stated, list) else [stated]
-    return sorted({token for token in [*stated, tokenizer.eos_token_id] if token is not None})
 
 
 def asked_in(prompts: str) -> list[dict[str, Any]]:

@@ -28,7 +28,8 @@ from train.template import IGNORED, controls, shown
 
 log = logging.getLogger("truetune")
 PARTS = ("train", "validation")
-IDS = "input_ids"  # every column of tokens ends so, beside one of labels
+CODE = ("judgements.py", "pairs.py", "template.py", "tokens.py")
+IDS, LABELS = "input_ids", "labels"  # how every column of tokens, and the one of what is learned of them, ends
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 PROBLEMS_KEPT = 10_000
 SHORTEST_ROW_TOKENS = 256
@@ -224,7 +225,7 @@ def _examples(
         columns[name] = pyarrow.ListArray.from_arrays(ends, values)
         if name.endswith(IDS):
             sizes += map(len, every)
-        else:
+        elif name.endswith(LABELS):
             learned += int((values != IGNORED).sum())
     reasoned = [row["source"] for row in rows if any(turn.get("reasoning_content") for turn in row.get("messages", []))]
     thoughtless = reasoned if reasoned and not shown(tokenizer).reasoning else []
@@ -267,7 +268,7 @@ def _key(recipe: Recipe, run: Run) -> str:
         "data": {path: mark for path, mark in data.items() if path.endswith(".arrow")},
         "base": {path: mark for path, mark in base.items() if not path.endswith(WEIGHTS)},
         "knobs": [getattr(recipe.train, key) for key in ("method", "max_length", "on_template_error", "supervise")],
-        "code": [fingerprint(Path(__file__).with_name(name)) for name in ("pairs.py", "template.py", "tokens.py")],
+        "code": [fingerprint(Path(__file__).with_name(name)) for name in CODE],
         "versions": [transformers.__version__, tokenizers.__version__],
     }
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from pipeline.error import UserError
 from pipeline.files import own_folder
-from pipeline.model import load, with_adapter
+from pipeline.model import ends_of, load, with_adapter
 from pipeline.rows import rendered
 from serve.asking.endpoint import HOST, read_key
 from serve.gateway.connection import listen
@@ -63,8 +63,7 @@ class Generator:
         self.known = getattr(config, "max_position_embeddings", None) or LONGEST_CONTEXT
         self.vocabulary = int(config.vocab_size)
         self.longest_token = max(len(token.encode()) for token in self.tokenizer.get_vocab())
-        ends = self.model.generation_config.eos_token_id
-        self.ends: list[int] = ends if isinstance(ends, list) else [ends]
+        self.ends = ends_of(self.model)
         if settings.adapter:
             self.model = with_adapter(self.model, Path(settings.adapter))
         self.names = [settings.name, *(["adapter"] if settings.adapter else [])]

@@ -1,5 +1,6 @@
 """A model folder behind the gateway, as the playground asks it before anything is converted."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -40,7 +41,15 @@ def port(generator: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[i
         uvicorn.Server(uvicorn.Config(engine, uds=str(socket), lifespan="off", log_level="critical")),
         uvicorn.Server(uvicorn.Config(gateway, port=port, http=Connection, lifespan="off", log_level="critical")),
     ]
-    running = [threading.Thread(target=server.run) for server in servers]
+
+    async def gateway_until_told() -> None:
+        async with gateway.engine:  # whose connections would else be left open
+            await servers[1].serve()
+
+    running = [
+        threading.Thread(target=servers[0].run),
+        threading.Thread(target=asyncio.run, args=[gateway_until_told()]),
+    ]
     for server, thread in zip(servers, running, strict=True):
         thread.start()
         while not server.started:

@@ -21,13 +21,15 @@ TOLERANCE = 1e-4  # as test_tuners: the kernels of another processor sum in anot
 LONG = 1000
 
 
-SLOW = ("dpo-full", "kto-lora", "orpo-lora")
+SLOW = ("dpo-full", "orpo-lora", "kto-lora")
+EVERY = ["dpo-lora", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+OF_DPO, OF_PAIRS = EVERY[:2], EVERY[:3]
 STARTS = {"dpo": math.log(2), "kto": 0.5}  # the loss of a model that prefers nothing
 
 GAINS = {"dpo": ("reward margin",), "kto": ("reward, good", "reward, bad"), "orpo": ("log odds ratio",)}
 
 
-@pytest.fixture(scope="module", params=["dpo-lora", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.fixture(scope="module", params=EVERY)
 def preferred(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, _based: Path) -> Iterator[Any]:
     """(method-tuner, a workplace in which it was trained)."""
     work = copied(_based, tmp_path_factory.mktemp(request.param))
@@ -62,11 +64,13 @@ def test_better_answers_are_preferred_among_held_out_rows(preferred: tuple[str, 
     assert "rows" not in metrics["before"] | metrics["after"]
 
 
+@pytest.mark.parametrize("preferred", OF_DPO, indirect=True)
 def test_the_margin_is_that_of_trl(preferred: tuple[str, Workplace]) -> None:
-    """Measured by another way through the model than the training's: TRL's own metric of the best checkpoint."""
-    name, work = preferred
-    if not name.startswith("dpo"):
-        pytest.skip("TRL averages the batches of kto, and the rewards of orpo are of the model alone")
+    """Measured by another way through the model than the training's: TRL's own metric of the best checkpoint.
+
+    TRL averages the batches of kto, and the rewards of orpo are of the model alone.
+    """
+    _, work = preferred
     metrics = work.receipt("train")["metrics"]
     folder = work.run.path("checkpoints", f"checkpoint-{metrics['steps']}")
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -76,8 +80,21 @@ def test_the_margin_is_that_of_trl(preferred: tuple[str, Workplace]) -> None:
 
 def test_no_copy_of_the_adapter_is_kept(preferred: tuple[str, Workplace]) -> None:
     name, work = preferred
-    if name.endswith("lora"):
-        assert work.files("trained") == {"adapter_config.json", "adapter_model.safetensors", "kind.json"}
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "kind.json"}
+    found = work.files("trained")
+    assert found == adapter if name.endswith("lora") else found & adapter == {"kind.json"}
+
+
+def test_what_is_learned_is_counted(preferred: tuple[str, Workplace]) -> None:
+    from train.tokens import opened
+
+    _, work = preferred
+    with contextlib.chdir(work.folder):
+        tokens = opened(work.recipe, work.run)
+        for part, rows in tokens.datasets.items():
+            labels = [row[name] for row in rows for name in rows.column_names if name.endswith("labels")]
+            learned = sum(label != IGNORED for row in labels for label in row)
+            assert tokens.counts[part]["supervised_tokens"] == learned > 0
 
 
 @pytest.mark.slow
@@ -112,12 +129,11 @@ def test_one_that_is_interrupted_equals_one_that_is_not(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preferred", OF_DPO, indirect=True)
 def test_precomputed_log_probabilities_of_the_start_change_nothing(
     preferred: tuple[str, Workplace], tmp_path: Path, _based: Path
 ) -> None:
-    name, whole = preferred
-    if not name.startswith("dpo"):
-        pytest.skip("kto asks the start of neighbours, which change; orpo has none")
+    name, whole = preferred  # kto asks the start of neighbours, which change; orpo has none
     tuner = name.split("-")[1]
     wanted = [loss for _, loss in whole.receipt("train")["metrics"]["loss_curve"]]
     with contextlib.chdir(tmp_path):
@@ -219,10 +235,9 @@ def test_the_orpo_of_trl_is_the_one_that_ours_is_made_for(base_folder: Path, tok
     made = [pairs(tokenizer, [worse(answer)], LONG)[0][0] for answer in ("No.", "I have no idea of that at all.")]
     batch = Sides(tokenizer.pad_token_id, 1)([vars(pair) for pair in made])
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
-    halves = zip(("chosen", "rejected"), *(each.chunk(2) for each in (batch["input_ids"], labels)), strict=True)
-    theirs = {f"{side}_{what}": each for side, *both in halves for what, each in zip(("input_ids", "labels"), both)}  # noqa: B905
-    theirs |= {f"{side}_attention_mask": batch["attention_mask"][:2] for side in ("chosen", "rejected")}
-    theirs["rejected_attention_mask"] = batch["attention_mask"][2:]
+    whole = {"input_ids": batch["input_ids"], "labels": labels, "attention_mask": batch["attention_mask"]}
+    halves = {"chosen": slice(0, 2), "rejected": slice(2, 4)}
+    theirs = {f"{side}_{what}": each[half] for side, half in halves.items() for what, each in whole.items()}
     trainer = Orpo.__new__(Orpo)
     trainer.aux_loss_enabled, trainer.is_encoder_decoder, trainer.padding_value = False, False, 0
     trainer.accelerator = SimpleNamespace(device=device("cpu"))
@@ -244,12 +259,11 @@ def test_a_cut_that_leaves_both_answers_equal_leaves_the_pair_out(tokenizer: Any
     assert len(pairs(tokenizer, [row], differ + 1)[0]) == 1
 
 
+@pytest.mark.parametrize("preferred", OF_PAIRS, indirect=True)
 def test_both_sides_are_shown(preferred: tuple[str, Workplace], capsys: pytest.CaptureFixture[str]) -> None:
     from train.preview import preview
 
-    name, work = preferred
-    if name.startswith("kto"):
-        pytest.skip("has one side")
+    _, work = preferred
     preview(work.recipe, work.run, "1")
     said = capsys.readouterr().out
     assert ", chosen: " in said and ", rejected: " in said and "I would rather not" in said

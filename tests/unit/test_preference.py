@@ -26,7 +26,8 @@ def test_the_margin_is_the_difference_of_what_both_gained() -> None:
     assert found["reward margin"].trained.value == pytest.approx(0.5 * (2.0 * 1.35 + 3.0))
     assert found["reward margin"].verdict == "better"
     assert found["reward accuracy"].trained.value == 1.0
-    assert found["log-probability, rejected"].difference.value == pytest.approx(-3.0)  # type: ignore[union-attr]
+    difference = found["log-probability, rejected"].difference
+    assert difference and difference.value == pytest.approx(-3.0)
     assert found["KL to the start"].trained.value == pytest.approx(0.05)
 
 

@@ -11,14 +11,12 @@ from typing import Any
 from trl import DPOConfig, DPOTrainer
 
 from pipeline import Recipe, Run
-from pipeline.scores import as_rows
 from train.packing import Sides, layout_of, padded_to
 from train.pairs import Pair, pairs
-from train.scoring.preference import answered, scores_of_pairs
-from train.scoring.questions import asked
+from train.scoring.preference import PAIRS, measured, scores_of_pairs
 from train.tokens import longest_and_sum
 from train.trainer.resumable import Resumable, settings
-from train.trainer.start import drop_second_adapter, frozen_copy, is_held, start
+from train.trainer.start import drop_second_adapter, frozen_copy
 
 Example = Pair
 columns = pairs
@@ -65,18 +63,9 @@ def trainer(
 
 
 def measure(trainer: "Dpo", recipe: Recipe, run: Run, before: dict[str, Any] | None) -> dict[str, Any]:
-    """What is asked after any method, what each held-out pair got and, after training, the scores of all of them."""
-    when = "after" if before else "before"
-    found = asked(trainer, recipe, run, when)
-    if trainer.eval_dataset is None:
-        return found
-    with trainer.autocast_smart_context_manager():
-        asked_too = partial(start, trainer) if before and is_held(trainer) else None
-        found["rows"] = answered(trainer.model, trainer.eval_dataset, f"held-out pairs, {when}", asked_too)
-    if before:
-        made = scores_of_pairs(before["rows"], found["rows"], recipe.train.dpo.beta, recipe.seed)
-        found["scores"] = as_rows(made)
-    return found
+    """Of train.scoring.preference, of held-out pairs."""
+    scores = partial(scores_of_pairs, beta=recipe.train.dpo.beta, seed=recipe.seed)
+    return measured(trainer, recipe, run, before, PAIRS, scores)
 
 
 class Dpo(Resumable, DPOTrainer):  # type: ignore[misc]

@@ -12,15 +12,13 @@ import torch
 from trl import KTOConfig, KTOTrainer
 
 from pipeline import Recipe, Run
-from pipeline.scores import as_rows
 from train.judgements import Judgement, judgements
 from train.packing import layout_of, padded, padded_to
-from train.scoring.preference import answered, scores_of_judgements
-from train.scoring.questions import asked
+from train.scoring.preference import ANSWERS, measured, scores_of_judgements
 from train.template import IGNORED
 from train.tokens import longest_and_sum
 from train.trainer.resumable import Resumable, settings
-from train.trainer.start import drop_second_adapter, frozen_copy, is_held, start
+from train.trainer.start import drop_second_adapter, frozen_copy
 
 Example = Judgement
 columns = judgements
@@ -66,18 +64,9 @@ def trainer(
 
 
 def measure(trainer: "Kto", recipe: Recipe, run: Run, before: dict[str, Any] | None) -> dict[str, Any]:
-    """What is asked after any method, what each held-out answer got and, after training, the scores of all of them."""
-    when = "after" if before else "before"
-    found = asked(trainer, recipe, run, when)
-    if trainer.eval_dataset is None:
-        return found
-    with trainer.autocast_smart_context_manager():
-        asked_too = partial(start, trainer) if before and is_held(trainer) else None
-        found["rows"] = answered(trainer.model, trainer.eval_dataset, f"held-out answers, {when}", asked_too)
-    if before:
-        made = scores_of_judgements(before["rows"], found["rows"], recipe.train.kto.beta, recipe.seed)
-        found["scores"] = as_rows(made)
-    return found
+    """Of train.scoring.preference, of held-out answers."""
+    scores = partial(scores_of_judgements, beta=recipe.train.kto.beta, seed=recipe.seed)
+    return measured(trainer, recipe, run, before, ANSWERS, scores)
 
 
 class Kto(Resumable, KTOTrainer):  # type: ignore[misc]

@@ -12,15 +12,12 @@ from torch.nn.functional import cross_entropy
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from pipeline import Recipe, Run
-from pipeline.scores import as_rows
 from train.packing import Sides, layout_of, learned_positions, padded_to
 from train.pairs import Pair, pairs
-from train.scoring.preference import answered, scores_of_odds
-from train.scoring.questions import asked
+from train.scoring.preference import PAIRS, measured, scores_of_odds
 from train.template import IGNORED
 from train.tokens import longest_and_sum
 from train.trainer.resumable import Resumable, settings
-from train.trainer.start import is_held, start
 
 Example = Pair
 columns = pairs
@@ -58,28 +55,19 @@ def trainer(
 
 
 def measure(trainer: "Orpo", recipe: Recipe, run: Run, before: dict[str, Any] | None) -> dict[str, Any]:
-    """What is asked after any method, what each held-out pair got and, after training, the scores of all of them."""
-    when = "after" if before else "before"
-    found = asked(trainer, recipe, run, when)
-    if trainer.eval_dataset is None:
-        return found
-    with trainer.autocast_smart_context_manager():
-        asked_too = partial(start, trainer) if before and is_held(trainer) else None
-        found["rows"] = answered(trainer.model, trainer.eval_dataset, f"held-out pairs, {when}", asked_too)
-    if before:
-        found["scores"] = as_rows(scores_of_odds(before["rows"], found["rows"], recipe.seed))
-    return found
+    """Of train.scoring.preference, of held-out pairs."""
+    scores = partial(scores_of_odds, seed=recipe.seed)
+    return measured(trainer, recipe, run, before, PAIRS, scores)
 
 
 class Orpo(Resumable, ORPOTrainer):  # type: ignore[misc]
     """TRL's, over columns that are made already, and that lasts."""
 
     ref_model = None
-    use_dpo_data_collator = True  # else TRL warns of ours at each validation
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.use_dpo_data_collator = True
+        self.use_dpo_data_collator = True  # else TRL warns of ours at each validation
 
     def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> tuple[Any, ...]:
         """Mean log-probability of each chosen and of each rejected answer, their logits, the chosen ones' loss.

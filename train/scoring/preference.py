@@ -4,14 +4,41 @@ An answer's reward is the implicit one of these methods: beta times how much lik
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from pipeline.scores import Score, compare
+from pipeline import Recipe, Run
+from pipeline.scores import Score, as_rows, compare
 from train.scoring.likelihood import Start, likelihoods
+from train.scoring.questions import asked
 from train.template import Example
 
 PAIRS, ANSWERS = "held-out pairs", "held-out answers"
 Judged = dict[str, list[float]]
+
+
+def measured(
+    trainer: Any,
+    recipe: Recipe,
+    run: Run,
+    before: dict[str, Any] | None,
+    group: str,
+    scores: Callable[[list[Judged], list[Judged]], list[Score]],
+) -> dict[str, Any]:
+    """What is asked after any method, what each held-out row of the `group` got and, after training, their scores."""
+    from train.trainer.start import is_held, start
+
+    when = "after" if before else "before"
+    found = asked(trainer, recipe, run, when)
+    if trainer.eval_dataset is None:
+        return found
+    with trainer.autocast_smart_context_manager():
+        asked_too = partial(start, trainer) if before and is_held(trainer) else None
+        found["rows"] = answered(trainer.model, trainer.eval_dataset, f"{group}, {when}", asked_too)
+    if before:
+        found["scores"] = as_rows(scores(before["rows"], found["rows"]))
+    return found
 
 
 def answered(model: Any, rows: Any, what: str, start: Start | None = None) -> list[Judged]:
