@@ -259,6 +259,33 @@ def test_a_cut_that_leaves_both_answers_equal_leaves_the_pair_out(tokenizer: Any
     assert len(pairs(tokenizer, [row], differ + 1)[0]) == 1
 
 
+def test_only_labelled_tokens_meet_the_output_layer(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a private name of TRL's: the tokens of prompts are most of a batch, and two of three seconds of a step."""
+    import torch
+    from trl.trainer import utils
+
+    from pipeline.model import load
+    from train.trainer.start import score_only_labels
+
+    met, fused = [], utils._ChunkedLogProbFunction.apply
+
+    def counted(hidden: torch.Tensor, *rest: Any) -> Any:
+        met.append(len(hidden))
+        return fused(hidden, *rest)
+
+    monkeypatch.setattr(utils, "_use_triton", None)
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", counted)
+    score_only_labels()
+    model, ids = load(base_folder, "float32"), torch.arange(5, 17).view(2, 6)
+    labels = ids.masked_fill(torch.tensor([[0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]]) == 0, IGNORED)
+    utils.add_fused_lm_head(model)
+    with torch.no_grad():
+        scored = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+        wanted = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    assert met == [4]
+    torch.testing.assert_close(scored, wanted.where(labels[:, 1:] != IGNORED, 0), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("preferred", OF_PAIRS, indirect=True)
 def test_both_sides_are_shown(preferred: tuple[str, Workplace], capsys: pytest.CaptureFixture[str]) -> None:
     from train.preview import preview

@@ -16,7 +16,7 @@ from train.pairs import Pair, pairs
 from train.scoring.preference import PAIRS, measured, scores_of_pairs
 from train.tokens import longest_and_sum
 from train.trainer.resumable import Resumable, settings
-from train.trainer.start import drop_second_adapter, frozen_copy
+from train.trainer.start import drop_second_adapter, frozen_copy, score_only_labels
 
 Example = Pair
 columns = pairs
@@ -74,6 +74,7 @@ class Dpo(Resumable, DPOTrainer):  # type: ignore[misc]
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         drop_second_adapter(self.model)
+        score_only_labels()
 
     def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
         return dataset

@@ -18,7 +18,7 @@ from train.scoring.preference import ANSWERS, measured, scores_of_judgements
 from train.template import IGNORED
 from train.tokens import longest_and_sum
 from train.trainer.resumable import Resumable, settings
-from train.trainer.start import drop_second_adapter, frozen_copy
+from train.trainer.start import drop_second_adapter, frozen_copy, score_only_labels
 
 Example = Judgement
 columns = judgements
@@ -75,6 +75,7 @@ class Kto(Resumable, KTOTrainer):  # type: ignore[misc]
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         drop_second_adapter(self.model)
+        score_only_labels()
         # TRL pairs neighbours before training, and so wants them in the file's order; here the batch itself is paired.
         self.args.train_sampling_strategy = "random"
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import trl.trainer.utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from pipeline import Recipe, Run, UserError
@@ -32,6 +33,14 @@ def drop_second_adapter(model: Any) -> None:
     """Remove the copy that TRL makes of an adapter, as if it were trained already: switched off it is the start."""
     if "ref" in getattr(model, "peft_config", {}):
         model.delete_adapter("ref")
+
+
+def score_only_labels() -> None:
+    """Have TRL's fused output layer take the labelled tokens alone on every device, as it does on CUDA (trl.kernels).
+
+    Where compilers want one shape it takes all tokens; here none compiles, and prompts and padding are most of a batch.
+    """
+    trl.trainer.utils._use_triton = lambda device: True
 
 
 def is_held(trainer: Any) -> bool:
