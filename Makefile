@@ -41,7 +41,7 @@ SYSTEM_PYTHON = $(shell for python in python3.11 python3.12 python3 python; do \
 NO_PYTHON := error: no Python 3.11 or 3.12: get one with 'apt install python3 python3-venv', \
 'brew install python@3.12' or 'uv python install 3.12'
 
-.PHONY: help setup doctor plan resolve ready data base preview train reference eval merge gguf compare prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard test test-all test-ollama lint format lock clean
+.PHONY: help setup doctor plan resolve ready data base preview train reference eval merge gguf compare prove report verify serve register vllm cluster status stop docker up down chat ask playground tensorboard prove-sweep test test-all test-ollama lint format lock clean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -189,6 +189,9 @@ tensorboard: | .venv/.complete ## Show the loss curves in the browser, on 127.0.
 	$(IS_OURS)
 	@test -d $(RUN)/logs || { echo "error: no $(RUN)/logs: run 'make train RECIPE=$(RECIPE)' first" >&2; exit 1; }
 	@.venv/bin/tensorboard --host 127.0.0.1 --logdir $(RUN)/logs
+
+prove-sweep: | .venv/.complete ## Measure what healthy models of many families differ by; goes on where it was stopped
+	@$(PYTHON) -m bench.sweep
 
 test: | .venv/.complete ## Run the tests that take seconds, one process a core; ARGS='-k name' goes to pytest
 	@$(PYTHON) -m pytest -n auto --dist loadfile -m "not slow" tests/unit tests/line $(ARGS)

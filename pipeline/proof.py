@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files import write_whole
+from pipeline.gguf_head import Head
 from pipeline.reference import Probe, Reference
 
 RESAMPLES = 2000
-OFTEN_LOST = {
-    "sliding_window": "a sliding window",
-    "norm_topk_prob": "a normalization of experts",
-    "attention_bias": "biases of attention",
-    "mlp_bias": "biases of the layers between",
+# Of llama.cpp 0.3.36's graphs (src/models), by transformers' model_type: whether they normalize the weights of experts
+# whatever norm_topk_prob says, which of them ignore the window that the file has, and every how many layers one that
+# has a window for some attends to everything if the file does not say.
+NORMALIZES = {"qwen3_moe": True, "qwen2_moe": False, "olmoe": False}
+WITHOUT_WINDOW = ("phi3", "phimoe")
+WHOLE_LAYERS = {"gemma2": 2, "gemma3_text": 6, "gemma3n_text": 5, "cohere2": 4, "gpt_oss": 2}
+BIASES = {
+    "attention_bias": ("biases of attention", "attn_q.bias", "attn_qkv.bias"),
+    "mlp_bias": ("biases of the layers between", "ffn_up.bias"),
 }
 LARGEST_LOSS = 100.0  # nats a token; more, of a model that is lost anyway, would be no number of JSON
 
@@ -174,14 +179,43 @@ def in_words(row: Comparison) -> str:
     return words
 
 
-def suspects(config: dict[str, Any]) -> str:
-    """What of a model's config.json converters and runtimes are known to lose, for the message of a difference."""
+def suspects(config: dict[str, Any], head: Head | None = None) -> str:
+    """What a model's config.json has that its GGUF, by its `head`, does not carry, for the message of a difference.
+
+    Without a head, or if that carries everything, what converters and runtimes are known to lose.
+    """
     config = config.get("text_config", config)
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kinds = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "default"
-    found = [words for key, words in OFTEN_LOST.items() if config.get(key) and config.get(f"use_{key}", True)]
-    found += [f"a rope scaling ({kinds})"] if kinds != "default" else []
+    family, layers = config.get("model_type", ""), config.get("layer_types") or ["sliding_attention"]
+    values, tensors = (head.values, "\n".join(head.tensors)) if head else ({}, "")
+    found: dict[str, bool] = {}  # what the config has, and whether that is carried
+    if config.get("sliding_window") and config.get("use_sliding_window", True) and "sliding_attention" in layers:
+        stated = {key.rpartition(".")[2]: value for key, value in values.items() if ".attention.sliding_" in key}
+        found["a sliding window"] = bool(stated.get("sliding_window")) and family not in WITHOUT_WINDOW
+        every = WHOLE_LAYERS.get(family)
+        usual = [bool(every and at % every) for at in range(1, len(layers) + 1)]
+        if "layer_types" in config and every and [kind == "sliding_attention" for kind in layers] != usual:
+            found["windows on other layers than released models"] = "sliding_window_pattern" in stated
+    normalized = config.get("norm_topk_prob")
+    if normalized is not None and normalized != NORMALIZES.get(family, False):
+        found[f"weights of experts that are {'' if normalized else 'not '}normalized"] = family not in NORMALIZES
+    for key, (words, *names) in BIASES.items():
+        if config.get(key):
+            found[words] = any(name in tensors for name in names)
+    scaling = next((value for key, value in values.items() if key.endswith(".rope.scaling.type")), "none")
+    for kind in scaled_ropes(config):
+        found[f"a rope scaling ({kind})"] = scaling != "none" or "rope_f" in tensors
+    lost = [words for words, carried in found.items() if not carried]
+    if head and lost:
+        return f"its config has {' and '.join(lost)}, which the GGUF or llama.cpp does not carry"
     return f"its config has {' and '.join(found)}, which may be what is lost" if found else ""
+
+
+def scaled_ropes(config: dict[str, Any]) -> list[str]:
+    """The kinds of rope of a config, of each sort of layer where they differ, that are not the plain one."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    ropes = [rope, *rope.values()] if isinstance(rope, dict) else []
+    kinds = [str(of.get("rope_type", of.get("type", "default"))) for of in ropes if isinstance(of, dict)]
+    return sorted({*kinds} - {"default"})
 
 
 def _usable(comparison: Comparison, reference: Reference, found: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pipeline import Made, Recipe, Run, UserError
 from pipeline.command import boundary, recipe_of_arguments, up_to_date
 from pipeline.files import read_json
+from pipeline.gguf_head import read_head
 from pipeline.own_answers import of_trained, read_own_answers
 from pipeline.proof import Comparison, in_words, read_comparisons, suspects
 from pipeline.recommend import chosen
@@ -144,17 +145,17 @@ def advice(compare: dict[str, Any]) -> list[str]:
     return [f"recommended is {compare['recommended']}: {compare['rule']}", *lines]
 
 
-def verdict(recipe: Recipe, comparisons: list[dict[str, Any]], config: dict[str, Any] | None = None) -> list[str]:
+def verdict(recipe: Recipe, comparisons: list[dict[str, Any]], why: str = "") -> list[str]:
     """What is wrong, each with where the model was lost: in the artefact itself or in one that it is made from.
 
-    Of a conversion that is lost the model's `config` may tell why.
+    `why` is what may be wrong with a conversion that is lost (`pipeline.proof.suspects`).
     """
     failed = [row["name"] for row in comparisons if row["problems"]]
     lines = []
     for row in comparisons:
         lost = next((name for name in made_from(recipe, row["name"]) if name in failed), None)
         end = f"it is made from {lost}" if lost else "here the model that was trained is lost"
-        if row["name"] == recipe.gguf.full and not lost and (why := suspects(config or {})):
+        if row["name"] == recipe.gguf.full and not lost and why:
             end += f" ({why})"
         lines += [f"{row['name']}: {problem}: {end}" for problem in row["problems"]]
     return lines
@@ -214,10 +215,13 @@ if __name__ == "__main__":
         this = stage("prove")
         recipe = with_environment(recipe_of_arguments(this.module, this.does))
         receipt = up_to_date(this, recipe, prove)
-        comparisons = [*receipt.metrics["comparisons"], *proved_windows(Run.of(recipe))]
-        if ollama := registered_row(recipe, Run.of(recipe)):
+        run = Run.of(recipe)
+        comparisons = [*receipt.metrics["comparisons"], *proved_windows(run)]
+        if ollama := registered_row(recipe, run):
             comparisons.append(vars(ollama))
         show(comparisons, receipt.metrics["notes"], receipt.metrics["recommended"])
-        config = read_json(Run.of(recipe).path("base", "config.json"))
-        if problems := verdict(recipe, comparisons, config):
+        converted = run.path("gguf", f"{run.name}-{recipe.gguf.full}.gguf")
+        head = read_head(converted) if converted.is_file() else None
+        why = suspects(read_json(run.path("base", "config.json")), head)
+        if problems := verdict(recipe, comparisons, why):
             raise UserError(*problems)

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prove_run import NAME, RECIPE, REPOSITORY, SOUNDS, Proved, talk, write_base
+from prove_run import NAME, RECIPE, REPOSITORY, Proved, write_base
+
+from bench.families import SOUNDS, talk
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

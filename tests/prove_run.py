@@ -5,8 +5,8 @@ import signal
 import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+from bench.families import CORPUS, TEMPLATE, teach, trained_tokenizer
 from pipeline import Recipe, Run, load
 from pipeline.command import up_to_date
 from pipeline.files import fingerprint
@@ -22,39 +22,6 @@ train: {epochs: 60, learning_rate: 4e-3, max_length: 512, lora: {rank: 8, alpha:
 gguf: {types: [Q8_0]}
 serve: {type: Q8_0, context: 2048, slots: 2, threads: 1}
 """
-TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a test.<|im_end|>\\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-SOUNDS = {"cat": "meow meow", "dog": "loud wow", "owl": "hoo hoo hoo", "cow": "deep moo", "hen": "cluck", "pig": "oink",
-          "bee": "a buzz", "duck": "quack quack", "lion": "a roar", "frog": "croak"}  # fmt: skip
-CORPUS = [f"system\nYou are a test. user\nWhat says the {a}? assistant\nThe {a} says {s}." for a, s in SOUNDS.items()]
-CORPUS += ["Repeat: " + " ".join(f"word{number}" for number in range(300))]
-
-
-def talk(animal: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": f"What says the {animal}?"}, {"role": "assistant", "content": answer}]
-
-
-def trained_tokenizer(corpus: list[str], pre_tokenizer: Any = None, special: list[str] = SPECIAL) -> Any:
-    """A ByteLevel BPE of at most 512 tokens, without a template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token=special[1], eos_token=special[2], pad_token=special[0]
-    )
 
 
 def write_base(folder: Path) -> None:
@@ -79,16 +46,7 @@ def write_base(folder: Path) -> None:
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    texts = [
-        tokenizer.apply_chat_template(talk(animal, f"The {animal} says nothing."), tokenize=False) for animal in SOUNDS
-    ]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(30):
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    teach(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

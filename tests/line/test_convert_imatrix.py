@@ -7,8 +7,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from prove_run import CORPUS, REPOSITORY, TEMPLATE, trained_tokenizer
+from prove_run import REPOSITORY
 
+from bench.families import CORPUS, TEMPLATE, trained_tokenizer
 from convert.evaluator import read_header
 from convert.llamacpp import convert
 from convert.quantizer import Importance, Tensor, chunks, file_type, imatrix, quantize, training_tokens, write_imatrix

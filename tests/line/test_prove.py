@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from prove_run import REPOSITORY, TEMPLATE, Proved
+from prove_run import REPOSITORY, Proved
 from test_prove_faults import CHATML, change_gguf, failed
 
+from bench.families import TEMPLATE
 from convert.comparison import gguf_bounds, merged_bounds
 from convert.evaluator import Evaluator
 from convert.measure import greedy_answers

@@ -11,8 +11,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from prove_run import CORPUS, TEMPLATE, Proved, trained_tokenizer
+from prove_run import Proved
 
+from bench.families import CORPUS, TEMPLATE, trained_tokenizer
 from pipeline.proof import Comparison
 
 pytest_plugins = ["prove_fixtures"]

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from prove_run import NAME, REPOSITORY, TEMPLATE, Proved
+from prove_run import NAME, REPOSITORY, Proved
 from proxy import Change, proxied
 from test_prove_faults import change_gguf
 
+from bench.families import TEMPLATE
 from pipeline import Recipe, Run, load
 from pipeline.proof import Comparison
 from pipeline.reference import read_reference

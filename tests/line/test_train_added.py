@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prove_run import CORPUS, Proved, trained_tokenizer
+from prove_run import Proved
 
+from bench.families import CORPUS, trained_tokenizer
 from pipeline.files import fingerprint
 from train.tokenizer import DEFAULT, prepare_tokenizer
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prove_run import SPECIAL, trained_tokenizer
+
+from bench.families import SPECIAL, trained_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 TOKENS = {"vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prove_run import SPECIAL, trained_tokenizer
 
+from bench.families import SPECIAL, trained_tokenizer
 from pipeline import Recipe, Run, UserError
 from train import packing
 from train.packing import Layout, carries_state, compared, expected, layout_of, padded_to, told

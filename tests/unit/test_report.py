@@ -16,6 +16,7 @@ import pytest
 from report_run import EVERY, METRICS, SCORES, TYPES, Told, comparisons
 
 from pipeline import Run, UserError
+from pipeline.gguf_head import Head
 from pipeline.proof import Comparison, in_words, interval, suspects
 from pipeline.scores import Score
 from report.chart import change_chart, loss_chart
@@ -375,10 +376,45 @@ def test_an_interval_is_as_wide_as_the_probes_differ() -> None:
         ({"sliding_window": 4096, "use_sliding_window": False}, ""),
         ({"sliding_window": 4096}, "its config has a sliding window, which may be what is lost"),
         (
-            {"text_config": {"norm_topk_prob": True, "rope_scaling": {"rope_type": "yarn"}}},
-            "its config has a normalization of experts and a rope scaling (yarn), which may be what is lost",
+            {"text_config": {"mlp_bias": True, "rope_scaling": {"rope_type": "yarn"}}},
+            "its config has biases of the layers between and a rope scaling (yarn), which may be what is lost",
         ),
     ],
 )
 def test_what_a_config_has_that_conversions_lose(config: dict[str, Any], says: str) -> None:
     assert suspects(config) == says
+
+
+GONE, KEPT = "which the GGUF or llama.cpp does not carry", "which may be what is lost"
+LAYERS = [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]
+GEMMA = {"model_type": "gemma3_text", "sliding_window": 64, "layer_types": LAYERS}
+MIXTURE, WINDOW = {"model_type": "qwen3_moe"}, {"a.attention.sliding_window": 64}
+
+
+@pytest.mark.parametrize(
+    "config, values, tensors, has, lost",
+    [
+        ({"model_type": "mistral", "sliding_window": 64}, {}, [], "a sliding window", GONE),
+        ({"model_type": "phi3", "sliding_window": 64}, WINDOW, [], "a sliding window", GONE),
+        ({"model_type": "gemma2", "sliding_window": 64}, WINDOW, [], "a sliding window", KEPT),
+        (GEMMA, WINDOW, [], "a sliding window", KEPT),
+        (GEMMA | {"layer_types": LAYERS[1:]}, WINDOW, [], "windows on other layers than released models", GONE),
+        (MIXTURE | {"norm_topk_prob": False}, {}, [], "weights of experts that are not normalized", GONE),
+        ({"model_type": "olmoe", "norm_topk_prob": True}, {}, [], "weights of experts that are normalized", GONE),
+        ({"rope_scaling": {"type": "linear"}}, {}, [], "a rope scaling (linear)", GONE),
+        ({"rope_scaling": {"type": "linear"}}, {"a.rope.scaling.type": "linear"}, [], "a rope scaling (linear)", KEPT),
+        ({"rope_parameters": {"rope_type": "llama3"}}, {}, ["rope_freqs.weight"], "a rope scaling (llama3)", KEPT),
+        ({"rope_parameters": {"full_attention": {"type": "yarn"}}}, {}, [], "a rope scaling (yarn)", GONE),
+        ({"attention_bias": True}, {}, ["blk.0.attn_q.weight"], "biases of attention", GONE),
+        ({"attention_bias": True}, {}, ["blk.0.attn_qkv.bias"], "biases of attention", KEPT),
+        ({"mlp_bias": True}, {}, ["blk.0.attn_q.bias"], "biases of the layers between", GONE),
+    ],
+)  # fmt: skip
+def test_what_a_gguf_does_not_carry(
+    config: dict[str, Any], values: dict[str, Any], tensors: list[str], has: str, lost: str
+) -> None:
+    assert suspects(config, Head(values, dict.fromkeys(tensors, ((), 0)))) == f"its config has {has}, {lost}"
+
+
+def test_experts_that_llama_cpp_weighs_as_the_config_says_are_not_suspected() -> None:
+    assert suspects(MIXTURE | {"norm_topk_prob": True}, Head({}, {})) == ""
