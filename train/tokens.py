@@ -28,7 +28,7 @@ from train.template import IGNORED, controls, shown
 
 log = logging.getLogger("truetune")
 PARTS = ("train", "validation")
-CODE = ("judgements.py", "pairs.py", "template.py", "tokens.py")
+CODE = ("preferences.py", "template.py", "tokens.py")
 IDS, LABELS = "input_ids", "labels"  # how every column of tokens, and the one of what is learned of them, ends
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 PROBLEMS_KEPT = 10_000

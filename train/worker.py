@@ -20,8 +20,9 @@ from pipeline import Recipe, Run, UserError, load
 from pipeline.error import Stopped
 from pipeline.files import write_whole
 from pipeline.methods import METHODS
+from pipeline.model import answers
 from pipeline.rows import heldout
-from pipeline.scores import Score, line
+from pipeline.scores import Score, key_fact_accuracy, line
 from train.launch import is_launched, rank
 from train.scoring.preference import less_likely
 from train.tokens import Tokens, opened, write_preview
@@ -77,7 +78,7 @@ def work(
         def measured_before() -> float | None:
             """What the base scores; it throws dice, so that who trains takes the seed once more."""
             if not kept.is_file():  # nothing is trained yet, so this is the base; who resumes must not measure it again
-                found = method.measure(trainer, recipe, run, None)
+                found = _measured(method, trainer, recipe, run, None)
                 if first:
                     write_whole(kept, json.dumps(found))
             trainer.accelerator.wait_for_everyone()
@@ -93,7 +94,7 @@ def work(
             at = f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, its checkpoint is saved"
             raise Stopped(f"{at}: 'make train RECIPE={recipe.given}' resumes from there", trainer.stopping.wish)
         before: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        after = method.measure(trainer, recipe, run, before)
+        after = _measured(method, trainer, recipe, run, before)
         _tell(recipe, "after", after)
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_launched() else None  # all take part
         if journal is None:  # the first alone writes
@@ -110,6 +111,20 @@ def work(
             "interruptions": journal.interruptions(),
             "peak_gpu_bytes": _peak_gpu_bytes(),
         }
+
+
+def _measured(method: Any, trainer: Any, recipe: Recipe, run: Run, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Validation loss, key-fact accuracy, the answers that it was counted in, and what the method itself measures."""
+    questions, loss = list(heldout(run.path("data"))), trainer.validation_loss()
+    what = f"questions, {'after' if before else 'before'}"
+    with trainer.autocast_smart_context_manager():
+        found = answers(trainer.model, trainer.processing_class, questions, recipe.train.max_new_tokens, what)
+    return {
+        "validation_loss": loss,
+        "key_fact_accuracy": round(key_fact_accuracy(found, questions), 4),
+        "answers": found,
+        **method.measure(trainer, recipe, run, before),
+    }
 
 
 def _peak_gpu_bytes() -> int:

@@ -12,7 +12,7 @@ from conftest import REPOSITORY, Workplace, copied
 from preference_run import outcome, write_recipe
 
 from pipeline.scores import Score
-from train.pairs import pairs
+from train.preferences import judgements, pairs
 from train.template import IGNORED
 
 LOSSES = Path(__file__).parents[1] / "losses"
@@ -202,7 +202,6 @@ def test_a_batch_is_that_of_trl(tokenizer: Any) -> None:
 def test_neighbours_are_those_of_trl(tokenizer: Any) -> None:
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-    from train.judgements import judgements
     from train.methods.kto import Neighbours
 
     rows = [ROW | {"label": True}, worse("No.") | {"messages": worse("No.")["rejected"], "label": False}]
@@ -265,7 +264,7 @@ def test_only_labelled_tokens_meet_the_output_layer(base_folder: Path, monkeypat
     from trl.trainer import utils
 
     from pipeline.model import load
-    from train.trainer.start import score_only_labels
+    from train.scoring.preference import score_only_labels
 
     met, fused = [], utils._ChunkedLogProbFunction.apply
 

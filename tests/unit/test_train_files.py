@@ -202,7 +202,7 @@ def test_a_line_separator_inside_a_text_ends_no_line() -> None:
 
 
 def test_a_text_file_is_cut_between_paragraphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.reading.tables.PIECE_CHARACTERS", 35)
+    monkeypatch.setattr("train.reading.records.PIECE_CHARACTERS", 35)
     rows, _ = read_file("book.txt", "# One\n\nfirst line\nsecond line\n\nlast line\n")
     assert [(row.value["text"], row.place) for row in rows] == [
         ("# One\n\nfirst line\nsecond line", "book.txt:1"),
@@ -221,7 +221,7 @@ LARGE = {
 def test_a_large_file_is_never_in_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.reading.chunks.BYTES_A_CHUNK", 1 << 14)
     monkeypatch.setattr("train.reading.chunks.ROWS_A_CHUNK", 10)
-    monkeypatch.setattr("train.reading.jsonstream.CHARACTERS", 1 << 14)
+    monkeypatch.setattr("train.reading.records.CHARACTERS", 1 << 14)
     size = Path("large").write_text(LARGE[kind])
     tracemalloc.start()
     chunk_count = sum(1 for _ in chunks(Source("large")))

@@ -12,11 +12,17 @@ from trl import DPOConfig, DPOTrainer
 
 from pipeline import Recipe, Run
 from train.packing import Sides, layout_of, padded_to
-from train.pairs import Pair, pairs
-from train.scoring.preference import PAIRS, measured, scores_of_pairs
+from train.preferences import Pair, pairs
+from train.scoring.preference import (
+    PAIRS,
+    drop_second_adapter,
+    frozen_copy,
+    measured,
+    score_only_labels,
+    scores_of_pairs,
+)
 from train.tokens import longest_and_sum
 from train.trainer.resumable import Resumable, settings
-from train.trainer.start import drop_second_adapter, frozen_copy, score_only_labels
 
 Example = Pair
 columns = pairs
@@ -31,10 +37,10 @@ def trainer(
     trackers: Sequence[str] = (),
     **resumable: Any,
 ) -> "Dpo":
-    """The trainer with the recipe's settings; `rows` maps train and validation to datasets of `train.pairs.Pair`.
+    """The trainer with the recipe's settings; `rows` maps train and validation to datasets of `Pair`.
 
     Raises:
-        UserError: of train.trainer.start.
+        UserError: of `frozen_copy`.
     """
     knobs, validation = recipe.train.dpo, rows["validation"] if len(rows["validation"]) else None
     longest, _ = longest_and_sum(rows.values())
@@ -65,7 +71,7 @@ def trainer(
 def measure(trainer: "Dpo", recipe: Recipe, run: Run, before: dict[str, Any] | None) -> dict[str, Any]:
     """Of train.scoring.preference, of held-out pairs."""
     scores = partial(scores_of_pairs, beta=recipe.train.dpo.beta, seed=recipe.seed)
-    return measured(trainer, recipe, run, before, PAIRS, scores)
+    return measured(trainer, before, PAIRS, scores)
 
 
 class Dpo(Resumable, DPOTrainer):  # type: ignore[misc]

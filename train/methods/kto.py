@@ -12,13 +12,19 @@ import torch
 from trl import KTOConfig, KTOTrainer
 
 from pipeline import Recipe, Run
-from train.judgements import Judgement, judgements
 from train.packing import layout_of, padded, padded_to
-from train.scoring.preference import ANSWERS, measured, scores_of_judgements
+from train.preferences import Judgement, judgements
+from train.scoring.preference import (
+    ANSWERS,
+    drop_second_adapter,
+    frozen_copy,
+    measured,
+    score_only_labels,
+    scores_of_judgements,
+)
 from train.template import IGNORED
 from train.tokens import longest_and_sum
 from train.trainer.resumable import Resumable, settings
-from train.trainer.start import drop_second_adapter, frozen_copy, score_only_labels
 
 Example = Judgement
 columns = judgements
@@ -36,7 +42,7 @@ def trainer(
     """The trainer with the recipe's settings; `rows` maps train and validation to datasets of `Judgement`.
 
     Raises:
-        UserError: of train.trainer.start.
+        UserError: of `frozen_copy`.
     """
     knobs, validation = recipe.train.kto, rows["validation"] if len(rows["validation"]) else None
     longest, _ = longest_and_sum(rows.values())
@@ -66,7 +72,7 @@ def trainer(
 def measure(trainer: "Kto", recipe: Recipe, run: Run, before: dict[str, Any] | None) -> dict[str, Any]:
     """Of train.scoring.preference, of held-out answers."""
     scores = partial(scores_of_judgements, beta=recipe.train.kto.beta, seed=recipe.seed)
-    return measured(trainer, recipe, run, before, ANSWERS, scores)
+    return measured(trainer, before, ANSWERS, scores)
 
 
 class Kto(Resumable, KTOTrainer):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from pipeline import Recipe, Run
 from train.packing import Sides, layout_of, learned_positions, padded_to
-from train.pairs import Pair, pairs
+from train.preferences import Pair, pairs
 from train.scoring.preference import PAIRS, measured, scores_of_odds
 from train.template import IGNORED
 from train.tokens import longest_and_sum
@@ -32,7 +32,7 @@ def trainer(
     trackers: Sequence[str] = (),
     **resumable: Any,
 ) -> "Orpo":
-    """The trainer with the recipe's settings; `rows` maps train and validation to datasets of `train.pairs.Pair`."""
+    """The trainer with the recipe's settings; `rows` maps train and validation to datasets of `Pair`."""
     validation = rows["validation"] if len(rows["validation"]) else None
     longest, _ = longest_and_sum(rows.values())
     args = ORPOConfig(
@@ -57,7 +57,7 @@ def trainer(
 def measure(trainer: "Orpo", recipe: Recipe, run: Run, before: dict[str, Any] | None) -> dict[str, Any]:
     """Of train.scoring.preference, of held-out pairs."""
     scores = partial(scores_of_odds, seed=recipe.seed)
-    return measured(trainer, recipe, run, before, PAIRS, scores)
+    return measured(trainer, before, PAIRS, scores)
 
 
 class Orpo(Resumable, ORPOTrainer):  # type: ignore[misc]

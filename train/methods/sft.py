@@ -19,7 +19,6 @@ from pipeline.progress import progress
 from pipeline.recipe import Train
 from train.attention import attend_apart
 from train.packing import layout_of, learned_positions, padded_to
-from train.scoring.questions import asked
 from train.template import IGNORED, Example, batch_examples
 from train.tokens import lengths, longest_and_sum, row_tokens
 from train.trainer.resumable import Resumable, settings
@@ -67,8 +66,8 @@ def trainer(
 
 
 def measure(trainer: "Sft", recipe: Recipe, run: Run, before: dict[str, Any] | None) -> dict[str, Any]:
-    """Validation loss, key-fact accuracy and the answers that it was counted in."""
-    return asked(trainer, recipe, run, "after" if before else "before")
+    """Nothing beside what is measured of every method (train.worker)."""
+    return {}
 
 
 class Sft(Resumable, SFTTrainer):  # type: ignore[misc]

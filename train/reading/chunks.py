@@ -16,9 +16,17 @@ from typing import IO, Any
 
 from pipeline import UserError
 from pipeline.files import JSONS, TEXTS
-from train.reading.jsonstream import DECODER, values
+from train.reading.records import (
+    DECODER,
+    DELIMITERS,
+    batches,
+    names_columns,
+    pieces,
+    table,
+    values,
+    without_nulls_of_tools,
+)
 from train.reading.row import Problem
-from train.reading.tables import DELIMITERS, batches, names_columns, pieces, table, without_nulls_of_tools
 
 BYTES_A_CHUNK, CHARACTERS_A_CHUNK, ROWS_A_CHUNK = 1 << 20, 1 << 20, 1000
 LONGEST_LINE_BYTES = 1 << 26

@@ -15,8 +15,8 @@ from pipeline.files import HUB, TABLES, TEXTS, ending, matching
 from pipeline.recipe import Data
 from train.hub import without_waiting
 from train.reading.chunks import Chunk, file_chunks
+from train.reading.records import small
 from train.reading.row import Names, named_columns
-from train.reading.tables import small
 
 log = logging.getLogger("truetune")
 # Files beside the data in a folder that `datasets` saved or a repository has.

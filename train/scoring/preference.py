@@ -1,44 +1,89 @@
-"""What a preference training does to held-out rows: how likely their answers are, the margin, the divergence.
+"""A preference training beside its start: how likely held-out answers become, the margin, the divergence from it.
 
 An answer's reward is the implicit one of these methods: beta times how much likelier it became (arXiv 2305.18290).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from pipeline import Recipe, Run
+from pipeline import Recipe, Run, UserError
 from pipeline.scores import Score, as_rows, compare
 from train.scoring.likelihood import Start, likelihoods
-from train.scoring.questions import asked
 from train.template import Example
+from train.tuners import base_to_train
 
 PAIRS, ANSWERS = "held-out pairs", "held-out answers"
 Judged = dict[str, list[float]]
 
 
+def frozen_copy(recipe: Recipe, run: Run, model: Any) -> Any:
+    """A second model, where the trained one cannot be what it was: its weights, or tokens that were added, are trained.
+
+    None where the adapter switched off is the start exactly.
+
+    Raises:
+        UserError: the adapter changes the output layer, which TRL's fused losses would neither see nor train.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        why = f"train.lora.targets has the output layer, which {recipe.train.method} does not train"
+        raise UserError(f"{why}: name other layers")
+    adapters = getattr(model, "peft_config", {})
+    tokens = any(config.trainable_token_indices for config in adapters.values())
+    if not (tokens or recipe.train.needs_copy(recipe.train.tuner)):
+        return None
+    return base_to_train(recipe, run).requires_grad_(False).eval()
+
+
+def drop_second_adapter(model: Any) -> None:
+    """Remove the copy that TRL makes of an adapter, as if it were trained already: switched off it is the start."""
+    if "ref" in getattr(model, "peft_config", {}):
+        model.delete_adapter("ref")
+
+
+def score_only_labels() -> None:
+    """Have TRL's fused output layer take the labelled tokens alone on every device, as it does on CUDA (trl.kernels).
+
+    Where compilers want one shape it takes all tokens; here none compiles, and prompts and padding are most of a batch.
+    """
+    import trl.trainer.utils
+
+    trl.trainer.utils._use_triton = lambda device: True
+
+
+def is_held(trainer: Any) -> bool:
+    """Whether the start can be asked: not that of whole weights whose log-probabilities are precomputed."""
+    return trainer.ref_model is not None or hasattr(trainer.model, "peft_config")
+
+
+@contextmanager
+def start(trainer: Any) -> Iterator[Any]:
+    """The model at the start."""
+    if trainer.ref_model is not None:
+        yield trainer.ref_model
+        return
+    with trainer.accelerator.unwrap_model(trainer.model).disable_adapter():
+        yield trainer.model
+
+
 def measured(
     trainer: Any,
-    recipe: Recipe,
-    run: Run,
     before: dict[str, Any] | None,
     group: str,
     scores: Callable[[list[Judged], list[Judged]], list[Score]],
 ) -> dict[str, Any]:
-    """What is asked after any method, what each held-out row of the `group` got and, after training, their scores."""
-    from train.trainer.start import is_held, start
-
-    when = "after" if before else "before"
-    found = asked(trainer, recipe, run, when)
+    """What each held-out row of the `group` got and, after training, their scores; nothing where none is held out."""
     if trainer.eval_dataset is None:
-        return found
+        return {}
     with trainer.autocast_smart_context_manager():
         asked_too = partial(start, trainer) if before and is_held(trainer) else None
-        found["rows"] = answered(trainer.model, trainer.eval_dataset, f"{group}, {when}", asked_too)
-    if before:
-        found["scores"] = as_rows(scores(before["rows"], found["rows"]))
-    return found
+        what = f"{group}, {'after' if before else 'before'}"
+        rows = answered(trainer.model, trainer.eval_dataset, what, asked_too)
+    return {"rows": rows} | ({"scores": as_rows(scores(before["rows"], rows))} if before else {})
 
 
 def answered(model: Any, rows: Any, what: str, start: Start | None = None) -> list[Judged]:
@@ -46,7 +91,7 @@ def answered(model: Any, rows: Any, what: str, start: Start | None = None) -> li
 
     With the `start` also `divergence`, [KL divergence from it over these tokens in nats, summed, tokens].
 
-    `rows` is a dataset of `train.pairs.Pair` or of `train.judgements.Judgement`.
+    `rows` is a dataset of `Pair` or of `Judgement` (train.preferences).
     """
     sides = [_sides(row) for row in rows]
     found = iter(likelihoods(model, [example for row in sides for example in row.values()], what, start))
