@@ -14,16 +14,18 @@ from pipeline.units import duration, number, size
 from train.config import read_config
 from train.inspection import refuse
 from train.planning.architecture import STEP_TUNERS, cache_bytes
-from train.planning.fit import by_price, impossible, needed_bytes
 from train.planning.prediction import (
     PRICED,
     Job,
     Place,
+    by_price,
     devices_needed,
     fitting,
     flops,
+    impossible,
     job,
     memory_bytes,
+    needed_bytes,
     place,
     tokens_per_second,
 )

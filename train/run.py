@@ -19,7 +19,7 @@ from train.config import read_config
 from train.inspection import parameters, refuse, refuse_long_questions
 from train.launch import is_launched, launch
 from train.launch import run as train_in_processes
-from train.planning.fit import check, check_disk
+from train.planning.prediction import check, check_disk
 from train.tokens import tokenized
 from train.trackers import bring, prepare, same_run
 from train.trainer.checkpoints import open_folder

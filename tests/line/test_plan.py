@@ -16,7 +16,6 @@ from pipeline import Run, UserError, load
 from pipeline.recipe import GPUS
 from train import plan
 from train.config import read_config
-from train.planning import fit
 from train.planning.architecture import (
     NF4_BITS,
     architecture,
@@ -30,9 +29,12 @@ from train.planning.corpus import supervised_positions
 from train.planning.prediction import (
     DEVICES,
     HOLES,
+    advice,
+    check,
     devices_needed,
     fitting,
     full_speed,
+    impossible,
     job,
     memory_bytes,
     place,
@@ -230,14 +232,14 @@ def test_a_layer_keeps_as_much_as_was_measured(planned: Callable) -> None:
 
 def test_a_job_that_is_too_large_is_refused_with_what_fits(planned: Callable) -> None:
     of = planned("llama-3.1-8b", "plan.gpu=rtx-4090", "train.max_length=4096", "train.batch_size=4")
-    said = fit.impossible(of, place(of.recipe))
+    said = impossible(of, place(of.recipe))
     assert re.fullmatch(
         r"training needs [\d.]+\WGB a device, rtx-4090 has 25\WGB: "
         r"SET='train\.batch_size=1 train\.gradient_accumulation=4 train\.gradient_checkpoint.*' fits.*",
         said,
     )
     changes = said.partition("SET='")[2].partition("'")[0].split()
-    assert not fit.impossible(planned("llama-3.1-8b", "plan.gpu=rtx-4090", *changes), place(of.recipe))
+    assert not impossible(planned("llama-3.1-8b", "plan.gpu=rtx-4090", *changes), place(of.recipe))
 
 
 def test_the_smallest_device_count_holds_it(planned: Callable) -> None:
@@ -354,10 +356,10 @@ def test_training_that_cannot_fit_stops_before_weights_are_loaded(
     with pytest.raises(
         UserError, match=r"training needs \d+\WMB a device, this machine's processor has 600\WMB: .*FORCE=1"
     ):
-        fit.check(trained.recipe, trained.run, counts)
+        check(trained.recipe, trained.run, counts)
     monkeypatch.setenv("FORCE", "1")
-    assert fit.check(trained.recipe, trained.run, counts)["memory_bytes"] > 600e6
-    assert fit.advice(trained.recipe, trained.run).startswith("use a base of at most")
+    assert check(trained.recipe, trained.run, counts)["memory_bytes"] > 600e6
+    assert advice(trained.recipe, trained.run).startswith("use a base of at most")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import pytest
 from pipeline import UserError
 from pipeline.scores import has_fact, key_fact_accuracy
 from train import run as stage
-from train.planning.fit import check_disk, needed_bytes
+from train.planning.prediction import check_disk, needed_bytes
 from train.template import examples
 from train.tokens import row_tokens
 from train.trainer.checkpoints import last_complete, open_folder

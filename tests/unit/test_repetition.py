@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.recipe import Clean
-from train.cleaning.clean import clean
-from train.cleaning.quality import WORDS, repeats
+from train.cleaning.clean import WORDS, clean, repeats
 from train.reading.row import Rejection
 
 REPOSITORY = Path(__file__).parents[2]

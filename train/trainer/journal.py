@@ -19,7 +19,7 @@ from pipeline import Recipe, Run, UserError
 from pipeline.error import Stopped
 from pipeline.machine import free_bytes, resident_bytes
 from pipeline.units import size
-from train.planning.fit import advice
+from train.planning.prediction import advice
 from train.trainer.checkpoints import set_aside_from, step_of
 
 SECONDS_BETWEEN_BEATS = 1.0
