@@ -102,7 +102,7 @@ $(RUN)/data.json: $(RUN)/keys/data.json
 $(RUN)/base.json: $(RUN)/keys/base.json | $(RUN)/data.json
 	@$(PYTHON) -m train.base $(FILE)
 $(RUN)/train.json: $(RUN)/keys/train.json $(RUN)/data.json $(RUN)/base.json
-	@$(PYTHON) -m convert.trial $(FILE)
+	@$(PYTHON) -m convert.gguf $(FILE) --check
 	@$(PYTHON) -m train.run $(FILE)
 $(RUN)/reference.json: $(RUN)/keys/reference.json $(RUN)/data.json $(RUN)/base.json $(RUN)/train.json
 	@$(PYTHON) -m train.reference $(FILE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -173,6 +174,19 @@ def install_torch(place: Environment, target: str) -> None:
     if not found and not run(place.log, f"torch from {TORCH_CPU_INDEX}", elsewhere, may_fail=True):
         wheels = f"connect to {TORCH_CPU_INDEX} or take PyPI's larger build with TRUETUNE_DEVICE=cuda"
         raise SetupError(f"no CPU build of torch {TORCH} in reach (see {place.log}): {wheels}")
+
+
+def find_converter() -> Path | None:
+    """`convert_hf_to_gguf.py` of the llama.cpp that the installed llama-cpp-python was built from.
+
+    None where only training is installed, as in its container.
+    """
+    try:
+        version = importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    script = ROOT / CACHE / f"llama.cpp-{version}" / "convert_hf_to_gguf.py"
+    return script if script.is_file() else None
 
 
 def find_compiler() -> str | None:

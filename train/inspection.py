@@ -3,15 +3,16 @@
 And what its files say of it otherwise: its licence and its languages, for the model card, and how many weights it has.
 """
 
+import ast
 import json
 import logging
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pipeline import Recipe, Run, UserError
-from pipeline.converter import architectures
 from pipeline.error import reason
 from pipeline.files import read_object, write_whole
 from pipeline.gguf_head import read_head
@@ -19,6 +20,7 @@ from pipeline.load import MOST_CHARACTERS, plain_yaml
 from pipeline.model import on_meta, unread
 from pipeline.recipe import Lora
 from pipeline.rows import heldout, rendered
+from setup.install import find_converter
 from train.packing import cannot_pack, refused
 
 log = logging.getLogger("truetune")
@@ -95,13 +97,29 @@ def _unconvertible(recipe: Recipe, config: Any) -> list[str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     name = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__  # as the merged folder will say
-    known = architectures()
+    known = _convertible()
     if not recipe.gguf.types or known is None or name in known:
         return []
     return [
         f"base {recipe.base_model!r} is a {name}, which llama.cpp cannot convert: use another base, or train it for "
         "vLLM alone with gguf.types=[]"
     ]
+
+
+@cache
+def _convertible() -> frozenset[str] | None:
+    """The architectures that llama.cpp's converter takes, by transformers' names of their classes.
+
+    Read from its table, without running it; None where it is not installed.
+    """
+    found = find_converter()
+    if found is None:
+        return None
+    table = found.with_name("conversion") / "__init__.py"
+    for statement in ast.parse(table.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "TEXT_MODEL_MAP":
+            return frozenset(ast.literal_eval(statement.value))  # type: ignore[arg-type]
+    raise RuntimeError(f"{table} has no TEXT_MODEL_MAP")
 
 
 def positions(config: Any) -> int | None:

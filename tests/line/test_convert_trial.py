@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from convert.trial import trial
+from convert.gguf import trial
 from pipeline import Recipe, UserError
 from pipeline.recipe import Gguf, Serve
 from pipeline.recommend import chosen, refuse_without_gguf
