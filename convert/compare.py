@@ -1,10 +1,12 @@
 """Compare the merged weights and each GGUF with the reference:  python -m convert.compare RECIPE
 
-Everything that conversion can lose is looked for: the chat template, token ids, the stop token, the weights.
+Everything that conversion can lose is looked for: the chat template, token ids, the stop token, the weights. Which of
+the types is the one to serve follows by a rule that is stated and measured.
 """
 
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ from pipeline.model import precision_to_ask
 from pipeline.own_answers import write_own_answers
 from pipeline.proof import Comparison, write_comparisons
 from pipeline.recipe import NEEDS_IMATRIX
-from pipeline.recommend import loss, recommend
 from pipeline.reference import read_reference
 from pipeline.rows import heldout, rendered
 from pipeline.scores import facts_in
@@ -115,6 +116,15 @@ def lose_facts(
             row.measures["facts_loss"], row.measures["facts_loss_error"] = loss(hits(full), hits(row.name))
 
 
+def loss(wanted: list[bool], found: list[bool]) -> tuple[float, float]:
+    """(share of the key facts that are lost, less those that are won; its standard error), fact by fact."""
+    changes = [int(before) - int(after) for before, after in zip(wanted, found, strict=True)]
+    count = max(len(changes), 1)
+    mean = sum(changes) / count
+    spread = sum((change - mean) ** 2 for change in changes) / max(count - 1, 1)
+    return round(mean, 4), round(math.sqrt(spread / count), 4)
+
+
 def write_answers(path: Path, questions: list[dict[str, Any]], answers: dict[str, list[str]]) -> None:
     """A line a question: what each type answers, and whether that has every key fact."""
     lines = []
@@ -124,6 +134,46 @@ def write_answers(path: Path, questions: list[dict[str, Any]], answers: dict[str
         row = {"question": question["question"], "facts": question["facts"], "answers": given, "correct": correct}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_whole(path, "".join(lines))
+
+
+def recommend(recipe: Recipe, rows: list[Comparison], free_bytes: int) -> dict[str, Any]:
+    """`recommended` (a type), `rule` (a sentence) and `reasons` (of each type, why it is or is not the one)."""
+    knobs = recipe.gguf
+    rule = (
+        f"the smallest type whose mean divergence is at most {knobs.recommended_max_kl:g} nats, that loses at most "
+        f"{knobs.recommended_loss:.0%} of the key facts beyond the standard error, and whose file and cache fit "
+        f"{free_bytes / 1e9:.1f} GB of free memory"
+    )
+    files = {row.name: row for row in rows if row.name in knobs.written}
+    against = {name: objections(recipe, row, free_bytes) for name, row in files.items()}
+    by_size = sorted(files, key=lambda name: files[name].measures.get("bytes", math.inf))
+    usable = [name for name in by_size if not files[name].problems and "divergence_mean" in files[name].measures]
+    best = next((name for name in usable if not against[name]), None)
+    reasons = {name: "; ".join(found) or f"larger than {best}" for name, found in against.items()}
+    if best:
+        reasons[best] = "the smallest within the bounds"
+    elif usable:
+        best = min(usable, key=lambda name: files[name].measures["divergence_mean"])
+        reasons[best] += "; no type is within the bounds, and this one has the least divergence"
+    return {"recommended": best, "rule": rule, "reasons": reasons}
+
+
+def objections(recipe: Recipe, row: Comparison, free_bytes: int) -> list[str]:
+    """Why a type is not to be served: faults, divergence, lost key facts, memory."""
+    knobs, found, measures = recipe.gguf, [], row.measures
+    if row.problems:
+        found.append(f"failed: {row.problems[0]}")
+    divergence = measures.get("divergence_mean")
+    if divergence is not None and not divergence <= knobs.recommended_max_kl:
+        found.append(f"divergence {divergence:.2g} > {knobs.recommended_max_kl:g}")
+    lost, error = measures.get("facts_loss", 0.0), measures.get("facts_loss_error", 0.0)
+    if not lost - error <= knobs.recommended_loss:
+        found.append(f"loses {lost:.0%} ± {error:.0%} of the key facts, allowed {knobs.recommended_loss:.0%}")
+    cache = measures.get("cache_bytes_per_token", 0) * recipe.serve.context * recipe.serve.slots
+    needed = measures.get("bytes", 0) + cache
+    if needed > free_bytes:
+        found.append(f"needs {needed / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} GB are free")
+    return found
 
 
 if __name__ == "__main__":

@@ -414,7 +414,7 @@ class Recipe:
 
     @property
     def served_type(self) -> str:
-        """The quantization that llama.cpp and Ollama load, if any; `recommend.chosen` fills in the one not named."""
+        """The quantization that llama.cpp and Ollama load, if any; `serve` fills in the one not named."""
         return self.serve.type or next(iter(self.gguf.types), "")
 
     @property

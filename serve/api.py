@@ -17,11 +17,10 @@ from pipeline.error import UserError
 from pipeline.load import as_dict
 from pipeline.machine import cores
 from pipeline.recipe import Recipe
-from pipeline.recommend import chosen, refuse_without_gguf
 from pipeline.run import Receipt, Run
 from pipeline.stages import stage
 from serve.asking.endpoint import KEY_FILE, port_problem, url_of, with_environment
-from serve.running.backend import Backend, Service, backend_of, refuse_disproved
+from serve.running.backend import Backend, Service, backend_of, chosen, refuse_disproved, refuse_without_gguf
 from serve.running.session import Session, held, refuse_second, report
 from serve.running.supervisor import Supervisor
 

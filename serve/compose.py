@@ -18,13 +18,12 @@ from pipeline.error import UserError
 from pipeline.files import write_whole
 from pipeline.load import find
 from pipeline.recipe import Recipe
-from pipeline.recommend import chosen, refuse_without_gguf
 from pipeline.run import Run
 from serve.asking.endpoint import KEY_FILE, make_key, port_of_environment, port_problem, url_of, with_environment
 from serve.engines.llamacpp import is_repeatable, refuse_long_context, served_file
 from serve.engines.vllm import END_SECONDS, Model, machine_for, model_arguments
 from serve.openwebui import EMAIL, PASSWORD_FILE, SECRET_FILE
-from serve.running.backend import refuse_disproved
+from serve.running.backend import chosen, refuse_disproved, refuse_without_gguf
 
 DOES = "Start the stack in containers; with --down, stop it"
 READY_SECONDS = 1800

@@ -16,7 +16,6 @@ from pipeline.files import read_json
 from pipeline.gguf_head import read_head
 from pipeline.own_answers import of_trained, read_own_answers
 from pipeline.proof import Comparison, in_words, read_comparisons, suspects
-from pipeline.recommend import chosen
 from pipeline.reference import Reference, read_reference
 from pipeline.stages import stage
 from serve.asking.endpoint import ERRORS, free_port, with_environment
@@ -27,7 +26,7 @@ from serve.engines.llamacpp import is_repeatable, served_file
 from serve.engines.ollama.registration import row as registered_row
 from serve.engines.vllm import machine_for
 from serve.openwebui import port_of, proved_windows
-from serve.running.backend import Backend, backend_of
+from serve.running.backend import Backend, backend_of, chosen
 from serve.running.session import find
 from serve.running.supervisor import Supervisor
 

@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.error import UserError
@@ -71,6 +71,38 @@ def backend_of(recipe: Recipe, run: Run) -> Backend:
     """The engine that the recipe names, its files proved to be what their stages wrote."""
     made: Backend = importlib.import_module(ENGINES[recipe.serve.engine]).backend(recipe, run)
     return made
+
+
+def refuse_without_gguf(recipe: Recipe, loader: str) -> None:
+    """Say what serves a model of which no GGUF is made, to who would load one.
+
+    Raises:
+        UserError: none is made.
+    """
+    if not recipe.gguf.types:
+        raise UserError(
+            f"gguf.types is empty, so {loader} has no GGUF to load: name a type, as SET='gguf.types=[Q8_0]', or let "
+            "vLLM serve the merged weights, 'make serve ENGINE=vllm'"
+        )
+
+
+def chosen(recipe: Recipe, run: Run) -> Recipe:
+    """The recipe with `serve.type` filled in by the recommendation, where it names none and the types were compared.
+
+    Raises:
+        UserError: nothing that was made can be served.
+    """
+    if recipe.serve.engine == "vllm":
+        return recipe
+    refuse_without_gguf(recipe, recipe.serve.engine)
+    compare = run.find_receipt("compare")
+    if recipe.serve.type or compare is None:
+        return recipe
+    kind = compare.metrics["recommended"]
+    if kind is None:
+        raise UserError(f"no GGUF of {run.folder} can be used: see 'make prove RECIPE={run.given}'")
+    made = kind in recipe.gguf.written  # else the comparison is of types asked for before
+    return replace(recipe, serve=replace(recipe.serve, type=kind)) if made else recipe
 
 
 def refuse_disproved(recipe: Recipe, run: Run) -> None:

@@ -10,8 +10,8 @@ import pytest
 from convert.gguf import trial
 from pipeline import Recipe, UserError
 from pipeline.recipe import Gguf, Serve
-from pipeline.recommend import chosen, refuse_without_gguf
 from serve.api import refuse_unknown_positions
+from serve.running.backend import chosen, refuse_without_gguf
 
 
 def change(file: Path, **keys: Any) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from convert.compare import loss, recommend
 from pipeline import Recipe, Run, UserError
 from pipeline.proof import Comparison
 from pipeline.recipe import Data, Gguf, Serve
-from pipeline.recommend import chosen, loss, recommend
 from pipeline.run import Receipt
+from serve.running.backend import chosen
 
 RECIPE = Recipe("mine", data=Data(train=("x",)), gguf=Gguf(types=("Q8_0", "Q4_K_M", "Q2_K")))
 FREE = 2_000_000_000

@@ -19,7 +19,6 @@ from pipeline.command import up_to_date_within
 from pipeline.files import write_whole
 from pipeline.progress import progress
 from pipeline.proof import Comparison
-from pipeline.recommend import chosen, refuse_without_gguf
 from pipeline.reference import read_probes
 from pipeline.run import Receipt
 from pipeline.stages import stage
@@ -28,7 +27,7 @@ from serve.engines.llamacpp import refuse_long_context, served_file
 from serve.engines.ollama.proof import Vocabulary, prove_answers, prove_prompts, read_vocabulary, refused
 from serve.engines.ollama.server import OllamaServer, server_url
 from serve.engines.ollama.template import Refused, compile_shape, renderer
-from serve.running.backend import Backend, Endpoint, refuse_disproved
+from serve.running.backend import Backend, Endpoint, chosen, refuse_disproved, refuse_without_gguf
 
 TAG = r"[0-9a-f]{12}"
 
