@@ -18,10 +18,9 @@ from pipeline import Made, Recipe, Run, command
 from pipeline.files import fresh_folder, remove, write_whole
 from pipeline.machine import cores, free_bytes
 from pipeline.model import precision_to_ask
-from pipeline.own_answers import write_own_answers
 from pipeline.proof import Comparison, write_comparisons
 from pipeline.recipe import NEEDS_IMATRIX
-from pipeline.reference import read_reference
+from pipeline.reference import read_reference, write_own_answers
 from pipeline.rows import heldout, rendered
 from pipeline.scores import facts_in
 

@@ -17,10 +17,9 @@ from typing import Any
 
 from convert.evaluator import Asked
 from pipeline import Recipe, UserError
-from pipeline.own_answers import OwnAnswer, most_likely, own_answer
 from pipeline.proof import Bounds, Comparison, compare_logits, divergence, first_difference, perplexity, same_share
 from pipeline.recipe import QUANTIZATIONS
-from pipeline.reference import CONTINUATION_TOKENS, Reference
+from pipeline.reference import CONTINUATION_TOKENS, OwnAnswer, Reference, most_likely, own_answer
 from pipeline.rows import GENERATION_TAG
 
 # What the libraries raise for files that are damaged or do not belong together.

@@ -16,10 +16,9 @@ from convert.weights import compare_weights
 from pipeline import Recipe, UserError
 from pipeline.command import boundary
 from pipeline.machine import cores
-from pipeline.own_answers import write_own_answers
 from pipeline.proof import Comparison, write_comparisons
 from pipeline.recipe import QUANTIZATIONS, Merge
-from pipeline.reference import read_reference
+from pipeline.reference import read_reference, write_own_answers
 
 # Other tools merge into the base's own 16 bits, which rounds as no merge of ours has to.
 ROUNDED = replace(Recipe("foreign"), merge=Merge(precision="bfloat16"))

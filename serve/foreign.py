@@ -18,14 +18,12 @@ from typing import Any
 from pipeline import UserError
 from pipeline.command import boundary
 from pipeline.files import write_whole
-from pipeline.own_answers import of_trained, read_own_answers
 from pipeline.proof import Comparison, in_words, read_comparisons, suspects
 from pipeline.recipe import Prove
-from pipeline.reference import Reference, read_reference
+from pipeline.reference import Reference, of_trained, read_own_answers, read_reference
 from serve.asking.endpoint import ERRORS, ask
-from serve.asking.judgement import Own
+from serve.asking.judgement import Own, prove_answers
 from serve.asking.probe import PROBABILITIES, Engine, LlamaCpp, OpenAi, Vllm
-from serve.asking.proving import prove_answers
 from serve.engines.ollama.server import server_url
 
 ROOT = Path(__file__).parent.parent

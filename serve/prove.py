@@ -14,14 +14,12 @@ from pipeline import Made, Recipe, Run, UserError
 from pipeline.command import boundary, recipe_of_arguments, up_to_date
 from pipeline.files import read_json
 from pipeline.gguf_head import read_head
-from pipeline.own_answers import of_trained, read_own_answers
 from pipeline.proof import Comparison, in_words, read_comparisons, suspects
-from pipeline.reference import Reference, read_reference
+from pipeline.reference import Reference, of_trained, read_own_answers, read_reference
 from pipeline.stages import stage
 from serve.asking.endpoint import ERRORS, free_port, with_environment
-from serve.asking.judgement import Own, own_of_file
+from serve.asking.judgement import Own, own_of_file, prove_answers
 from serve.asking.probe import Engine, LlamaCpp, Vllm
-from serve.asking.proving import prove_answers
 from serve.engines.llamacpp import is_repeatable, served_file
 from serve.engines.ollama.registration import row as registered_row
 from serve.engines.vllm import machine_for

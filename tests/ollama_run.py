@@ -15,8 +15,7 @@ from ollama_double import greedy
 
 from pipeline import Recipe, Run, load
 from pipeline.files import files_below, fingerprint
-from pipeline.own_answers import OwnAnswer, most_likely
-from pipeline.reference import CONTINUATION_TOKENS, FORMAT, Probe
+from pipeline.reference import CONTINUATION_TOKENS, FORMAT, OwnAnswer, Probe, most_likely
 from pipeline.run import Receipt
 from serve.engines.ollama.template import renderer
 

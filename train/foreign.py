@@ -17,8 +17,16 @@ from pipeline.command import boundary
 from pipeline.error import reason
 from pipeline.files import fresh_folder, read_object, write_whole
 from pipeline.model import ends_of, greedy, load, logits, with_adapter
-from pipeline.own_answers import OwnAnswer, most_likely, write_own_answers
-from pipeline.reference import CONTINUATION_TOKENS, Probe, Reference, write_base_logits, write_reference
+from pipeline.reference import (
+    CONTINUATION_TOKENS,
+    OwnAnswer,
+    Probe,
+    Reference,
+    most_likely,
+    write_base_logits,
+    write_own_answers,
+    write_reference,
+)
 from train.hub import fetched
 from train.probes import ask, probe_cases
 

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pipeline.own_answers import OwnAnswer, read_own_answers
-from pipeline.proof import Comparison, first_difference
+from pipeline.proof import Comparison, first_difference, interval
 from pipeline.recipe import Recipe
-from pipeline.reference import Probe
+from pipeline.reference import OwnAnswer, Probe, Reference, of_trained, read_own_answers
 from pipeline.run import Run
-from serve.asking.probe import Answer, Told
+from serve.asking.probe import Answer, Engine, Told, ask_probes, drawn, limit
 
 Text = Callable[[list[int]], str]
 MOST_BYTES = 4  # of a character in UTF-8
@@ -29,6 +28,7 @@ CLEAR_SHARE = 0.8
 LEAST_EXPECTED = 12.0  # none where so many are to be expected: less than once in a hundred thousand healthy runs
 DEVIATIONS = 5.0  # standard deviations: less than once in a million healthy runs
 DOUBTFUL_DEVIATIONS = 2.0  # more draws must tell
+DRAWING_ROUNDS, ENOUGH_TOKENS = 6, 400
 SELDOM = (0.1, 0.05, 0.02)  # of the most likely token's probability: min_p as it is usually set
 
 
@@ -55,6 +55,49 @@ def own_of_file(recipe: Recipe, run: Run, kind: str) -> Own | None:
     found = read_own_answers(run.path("compare-greedy.jsonl"))
     others = {name: found[name] for name in recipe.gguf.written if name in found and name != kind}
     return Own(found[kind], others, recipe.prove.served_max_kl) if kind in found else None
+
+
+def prove_answers(
+    comparison: Comparison, engine: Engine, reference: Reference, own: Own | None, context: int, slots: int
+) -> None:
+    """Ask the probes, and judge the answers by the artefact's own."""
+    found = ask_probes(comparison, engine, reference.probes, context, slots)
+    if comparison.problems or not own:
+        return
+    judge(comparison, found, own, engine.text)
+    compare_probabilities(comparison, found, of_trained(reference))
+    probes = [probe for probe, _, _ in found]
+    tokens: list[Told] = []
+    for round_number in range(DRAWING_ROUNDS):
+        if comparison.problems or (len(tokens) > ENOUGH_TOKENS and deviations(tokens) < DOUBTFUL_DEVIATIONS):
+            break
+        tokens += drawn(engine, probes, context, slots, seed=round_number * len(probes))
+        comparison.problems += filter(None, [drawn_otherwise(tokens)])
+    shortest = min(probes, key=lambda probe: len(probe.ids))
+    if not comparison.problems and (length := limit(engine, shortest, context)):
+        comparison.problems.append(
+            f"server settings: a limit of length: an answer that asks for none is cut after {length} tokens: "
+            "lift max_tokens (num_predict)"
+        )
+
+
+def compare_probabilities(
+    comparison: Comparison, found: list[tuple[Probe, Answer, Answer]], trained: dict[str, OwnAnswer]
+) -> None:
+    """Add what the served probabilities are from the trained model's, for as long as both answer the same."""
+    pairs = [
+        (as_told(trained[probe.name], served.tokens), served.tokens) for probe, served, _ in found if served.tokens
+    ]
+    divergences = [list(divergences_of(own, tokens)) for own, tokens in pairs]
+    same = [
+        [float(told.token == token) for told, token, _ in zip(tokens, own.tokens, each, strict=False)]
+        for (own, tokens), each in zip(pairs, divergences, strict=True)
+    ]
+    for name, values in (("divergence", divergences), ("top1", same)):
+        if any(values):
+            what = "divergence_mean" if name == "divergence" else "top1_agreement"
+            comparison.measures[what] = sum(map(sum, values)) / sum(map(len, values))
+            comparison.measures[f"{name}_interval"] = interval([each for each in values if each])
 
 
 class Asked(NamedTuple):

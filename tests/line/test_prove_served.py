@@ -15,8 +15,8 @@ from pipeline import Recipe, Run, load
 from pipeline.proof import Comparison
 from pipeline.reference import read_reference
 from serve.asking.endpoint import free_port
+from serve.asking.judgement import prove_answers
 from serve.asking.probe import Engine, LlamaCpp
-from serve.asking.proving import prove_answers
 from serve.prove import answering, own_of
 from serve.running.backend import backend_of
 
