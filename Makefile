@@ -164,7 +164,7 @@ status: | .venv/.complete ## Show what serves the model: services, ports, proces
 	@$(PYTHON) -m serve.status $(FILE)
 
 stop: | .venv/.complete ## Stop what serves the model
-	@$(PYTHON) -m serve.stop $(FILE)
+	@$(PYTHON) -m serve.status $(FILE) --stop
 
 # As `ready`, for the containers.
 docker: resolve

@@ -11,8 +11,8 @@ from pipeline.reference import CONTINUATION_TOKENS, read_reference
 from pipeline.run import Run
 from serve.asking.endpoint import ERRORS, HOST, ask, make_key, read_key, url_of
 from serve.running.backend import Endpoint, Service
-from serve.running.environment import environment
 from serve.running.session import find
+from setup.install import SetupError, environment
 
 EMAIL = "admin@localhost"
 PASSWORD_FILE = Path(".secrets/openwebui-password")
@@ -36,7 +36,7 @@ def python() -> Path:
     """
     try:
         return environment("openwebui")
-    except UserError as error:
+    except SetupError as error:
         raise UserError(f"{error}; 'UI=builtin make serve' and 'UI=none make serve' go without Open WebUI") from None
 
 

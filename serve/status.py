@@ -1,6 +1,11 @@
-"""Show what serves the run:  python -m serve.status RECIPE"""
+"""Show what serves the run, or stop it, from any terminal:  python -m serve.status RECIPE [--stop]"""
 
+import logging
+import os
+import signal
 import sys
+import time
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from pipeline.command import boundary, recipe_of_arguments
@@ -8,8 +13,11 @@ from pipeline.error import UserError
 from pipeline.run import Run
 from serve.running.session import Session, find, memory_bytes
 
-DOES = "Show what serves the run: its services, their ports, processes, restarts and memory"
+DOES = "Show what serves the run: its services, their ports, processes, restarts and memory; with --stop, end them"
 TEXTS, NUMBERS = ("service", "state"), ("port", "process", "restarts", "memory", "since")
+PATIENCE_SECONDS = 30
+
+log = logging.getLogger("truetune")
 
 
 def status(session: Session) -> None:
@@ -40,11 +48,34 @@ def ago(moment: str) -> str:
     return f"{seconds} s"
 
 
+def stop(session: Session, run: Run) -> None:
+    """Ask the supervisor to end, as Ctrl-C does, and wait until it has.
+
+    Raises:
+        UserError: it does not end.
+    """
+    with suppress(ProcessLookupError):
+        os.kill(session.pid, signal.SIGTERM)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while find(run):
+        if time.monotonic() > deadline:
+            raise UserError(f"process {session.pid} does not end: 'kill -9 {session.pid}' ends it and its services")
+        time.sleep(0.1)
+    log.info("%s is no longer served", run.folder)
+
+
 if __name__ == "__main__":
     with boundary():
+        stops = "--stop" in sys.argv
+        sys.argv = [argument for argument in sys.argv if argument != "--stop"]
         recipe = recipe_of_arguments("serve.status", DOES)
         run = Run.of(recipe)
         session = find(run)
-        if session is None:
+        if session is None and stops:
+            log.info("%s is not being served", run.folder)
+        elif session is None:
             raise UserError(f"{run.folder} is not being served: 'make serve RECIPE={recipe.given}' starts it")
-        status(session)
+        elif stops:
+            stop(session, run)
+        else:
+            status(session)

@@ -1,6 +1,7 @@
 """Virtual environments and what is installed into them: one set-up at a time, each step with its log and its progress.
 
-Runs before any package exists: standard library only.
+Runs before any package exists: standard library only. A part whose pins conflict with ours has an environment of its
+own, made on first use from `setup/locks/<name>.txt` beside `.venv`, since every recipe shares it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import logging
 import os
 import re
 import shutil
@@ -41,7 +43,10 @@ ELSEWHERE = ["--retries", "1", "--timeout", "15", "--extra-index-url"]  # out of
 COMPILER_HELP = "Debian/Ubuntu 'apt install build-essential', macOS 'xcode-select --install', or name yours in CXX"
 PYTHON_HELP = "'apt install python3 python3-venv', 'brew install python@3.12' or 'uv python install 3.12'"
 NEEDED_GB = {"cpu": 4, "cuda": 12}
+OWN_NEEDED_GB = {"cpu": 5, "cuda": 15}
 PROGRESS_EVERY_SECONDS = 10
+
+log = logging.getLogger("truetune")
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,50 @@ def alone(place: Environment) -> Iterator[None]:
             say(f"waiting for another set-up of {place.folder.name}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def environment(name: str) -> Path:
+    """The Python of `.venv-<name>`; an interrupted installation is resumed, changed requirements are installed anew.
+
+    Raises:
+        SetupError: no package index answers, the disk is full, or a package cannot be installed.
+    """
+    requirements, target = LOCKS / f"{name}.txt", device()
+    place = Environment(ROOT / f".venv-{name}", ROOT / CACHE / f"{name}.log")
+    if not is_complete(place, requirements, target):
+        place.log.parent.mkdir(exist_ok=True)
+        with alone(place):
+            if not is_complete(place, requirements, target):  # another start may have made it meanwhile
+                make(place, requirements, target)
+    return place.python
+
+
+def is_complete(place: Environment, requirements: Path, target: str) -> bool:
+    """Whether the environment was made to its end from these very requirements."""
+    made_from = place.stamp.read_text(encoding="utf-8") if place.stamp.is_file() else ""
+    return made_from == pinned(requirements, target) and place.python.exists()
+
+
+def pinned(requirements: Path, target: str) -> str:
+    """What the environment is made from: the requirements, torch's build and Python's version."""
+    pins = repr([TORCH, target, *sys.version_info[:2]]).encode()
+    return hashlib.sha256(requirements.read_bytes() + pins).hexdigest() + "\n"
+
+
+def make(place: Environment, requirements: Path, target: str) -> None:
+    """Install what the requirements name, and torch, unless they name it, in the build that this machine uses."""
+    begin = time.monotonic()
+    if not place.python.exists() and shutil.disk_usage(ROOT).free < OWN_NEEDED_GB[target] * 1e9:
+        raise SetupError(f"{ROOT} has less than {OWN_NEEDED_GB[target]} GB of disk free: free some, run again")
+    log.info("%s is made on this first use: some minutes, its log is %s", place.folder, place.log)
+    place.stamp.unlink(missing_ok=True)
+    place.log.write_bytes(b"")
+    make_venv(place, target)
+    if not re.search(r"^torch==", requirements.read_text(encoding="utf-8"), re.M):
+        install_torch(place, target)
+    install_locked(place, requirements)
+    place.stamp.write_text(pinned(requirements, target), encoding="utf-8")
+    log.info("%s is complete in %.0f s", place.folder, time.monotonic() - begin)
 
 
 def unfinished(requirements: Path) -> Path:

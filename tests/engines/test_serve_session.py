@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from gguf_fixture import NAME, Server, environment, gone
 
-import serve.running.environment as own
 from pipeline import Recipe, Run, UserError
 from pipeline.recipe import Data, Serve
 from serve.api import refuse_taken_ports, ui_url
 from serve.asking.endpoint import ask, with_environment
 from serve.running.session import Session, find, held, report
 from serve.running.supervisor import Supervisor
+from setup import install as own
 from setup.install import Environment, SetupError
 
 pytest_plugins = ["serve_fixtures"]
@@ -26,9 +26,9 @@ pytest_plugins = ["serve_fixtures"]
 RECIPE = Recipe("mine", data=Data(train=("talks.jsonl",)))
 
 
-def told(folder: Path, module: str) -> subprocess.CompletedProcess[str]:
-    """`python -m MODULE small.yaml` in another terminal."""
-    command = [sys.executable, "-m", module, f"{NAME}.yaml"]
+def told(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """`python -m serve.status small.yaml` in another terminal."""
+    command = [sys.executable, "-m", "serve.status", f"{NAME}.yaml", *options]
     return subprocess.run(
         command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60, check=False
     )
@@ -117,15 +117,15 @@ def test_status_and_stop_from_another_terminal(start) -> None:
     server.wait_for("Ctrl-C stops")
     pids = [server.process.pid, *server.children()]
     assert len(pids) == 3  # supervisor, engine, watchdog
-    shown = told(server.folder, "serve.status")
+    shown = told(server.folder)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert f"small is served at {server.url}/v1 by llamacpp, process {pids[0]}" in shown.stdout
     assert f"answers │ {server.port}" in shown.stdout
-    assert told(server.folder, "serve.stop").stderr == f"runs/{NAME} is no longer served\n"
+    assert told(server.folder, "--stop").stderr == f"runs/{NAME} is no longer served\n"
     assert server.process.wait(5) == 0
     assert all(gone(pid, 2) for pid in pids)
-    assert "is not being served: 'make serve" in told(server.folder, "serve.status").stderr
-    assert told(server.folder, "serve.stop").returncode == 0
+    assert "is not being served: 'make serve" in told(server.folder).stderr
+    assert told(server.folder, "--stop").returncode == 0
 
 
 def test_a_second_start_after_kill_9(start) -> None:
@@ -201,7 +201,7 @@ def test_an_installation_that_failed_goes_on_next_time(
 
     with monkeypatch.context() as failing:
         failing.setattr(own, "install_locked", fail)
-        with pytest.raises(UserError, match="no package index answers"):
+        with pytest.raises(SetupError, match="no package index answers"):
             own.environment("part")
     with caplog.at_level(logging.INFO, "truetune"):
         own.environment("part")

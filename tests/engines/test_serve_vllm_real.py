@@ -23,7 +23,7 @@ from pipeline.recipe import Data, Serve, Vllm
 from pipeline.reference import Probe, read_probes
 from serve.cluster import WAYS, commands
 from serve.engines.vllm import Machine, Model, arguments
-from serve.running.environment import environment as environment_of
+from setup.install import environment as environment_of
 
 pytest_plugins = ["prove_fixtures"]
 pytestmark = pytest.mark.slow
