@@ -1,6 +1,5 @@
-"""A score: how many key facts were found, how sure a difference is, and both in figures that a person reads."""
+"""A score: what was counted of the trained model beside the base, how sure a difference is, and a table of scores."""
 
-import json
 import math
 import statistics
 import sys
@@ -9,9 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from pipeline.recipe import Recipe
-from pipeline.run import Run
-from pipeline.units import number, share, size
+from pipeline.units import change, figure, number, size
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -27,7 +24,6 @@ WIDE = ("measure", "rows", "base", "95 % interval", "trained", "95 % interval", 
 NARROW = ("measure, verdict", "rows", "base, 95 %", "trained, 95 %", "change, 95 %")  # intervals below their values
 PIPE_CHARACTERS = 140  # of a line that no terminal bounds
 STYLES = {"better": "green", "worse": "red"}
-MINUS = "\N{MINUS SIGN}"
 
 
 def has_fact(answer: str, fact: str) -> bool:
@@ -204,18 +200,6 @@ def _right_or_wrong(rows: Any) -> bool:
     return bool(((rows[:, 0] == 0) | (rows[:, 0] == 1)).all() and (rows[:, 1] == 1).all())
 
 
-def figure(value: float, unit: str) -> str:
-    """A value in its unit: a share in percent, points of 100 with one decimal."""
-    shown = share(abs(value)) if unit == "share" else f"{abs(value):.1f}" if unit == "points" else number(abs(value))
-    return (MINUS if value < 0 and shown.strip("0.%") else "") + shown
-
-
-def change(value: float, unit: str) -> str:
-    """A difference, with its sign; of shares in points of a hundred, so that nobody takes it for a ratio."""
-    shown = figure(100 * value, "points") if unit == "share" else figure(value, unit)
-    return shown if shown.startswith(MINUS) or not shown.strip("0.") else f"+{shown}"
-
-
 def interval(estimate: Estimate, unit: str, show: Callable[[float, str], str] = figure) -> str:
     """From its low to its high end; a dash where no interval can be told."""
     if estimate.low is None or estimate.high is None:
@@ -238,34 +222,6 @@ def line(score: Score) -> str:
 def grouped(scores: list[Score]) -> list[tuple[str, list[Score]]]:
     """(group, its scores), in their order."""
     return [(group, list(members)) for group, members in groupby(scores, key=lambda score: score.group)]
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What `make eval` found, for the page: scores by group, of the weights and of what is served; speeds; method."""
-
-    groups: list[tuple[str, list[Score]]]
-    speeds: list[tuple[str, str]]
-    method: str
-    changed: str | None
-
-    @property
-    def scores(self) -> list[Score]:
-        return [score for _, scores in self.groups for score in scores]
-
-
-def evaluated(recipe: Recipe, run: Run) -> Evaluated | None:
-    """The receipt's scores, and those of what was served last; None before there are any."""
-    receipt, serving, served = run.find_receipt("eval"), run.find_receipt("serve"), run.path("served.json")
-    if receipt is None:
-        return None
-    parts = [receipt.metrics]
-    if serving and served.is_file():
-        told = json.loads(served.read_text(encoding="utf-8"))
-        parts += [told] if told["inputs"] == serving.inputs else []
-    scores = [Score.of(row) for part in parts for row in part["scores"]]
-    speeds = [(name, speed(row)) for part in parts for name, row in part["speed"].items()]
-    return Evaluated(grouped(scores), speeds, receipt.metrics["method"], run.state("eval", recipe).changed)
 
 
 def show(metrics: dict[str, Any]) -> None:

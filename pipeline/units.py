@@ -1,4 +1,4 @@
-"""Numbers as a person reads them: sizes, durations, shares, and small ones with a power of ten."""
+"""Numbers as a person reads them: sizes, durations, shares, changes, and small ones with a power of ten."""
 
 import math
 
@@ -6,6 +6,7 @@ UNITS = ("bytes", "kB", "MB", "GB", "TB")
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 TIMES = "\N{MULTIPLICATION SIGN}"
 SPACE = "\N{NO-BREAK SPACE}"
+MINUS = "\N{MINUS SIGN}"
 
 
 def size(count: float) -> str:
@@ -51,6 +52,18 @@ def number(value: float) -> str:
     if int(power) < -3:
         return f"{digits}{SPACE}{TIMES}{SPACE}10{str(int(power)).translate(SUPERSCRIPT)}"
     return f"{float(rounded):.{max(0, 2 - int(power))}f}"
+
+
+def figure(value: float, unit: str) -> str:
+    """A value in its unit: a share in percent, points of 100 with one decimal."""
+    shown = share(abs(value)) if unit == "share" else f"{abs(value):.1f}" if unit == "points" else number(abs(value))
+    return (MINUS if value < 0 and shown.strip("0.%") else "") + shown
+
+
+def change(value: float, unit: str) -> str:
+    """A difference, with its sign; of shares in points of a hundred, so that nobody takes it for a ratio."""
+    shown = figure(100 * value, "points") if unit == "share" else figure(value, unit)
+    return shown if shown.startswith(MINUS) or not shown.strip("0.") else f"+{shown}"
 
 
 def power(value: float) -> str:

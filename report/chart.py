@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline.proof import Comparison
 from pipeline.run import Receipt
-from pipeline.scores import Estimate, Score, change, figure
-from pipeline.units import number, power, size
+from pipeline.scores import Estimate, Score
+from pipeline.units import change, figure, number, power, size
 
 WIDTH, HEIGHT = 360, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 346, 32, 218

@@ -20,13 +20,14 @@ from pipeline.methods import METHODS
 from pipeline.proof import Comparison
 from pipeline.recipe import Recipe
 from pipeline.run import Receipt, Run
-from pipeline.scores import Score, change, evaluated, figure, grouped, interval
-from pipeline.units import duration, number, share, size
+from pipeline.scores import Score, grouped, interval
+from pipeline.units import change, duration, figure, number, share, size
 from report.chart import HEIGHT, WIDTH, change_chart, loss_chart, size_chart, speed_chart
 from report.summary import (
     answers,
     conversations,
     costs,
+    evaluated,
     lineage,
     machines,
     quantizations,

@@ -13,7 +13,7 @@ from pipeline.load import as_dict
 from pipeline.proof import Comparison, in_words, read_comparisons
 from pipeline.recipe import Recipe
 from pipeline.run import Fingerprints, Receipt, Run
-from pipeline.scores import has_fact
+from pipeline.scores import Score, grouped, has_fact, speed
 from pipeline.stages import STAGES
 from pipeline.units import bars
 
@@ -231,6 +231,34 @@ def _answer(models: list[str], text: str, facts: list[str]) -> Answer:
     pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     pieces = re.split(f"({pattern})", text, flags=re.IGNORECASE) if pattern else [text]
     return Answer(models, [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece], missing)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `make eval` found, for the page: scores by group, of the weights and of what is served; speeds; method."""
+
+    groups: list[tuple[str, list[Score]]]
+    speeds: list[tuple[str, str]]
+    method: str
+    changed: str | None
+
+    @property
+    def scores(self) -> list[Score]:
+        return [score for _, scores in self.groups for score in scores]
+
+
+def evaluated(recipe: Recipe, run: Run) -> Evaluated | None:
+    """The receipt's scores, and those of what was served last; None before there are any."""
+    receipt, serving, served = run.find_receipt("eval"), run.find_receipt("serve"), run.path("served.json")
+    if receipt is None:
+        return None
+    parts = [receipt.metrics]
+    if serving and served.is_file():
+        told = json.loads(served.read_text(encoding="utf-8"))
+        parts += [told] if told["inputs"] == serving.inputs else []
+    scores = [Score.of(row) for part in parts for row in part["scores"]]
+    speeds = [(name, speed(row)) for part in parts for name, row in part["speed"].items()]
+    return Evaluated(grouped(scores), speeds, receipt.metrics["method"], run.state("eval", recipe).changed)
 
 
 def costs(run: Run) -> list[tuple[str, str, Receipt]]:

@@ -5,6 +5,7 @@ Whatever the recipe's `base` names (the packaged model, random weights, a Hub id
 """
 
 import difflib
+import json
 import logging
 import os
 import re
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import Made, Recipe, Run, UserError, command
-from pipeline.files import fingerprint, fresh_folder, put_in_place, read_json, read_object
+from pipeline.files import fingerprint, fresh_folder, put_in_place, read_json, read_object, write_whole
+from pipeline.gguf_head import read_head
 from pipeline.model import stored
 from pipeline.run import Fingerprints
 from train.config import (
@@ -28,15 +30,7 @@ from train.config import (
     refuse_code,
 )
 from train.hub import fetched, without_waiting
-from train.inspection import (
-    clean_generation,
-    origin,
-    parameters,
-    refuse,
-    refuse_weights,
-    safetensors_header,
-    write_positions,
-)
+from train.inspection import SCALED, card, positions, refuse, refuse_weights
 from train.tokenizer import prepare_tokenizer
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -215,6 +209,112 @@ def refuse_settings(recipe: Recipe, source: Path) -> None:
     if "config.json" not in there:
         raise UserError(NO_MODEL.format(source))
     refuse(recipe, config_in(source, recipe.base_model), source)
+
+
+def clean_generation(folder: Path) -> None:
+    """Leave out of generation_config.json what contradicts itself, with which no model could be loaded or saved."""
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    stated = read_object(file) if file.is_file() else {}
+    kept: dict[str, Any] = {}
+    for key in sorted(stated, key=lambda key: key not in ("do_sample", "num_beams")):  # on which others depend
+        try:
+            GenerationConfig(**kept, **{key: stated[key]}).validate(strict=True)
+            kept[key] = stated[key]
+        except (ValueError, TypeError, AttributeError):
+            continue
+    if left := [key for key in stated if key not in kept]:
+        log.warning("base: %s contradicts itself: %s left out", file.name, ", ".join(left))
+        write_whole(file, json.dumps(kept, indent=2) + "\n")
+
+
+def write_positions(folder: Path) -> int | None:
+    """Put the positions that a model knows into its config, where every engine looks for them; their number."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    known, stated = positions(config), getattr(config.get_text_config(), "max_position_embeddings", None)
+    written = read_object(folder / "config.json")
+    before = json.dumps(written)
+    if "n_positions" in written:
+        written.setdefault("n_ctx", written["n_positions"])  # as llama.cpp's converter calls those of GPT-2
+    one_head = written.get("multi_query") and not written.get("new_decoder_architecture")
+    if written.get("model_type") == "falcon" and one_head:
+        written["num_kv_heads"] = 1  # transformers has one whatever is written, llama.cpp's converter what is
+    if known and stated and known > stated:
+        text = written.get("text_config") or written
+        for key in ("rope_parameters", "rope_scaling"):
+            for rope in [text[key], *text[key].values()] if isinstance(text.get(key), dict) else []:
+                if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in SCALED:
+                    rope.setdefault("original_max_position_embeddings", stated)
+        text["max_position_embeddings"] = known
+        log.info("base: its rope is scaled, so it knows %d tokens, not %d", known, stated)
+    if json.dumps(written) != before:
+        write_whole(folder / "config.json", json.dumps(written, indent=2) + "\n")
+    return known
+
+
+def origin(source: Path) -> dict[str, Any]:
+    """`license` and `languages` as a GGUF's header or the model card in a folder states them; the rest is absent."""
+    stated = _header(source) if source.suffix == ".gguf" else card(source / "README.md")
+    languages = stated.get("languages") or stated.get("language") or []
+    found = {
+        "license": _text(stated.get("license")),
+        "languages": [
+            text for each in (languages if isinstance(languages, list) else [languages]) if (text := _text(each))
+        ],
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _header(path: Path) -> dict[str, Any]:
+    values = read_head(path).values
+    return {name: values.get(f"general.{name}") for name in ("license", "languages")}
+
+
+def _text(stated: Any) -> str:
+    """A text, whether it is text or, as those of a GGUF's lists, bytes."""
+    return stated.decode(errors="replace") if isinstance(stated, bytes) else stated if isinstance(stated, str) else ""
+
+
+def parameters(folder: Path) -> int:
+    """Number of weights in a folder's safetensors, from their headers alone."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in safetensors_header(file).items():
+            if name != "__metadata__":
+                size = 1
+                for length in tensor["shape"]:
+                    size *= length
+                total += size
+    return total
+
+
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """The tensors' names, types, shapes and offsets.
+
+    Raises:
+        UserError: the file is truncated or damaged.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(size - 8, 100_000_000):
+                raise ValueError("its header does not fit the file")
+            header: dict[str, Any] = json.loads(stream.read(length))
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+        if not all(
+            isinstance(entry["dtype"], str) and all(length >= 0 for length in entry["shape"]) for entry in tensors
+        ):
+            raise ValueError("a tensor without type or shape")
+        end = max((entry["data_offsets"][1] for entry in tensors), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is not a whole safetensors file ({error}): fetch it again") from None
+    if size != 8 + length + end:
+        raise UserError(f"{file} has {size} bytes, its header says {8 + length + end}: it is truncated, fetch it again")
+    return header
 
 
 def _link(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from pipeline.command import boundary, recipe_of_arguments
 from pipeline.machine import gpus
 from pipeline.stages import stage
 from train.config import read_config
-from train.inspection import parameters, refuse, refuse_long_questions
+from train.inspection import refuse, refuse_long_questions
 from train.launch import is_launched, launch
 from train.launch import run as train_in_processes
 from train.planning.prediction import check, check_disk
@@ -54,7 +54,7 @@ def run(recipe: Recipe, run: Run) -> Made:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if launched.world > 1 and recipe.launch.strategy.startswith("zero"):
         bring("deepspeed", f"launch.strategy={recipe.launch.strategy}")
-    check_disk(recipe, parameters(run.path("base")), run.folder)
+    check_disk(recipe, run.receipt("base").metrics["parameters"], run.folder)
     key = training_key(recipe, run, launched.world)
     trackers = prepare(recipe.train.tracker, run, key)
     resume_from = open_folder(run.path("checkpoints"), key)

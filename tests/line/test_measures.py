@@ -11,14 +11,13 @@ from pipeline.scores import (
     Estimate,
     Score,
     as_rows,
-    change,
     compare,
     newcombe,
     squared_and_added,
     table,
     wilson,
 )
-from pipeline.units import share
+from pipeline.units import change, share
 from train.scoring.measures import confusion, macro_f1, matthews, normalized, text_measures, token_f1, words
 
 ANSWERS = ["The cat sat on the mat.", "I am Truetune, the assistant.", "8000", ""]

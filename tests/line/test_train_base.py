@@ -12,9 +12,8 @@ from gguf_fixture import write_gguf
 
 from pipeline import Recipe, Run, UserError
 from pipeline.recipe import Data, Serve, Train
-from train.base import base
+from train.base import base, origin, parameters, safetensors_header
 from train.config import packaged_gguf
-from train.inspection import origin, parameters, safetensors_header
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import pytest
 
 from pipeline import Recipe, Run, UserError
 from pipeline.recipe import Data, Gguf, Lora, Serve, Train
-from train.base import base, weight_files
-from train.inspection import positions, quantization, refuse, refuse_long_questions, refuse_weights, write_positions
+from train.base import base, safetensors_header, weight_files, write_positions
+from train.inspection import positions, quantization, refuse, refuse_long_questions, refuse_weights
 from train.tokenizer import prepare_tokenizer
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
@@ -354,8 +354,6 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, base_folder: Pa
 def changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Refuse the folder's weights after a change of its tensors."""
     from safetensors.torch import load_file, save_file
-
-    from train.inspection import safetensors_header
 
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
