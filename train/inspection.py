@@ -112,7 +112,7 @@ def _convertible() -> frozenset[str] | None:
     table = found.with_name("conversion") / "__init__.py"
     for statement in ast.parse(table.read_text(encoding="utf-8")).body:
         if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "TEXT_MODEL_MAP":
-            return frozenset(ast.literal_eval(statement.value))  # type: ignore[arg-type]
+            return frozenset(ast.literal_eval(statement.value))
     raise RuntimeError(f"{table} has no TEXT_MODEL_MAP")
 
 
