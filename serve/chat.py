@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.command import boundary, recipe_of_arguments
 from pipeline.error import UserError
-from serve.asking.client import Answer, connect, failures, reason
+from serve.asking.endpoint import Answer, connect, failures, reason
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -15,7 +15,7 @@ from pipeline.files import write_whole
 from pipeline.progress import progress
 from pipeline.rows import heldout
 from pipeline.scores import METHOD, as_rows, median, show
-from serve.asking.client import Answer, connect, failures, reason
+from serve.asking.endpoint import Answer, connect, failures, reason
 from serve.running.session import Session, find, memory_bytes
 
 if TYPE_CHECKING:

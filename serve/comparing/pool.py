@@ -16,8 +16,18 @@ from typing import Any, Self
 from pipeline.error import UserError
 from pipeline.model import Trained
 from pipeline.run import Receipt, Run
-from serve.asking.client import Answer, client_of, failures, models_of, reason
-from serve.asking.endpoint import free_port, is_healthy, make_key, read_key, url_of
+from serve.asking.endpoint import (
+    Answer,
+    client_of,
+    failures,
+    free_port,
+    is_healthy,
+    make_key,
+    models_of,
+    read_key,
+    reason,
+    url_of,
+)
 from serve.engines import llamacpp
 from serve.running.backend import Endpoint, Service
 from serve.running.supervisor import Keeper, Supervisor

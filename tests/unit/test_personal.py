@@ -6,8 +6,7 @@ import pytest
 from phonenumbers import SUPPORTED_REGIONS
 
 from pipeline.recipe import PERSONAL, REGIONS, Clean
-from train.cleaning.clean import clean
-from train.cleaning.personal import masking
+from train.cleaning.clean import clean, masking
 
 HEX = "da39a3ee5e6b4b0d3255bfef95601890afd80709"
 # Put together here, so that no scanner of secrets takes this file for one.
