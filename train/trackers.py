@@ -35,7 +35,7 @@ def prepare(tracker: str, place: Run, training: str) -> list[str]:
     settings = _wandb(folder, place.name, training) if tracker == "wandb" else _mlflow(folder)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    return [tracker] if tracker == "wandb" else []  # train.curves tells MLflow
+    return [tracker] if tracker == "wandb" else []  # train.trainer.metrics tells MLflow
 
 
 def bring(package: str, key: str) -> None:

@@ -1,6 +1,6 @@
-"""Where the API answers, with which key, and the model behind it, asked by itself or with the official client.
+"""Where the API answers, with which key, and the model behind it, asked by HTTP or OpenAI's own client.
 
-The key is one line in a file that only its owner can read, made on the first start.
+No proxy is asked on the way. The key is one line in a file that only its owner can read, made on the first start.
 """
 
 import http.client
