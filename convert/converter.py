@@ -1,7 +1,7 @@
 """llama.cpp's converter, told what a tokenizer declares:  python convert/converter.py SCRIPT PRE MODEL ARGUMENTS...
 
-Run by path by `convert.gguf`, as the converter is. A BPE tokenizer that the converter knows by its hash stays as
-it is; any other gets the pre-tokenizer PRE, which `convert.gguf` read from its declaration. The vocabulary of a
+Run by path by `convert.llamacpp`, as the converter is. A BPE tokenizer that the converter knows by its hash stays as
+it is; any other gets the pre-tokenizer PRE, which `convert.llamacpp` read from its declaration. The vocabulary of a
 SentencePiece tokenizer is written from tokenizer.json, which training used, not from files beside it. What the
 converter leaves to llama.cpp's defaults, which depend on the family, is written as tokenizer and template have it.
 """

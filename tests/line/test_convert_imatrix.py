@@ -11,7 +11,7 @@ from prove_run import REPOSITORY
 
 from bench.families import CORPUS, TEMPLATE, trained_tokenizer
 from convert.evaluator import read_header
-from convert.gguf import convert
+from convert.llamacpp import convert
 from convert.quantizer import Importance, Tensor, chunks, file_type, imatrix, quantize, training_tokens, write_imatrix
 from pipeline import UserError
 from pipeline.recipe import NEEDS_IMATRIX, QUANTIZATIONS, WITHOUT_IMATRIX
