@@ -17,7 +17,7 @@ from pipeline.error import reason
 from pipeline.files import write_whole
 from pipeline.methods import METHODS
 from train.launch import of_first, rank
-from train.planning.rehearsal import ATTENTION
+from train.planning.architecture import ATTENTION
 from train.template import IGNORED
 from train.tokens import side_lengths
 

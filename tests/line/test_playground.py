@@ -12,7 +12,7 @@ from data_fixtures import read
 from pipeline.error import UserError
 from pipeline.model import Trained
 from pipeline.run import Receipt, Run
-from serve.comparing.conversation import Conversation, Made, Token, _texts, append, as_html
+from serve.comparing.page import Conversation, Made, Token, _texts, append, as_html
 from serve.comparing.pool import Chunk, Sampling, artefacts, together
 from serve.playground import TokenAuth
 

@@ -10,10 +10,9 @@ import pytest
 from pipeline import Run, UserError, load
 from train.config import read_config
 from train.packing import Layout
-from train.planning.architecture import architecture, cache_bytes, token_flops, training_flops
+from train.planning.architecture import architecture, cache_bytes, fused, rehearse, token_flops, training_flops
 from train.planning.corpus import Corpus
 from train.planning.prediction import Job, like, memory_bytes, needed_bytes, place, states
-from train.planning.rehearsal import fused, rehearse
 
 GIB = 2**30
 

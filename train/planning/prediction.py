@@ -23,15 +23,17 @@ from train.launch import launch
 from train.packing import Layout, expected
 from train.planning.architecture import (
     Architecture,
+    Rehearsal,
     architecture,
     checkpoint_bytes,
+    fused,
+    rehearse,
     state_bytes,
     token_flops,
     training_flops,
     whole_bytes,
 )
 from train.planning.corpus import Corpus, corpus, counted, supervised_positions
-from train.planning.rehearsal import Rehearsal, fused, rehearse
 from train.tuners import TUNERS
 
 GIB = 2**30
