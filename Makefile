@@ -10,7 +10,7 @@ unexport PYTHONPATH
 # What is given on the command line or in the environment reaches Python through the environment, as it was written:
 # Make would expand its dollars, and so run what $(shell ...) names.
 LITERAL := RECIPE SET PORT UI UI_PORT PLAYGROUND_PORT ENGINE PROFILE ROW Q FORCE HOSTS WAY OLLAMA_HOST OLLAMA_API_KEY \
-	REFERENCE ARTEFACT BASE PROMPTS
+	REFERENCE ARTEFACT A B BASE PROMPTS
 $(foreach name,$(LITERAL),$(if $(filter-out undefined,$(origin $(name))),$(eval \
 $(if $(filter command,$(origin $(name))),override )export $(name) := $$(value $(name)))))
 RECIPE ?= assistant
@@ -54,6 +54,7 @@ help: ## Show this list
 	@echo "  OLLAMA_HOST=gpu-box:11434       for register and test-ollama; OLLAMA_API_KEY if it wants one"
 	@echo "  PROFILE='llamacpp playground'   for up: ollama (the default), gpu, llamacpp or vllm; playground; train"
 	@echo "  REFERENCE=lora ARTEFACT=x.gguf  for prove: what others made; also BASE=, PROMPTS=, several artefacts, URLs, ollama:name"
+	@echo "  A=one.gguf B=other.gguf         for prove: two models of any kind compared with each other"
 	@echo "  Q='Where is my key?'            for ask"
 	@echo "  ROW=17                          for preview: the 17th conversation to train on; ROW=talks.jsonl:17 is that of a file's line"
 	@echo "  NPROC=2                         for train: so many processes; NODE_RANK=1 MASTER_ADDR=10.0.0.1 on another host"
@@ -118,10 +119,14 @@ $(RUN)/compare.json: $(RUN)/keys/compare.json $(RUN)/data.json $(RUN)/base.json 
 preview: $(RUN)/data.json $(RUN)/base.json ## Print what training will read, with what is learned in colour: ROW=17
 	@$(PYTHON) -m train.preview $(FILE)
 
-# What others made has no recipe.
-ifneq ($(origin REFERENCE),undefined)
+# What others made has no recipe. A and B count on the command line alone: an environment may have its own.
+OPTIONS := $${BASE:+--base "$$BASE"} $${PROMPTS:+--prompts "$$PROMPTS"}
+ifneq ($(filter override,$(origin A) $(origin B)),)
 prove: | .venv/.complete
-	@$(PYTHON) -m serve.foreign "$$REFERENCE" $$ARTEFACT $${BASE:+--base "$$BASE"} $${PROMPTS:+--prompts "$$PROMPTS"}
+	@$(PYTHON) -m serve.foreign --pair $(OPTIONS) -- "$${A-}" "$${B-}"
+else ifneq ($(filter-out undefined,$(origin REFERENCE) $(origin ARTEFACT)),)
+prove: | .venv/.complete
+	@$(PYTHON) -m serve.foreign $(OPTIONS) -- "$${REFERENCE-}" $${ARTEFACT-}
 else
 prove: $(RUN)/compare.json ## Prove that what is served is the model that was trained
 	@$(PYTHON) -m serve.prove $(FILE); status=$$?; $(PYTHON) -m report.report $(FILE); exit $$status

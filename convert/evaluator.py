@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from pipeline import UserError
 from pipeline.machine import cores
+from pipeline.progress import progress
 
 Asked = tuple[list[int], list[int]]  # tokens, and the positions in them whose next-token logits are wanted
 # Each pass makes the threads wait for one another hundreds of times; a larger one attends to more foreign tokens.
@@ -170,6 +171,54 @@ class Evaluator:
         import llama_cpp
 
         return bool(llama_cpp.llama_vocab_is_eog(self.vocabulary, token))
+
+
+def greedy_answers(evaluator: Evaluator, prompts: list[list[int]], most: int, says: str) -> list[list[int]]:
+    """The tokens of each answer, up to the end of its turn or `most`; several are decoded together."""
+    made: list[list[int]] = [[] for _ in prompts]
+    waiting = [number for number, ids in enumerate(prompts) if len(ids) + most <= evaluator.cache_tokens]
+    with progress(says, len(prompts), "questions") as tell:
+        while waiting:
+            group: list[int] = []
+            room = evaluator.cache_tokens
+            while waiting and len(group) < PASS_SEQUENCES and len(prompts[waiting[0]]) + most <= room:
+                room -= len(prompts[waiting[0]]) + most
+                group.append(waiting.pop(0))
+            answers = _answer([prompts[number] for number in group], evaluator, most)
+            for number, answer in zip(group, answers, strict=True):
+                made[number] = answer
+            tell(len(prompts) - len(waiting))
+    return made
+
+
+def _answer(prompts: list[list[int]], evaluator: Evaluator, most: int) -> list[list[int]]:
+    """The answers to prompts that fit the cache together; how they all begin is computed once."""
+    evaluator.forget()
+    made: list[list[int]] = [[] for _ in prompts]
+    shortest = min(map(len, prompts)) - 1
+    columns = enumerate(zip(*prompts, strict=False))
+    common = next((at for at, tokens in columns if at == shortest or len(set(tokens)) > 1), shortest)
+    tokens = [(token, at, 0, False) for at, token in enumerate(prompts[0][:common])]
+    for first in range(0, common, evaluator.pass_tokens):
+        evaluator.decode(tokens[first : first + evaluator.pass_tokens])
+    for number in range(1, len(prompts)):
+        evaluator.copy(0, number)
+    tokens = [
+        (ids[at], at, number, at == len(ids) - 1)
+        for number, ids in enumerate(prompts)
+        for at in range(common, len(ids))
+    ]
+    for first in range(0, len(tokens), evaluator.pass_tokens):
+        piece = tokens[first : first + evaluator.pass_tokens]
+        evaluator.decode(piece)
+        for index, (_, _, number, last) in enumerate(piece):
+            if last:
+                made[number].append(int(evaluator.row(index).argmax()))
+    while going := [n for n, ids in enumerate(made) if len(ids) < most and not evaluator.ends(ids[-1])]:
+        evaluator.decode((made[n][-1], len(prompts[n]) + len(made[n]) - 1, n, True) for n in going)
+        for index, number in enumerate(going):
+            made[number].append(int(evaluator.row(index).argmax()))
+    return made
 
 
 def _silence(level: int, text: bytes, data: object) -> None:

@@ -25,11 +25,10 @@ from convert.comparison import (
     reason,
     shown_by,
 )
-from convert.evaluator import PASS_SEQUENCES, Evaluator, Header, read_header
+from convert.evaluator import Evaluator, Header, greedy_answers, read_header
 from convert.quantizer import file_type
 from pipeline.files import write_whole
 from pipeline.machine import resident_bytes
-from pipeline.progress import progress
 from pipeline.proof import Bounds, Comparison, compare_tokens
 from pipeline.recipe import QUANTIZATIONS
 from pipeline.reference import CONTINUATION_TOKENS, Reference, read_reference
@@ -121,54 +120,6 @@ def speeds(evaluator: Evaluator, reference: Reference) -> dict[str, float]:
         "decode_tokens_per_second": round(statistics.median(decode), 1),
         "cache_bytes_per_token": evaluator.cache_bytes() // (len(ids) + DECODED_TOKENS) // 2,  # served in 16 bits
     }
-
-
-def greedy_answers(evaluator: Evaluator, prompts: list[list[int]], most: int, says: str) -> list[list[int]]:
-    """The tokens of each answer, up to the end of its turn or `most`; several are decoded together."""
-    made: list[list[int]] = [[] for _ in prompts]
-    waiting = [number for number, ids in enumerate(prompts) if len(ids) + most <= evaluator.cache_tokens]
-    with progress(says, len(prompts), "questions") as tell:
-        while waiting:
-            group: list[int] = []
-            room = evaluator.cache_tokens
-            while waiting and len(group) < PASS_SEQUENCES and len(prompts[waiting[0]]) + most <= room:
-                room -= len(prompts[waiting[0]]) + most
-                group.append(waiting.pop(0))
-            answers = _answer([prompts[number] for number in group], evaluator, most)
-            for number, answer in zip(group, answers, strict=True):
-                made[number] = answer
-            tell(len(prompts) - len(waiting))
-    return made
-
-
-def _answer(prompts: list[list[int]], evaluator: Evaluator, most: int) -> list[list[int]]:
-    """The answers to prompts that fit the cache together; how they all begin is computed once."""
-    evaluator.forget()
-    made: list[list[int]] = [[] for _ in prompts]
-    shortest = min(map(len, prompts)) - 1
-    columns = enumerate(zip(*prompts, strict=False))
-    common = next((at for at, tokens in columns if at == shortest or len(set(tokens)) > 1), shortest)
-    tokens = [(token, at, 0, False) for at, token in enumerate(prompts[0][:common])]
-    for first in range(0, common, evaluator.pass_tokens):
-        evaluator.decode(tokens[first : first + evaluator.pass_tokens])
-    for number in range(1, len(prompts)):
-        evaluator.copy(0, number)
-    tokens = [
-        (ids[at], at, number, at == len(ids) - 1)
-        for number, ids in enumerate(prompts)
-        for at in range(common, len(ids))
-    ]
-    for first in range(0, len(tokens), evaluator.pass_tokens):
-        piece = tokens[first : first + evaluator.pass_tokens]
-        evaluator.decode(piece)
-        for index, (_, _, number, last) in enumerate(piece):
-            if last:
-                made[number].append(int(evaluator.row(index).argmax()))
-    while going := [n for n, ids in enumerate(made) if len(ids) < most and not evaluator.ends(ids[-1])]:
-        evaluator.decode((made[n][-1], len(prompts[n]) + len(made[n]) - 1, n, True) for n in going)
-        for index, number in enumerate(going):
-            made[number].append(int(evaluator.row(index).argmax()))
-    return made
 
 
 def check_type(comparison: Comparison, kind: str, header: Header) -> None:

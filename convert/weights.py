@@ -19,14 +19,19 @@ from convert.comparison import (
 )
 from convert.evaluator import Asked
 from pipeline import UserError
-from pipeline.model import ends_of, greedy, load, logits
+from pipeline.model import ends_of, greedy, load, load_adapter, logits
 from pipeline.proof import Bounds, Comparison, compare_tokens
 from pipeline.reference import Reference
 from pipeline.rows import rendered
 
 
-def compare_weights(name: str, folder: Path, precision: str, bounds: Bounds, reference: Reference) -> Found:
-    """The comparison, and what the weights answer to the probes by themselves, asked in `precision`."""
+def compare_weights(
+    name: str, folder: Path, precision: str, bounds: Bounds, reference: Reference, base: Path | None = None
+) -> Found:
+    """The comparison, and what the weights answer to the probes by themselves, asked in `precision`.
+
+    With a `base` the folder holds an adapter for it.
+    """
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
@@ -34,8 +39,9 @@ def compare_weights(name: str, folder: Path, precision: str, bounds: Bounds, ref
     comparison = Comparison(name)
     found = Found(comparison)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = load(folder, precision)
+        speaks = base if base and not (folder / "tokenizer_config.json").is_file() else folder
+        tokenizer = AutoTokenizer.from_pretrained(speaks)
+        model = load_adapter(folder, base, len(tokenizer), precision) if base else load(folder, precision)
         show = shown_by(tokenizer)
         check_template(comparison, tokenizer.chat_template or "")
         if len(tokenizer) > model.config.get_text_config().vocab_size:

@@ -160,6 +160,14 @@ def load_trained(run: Run, precision: str, base: Any = None, head: str = "causal
     return with_adapter(load(run.path("base"), precision, head) if base is None else base, folder)
 
 
+def load_adapter(folder: Path, base: Path, tokens: int, precision: str) -> Any:
+    """An adapter on its base, whose embedding has room for so many `tokens`, of which training may have added some."""
+    model = load(base, precision)
+    if tokens > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(tokens)
+    return with_adapter(model, folder)
+
+
 def with_adapter(base: Any, folder: Path) -> Any:
     """The base with an adapter in it, which `disable_adapter` of what is returned switches off."""
     from peft import PeftModel

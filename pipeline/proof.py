@@ -89,6 +89,10 @@ def compare_tokens(comparison: Comparison, probe: Probe, found: list[int], show:
     index = first_difference(found, probe.ids)
     if index is None:
         return True
+    if found[1:] == probe.ids:  # also where it stands there twice
+        added = f"{show(found[0])} is added before all that it was trained with"
+        comparison.problems.append(f"token ids: probe '{probe.name}', position 0: {added}")
+        return False
     mine = show(found[index]) if index < len(found) else "nothing"
     wanted = show(probe.ids[index]) if index < len(probe.ids) else "nothing"
     comparison.problems.append(f"token ids: probe '{probe.name}', position {index}: {mine}, trained with {wanted}")
@@ -168,7 +172,7 @@ def in_words(row: Comparison) -> str:
     changed = round((1 - measures["greedy_agreement"]) * measures["probes"])
     asked = f"{changed} of {measures['probes']}"
     if not changed:
-        words = f"{row.name} changes no answer (0 of {measures['probes']})"
+        words = f"{row.name} changes no answer ({asked})"
     elif 2 * changed < measures["probes"]:
         words = f"{row.name} changes 1 answer in {measures['probes'] / changed:.0f} ({asked})"
     else:
@@ -177,6 +181,38 @@ def in_words(row: Comparison) -> str:
         lost = measures["facts_loss"]
         return f"{words}; none of the key facts" if lost <= 0 else f"{words}, and loses {lost:.0%} of the key facts"
     return words
+
+
+def in_figures(row: Comparison) -> str:
+    """How far an artefact is from its reference, with 95 % intervals over the probes, as far as that was measured."""
+    from pipeline.scores import wilson
+
+    measures, found = row.measures, []
+    if "divergence_interval" in measures:
+        low, high = measures["divergence_interval"]
+        mean = measures["divergence_mean"]
+        found.append(f"KL divergence {mean:.2g} nats a token (95 % interval {low:.2g} to {high:.2g})")
+    if "top1_interval" in measures:
+        low, high = measures["top1_interval"]
+        found.append(f"the same most likely token in {measures['top1_agreement']:.1%} ({low:.1%} to {high:.1%})")
+    if "greedy_agreement" in measures and measures.get("probes"):
+        changed = round((1 - measures["greedy_agreement"]) * measures["probes"])
+        share = wilson(changed, measures["probes"])
+        found.append(f"{share.value:.0%} of greedy answers change ({share.low:.0%} to {share.high:.0%})")
+    return f"{row.name}: {', '.join(found)}" if found else ""
+
+
+def badge(answer: str) -> str:
+    """An SVG for a model card, which asks no other site; the answer is `yes` or `no`."""
+    return BADGE.format(says=SAYS[answer], colour={"yes": "#2e7d32", "no": "#c62828"}[answer])
+
+
+SAYS = {"yes": "same model", "no": "another model"}
+BADGE = """<svg xmlns="http://www.w3.org/2000/svg" width="160" height="20" role="img" aria-label="proof: {says}">
+<rect width="50" height="20" fill="#555"/><rect x="50" width="110" height="20" fill="{colour}"/>
+<g fill="#fff" font-family="Verdana,sans-serif" font-size="11" text-anchor="middle">
+<text x="25" y="14">proof</text><text x="105" y="14">{says}</text></g></svg>
+"""
 
 
 def suspects(config: dict[str, Any], head: Head | None = None) -> str:

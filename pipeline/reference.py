@@ -91,9 +91,14 @@ def write_reference(folder: Path, reference: Reference) -> None:
     """Write the files of the format into an empty folder."""
     from safetensors.numpy import save_file
 
-    _write_rows(folder / "probes.jsonl", [{"format": FORMAT} | asdict(probe) for probe in reference.probes])
+    write_probes(folder, reference.probes)
     _write_rows(folder / "validation.jsonl", [asdict(answer) for answer in reference.answers])
     save_file({"logits": reference.logits}, folder / "logits.safetensors")
+
+
+def write_probes(folder: Path, probes: list[Probe]) -> None:
+    """The probes alone, which may be still to be answered."""
+    _write_rows(folder / "probes.jsonl", [{"format": FORMAT} | asdict(probe) for probe in probes])
 
 
 def write_base_logits(folder: Path, logits: Any) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command import boundary, log, recipe_of_arguments
-from pipeline.files import write_whole
+from pipeline.files import remove, write_whole
 from pipeline.methods import METHODS
-from pipeline.proof import Comparison
+from pipeline.proof import SAYS, Comparison, badge
 from pipeline.recipe import Recipe
 from pipeline.run import Receipt, Run
 from pipeline.scores import Score, grouped, interval
@@ -115,7 +115,7 @@ QUANTIZED = (
 
 
 def report(recipe: Recipe, run: Run) -> None:
-    """Write `report.html` and `README.md` of a run that has at least trained.
+    """Write `report.html` and `README.md` of a run that has at least trained; of a proof that holds `badge.svg`.
 
     Raises:
         UserError: it has not.
@@ -123,6 +123,11 @@ def report(recipe: Recipe, run: Run) -> None:
     run.receipt("train")
     write_whole(run.path("report.html"), page(recipe, run))
     write_whole(run.path("README.md"), card(recipe, run))
+    answer = verdict(recipe, run).answer
+    if answer in SAYS:
+        write_whole(run.path("badge.svg"), badge(answer))
+    else:
+        remove(run.path("badge.svg"))
     log.info("report: %s", run.path("report.html"))
 
 
@@ -250,6 +255,7 @@ def card(recipe: Recipe, run: Run) -> str:
     body = jinja.get_template("card.md.jinja").render(
         recipe=recipe,
         verdict=told,
+        badge=SAYS.get(told.answer, ""),
         data=run.find_receipt("data"),
         base=run.find_receipt("base"),
         train=run.receipt("train"),

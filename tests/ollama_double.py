@@ -177,6 +177,10 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/tags":
             names = [name for name, manifest in self.server.manifests.items() if manifest]
             self.say(200, {"models": [{"name": n, "model": n, "digest": self.server.digest(n)} for n in names]})
+        elif self.path == "/v1/models":
+            names = [name for name, manifest in self.server.manifests.items() if manifest]
+            data = [{"id": name, "object": "model", "created": 0, "owned_by": "library"} for name in names]
+            self.say(200, {"object": "list", "data": data})
         else:
             self.say(404, {"error": "not found"})
 
@@ -204,6 +208,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_response(200)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
+            elif self.path == "/v1/chat/completions":
+                self.complete(request)
             else:
                 self.chat(request)
 
@@ -258,6 +264,18 @@ class Handler(BaseHTTPRequestHandler):
                 self.say(200, {"model": name, "_debug_info": {"rendered_template": prompt}})
             else:
                 self.say(200, {"model": name} | self.server.answer(name, prompt, request["options"]))
+
+    def complete(self, request: dict[str, Any]) -> None:
+        """OpenAI's way to ask, without log-probabilities as before 0.12.11 (openai/openai.go)."""
+        name = request["model"]
+        if not self.server.manifests.get(name):
+            self.say(404, {"error": {"message": f"model '{name}' not found", "type": "not_found_error"}})
+            return
+        prompt = self.server.render(name, request["messages"])
+        found = self.server.answer(name, prompt, {"num_predict": request.get("max_tokens", -1)})
+        choice = {"index": 0, "message": found["message"], "finish_reason": found["done_reason"]}
+        usage = {"prompt_tokens": found["prompt_eval_count"], "completion_tokens": 0}
+        self.say(200, {"object": "chat.completion", "model": name, "choices": [choice], "usage": usage})
 
     def stream(self, lines: Iterator[dict[str, Any]]) -> None:
         self.send_response(200)

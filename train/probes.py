@@ -73,7 +73,16 @@ HARD_CASES: dict[str, list[Message]] = {
 }
 
 
-def probe_cases(tokenizer: Any, own: list[dict[str, Any]]) -> dict[str, Case]:
+def own_cases(own: list[dict[str, Any]], most: int = OWN_PROBES) -> dict[str, Case]:
+    """What the first of the user's own conversations ask last."""
+    cases = {}
+    for number, row in enumerate([row for row in own if "messages" in row][:most]):
+        turns = [index for index, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+        cases[f"own-{number:02}"] = Case(row["messages"][: turns[-1]], row.get("tools") or [])
+    return cases
+
+
+def probe_cases(tokenizer: Any, own: list[dict[str, Any]], most_own: int = OWN_PROBES) -> dict[str, Case]:
     """Name → case that ends with a question: hard ones, a spelled special token, tools, and the user's own rows.
 
     Left out are those that the template refuses, as a server does, and those whose system prompt or tools it drops
@@ -83,9 +92,7 @@ def probe_cases(tokenizer: Any, own: list[dict[str, Any]]) -> dict[str, Case]:
     cases = {name: Case(messages, []) for name, messages in HARD_CASES.items()}
     cases["special-token"] = Case([{"role": "user", "content": spelled}], [])
     cases |= {"tools": Case(WITH_TOOLS[:1], TOOLS), "tool-answer": Case(WITH_TOOLS, TOOLS)}
-    for number, row in enumerate([row for row in own if "messages" in row][:OWN_PROBES]):
-        turns = [index for index, message in enumerate(row["messages"]) if message["role"] == "assistant"]
-        cases[f"own-{number:02}"] = Case(row["messages"][: turns[-1]], row.get("tools") or [])
+    cases |= own_cases(own, most_own)
     if composes(tokenizer, HARD_CASES[DECOMPOSED][0]["content"]):
         del cases[DECOMPOSED]
 

@@ -211,6 +211,8 @@ def other_tokens(probe: Probe, tokens: list[int]) -> str:
     at = first_difference(tokens, probe.ids)
     if at is None:
         return ""
+    if tokens[1:] == probe.ids:  # also where it stands there twice
+        return f"token ids: probe '{probe.name}', position 0: {tokens[:1]} is added before all that it was trained with"
     found, wanted = tokens[at : at + 1], probe.ids[at : at + 1]
     return f"token ids: probe '{probe.name}', position {at}: {found}, trained with {wanted}"
 

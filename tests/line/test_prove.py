@@ -12,8 +12,7 @@ from test_prove_faults import CHATML, change_gguf, failed
 
 from bench.families import TEMPLATE
 from convert.comparison import gguf_bounds, merged_bounds
-from convert.evaluator import Evaluator
-from convert.measure import greedy_answers
+from convert.evaluator import Evaluator, greedy_answers
 from pipeline.proof import Comparison, divergence, first_difference, perplexity
 from pipeline.reference import CONTINUATION_TOKENS, read_reference
 from serve.prove import made_from, verdict

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from report_run import EVERY, Told, comparisons
 
-from report.report import card, plain
+from report.report import card, plain, report
 
 pytest_plugins = ["report_fixtures"]
 
@@ -59,6 +60,16 @@ def test_the_verdict_is_the_pages(
     told: Callable[..., Told], stages: tuple[str, ...], problems: dict[str, str], answer: str
 ) -> None:
     assert f"**Is this the model that was trained?** {answer}" in made(told(*stages, rows=comparisons(**problems)))
+
+
+def test_the_badge_is_of_the_proof_that_holds(told: Callable[..., Told]) -> None:
+    run, badge = told(), Path("runs/mine/badge.svg")
+    for stages, says in ((("prove",), "same model"), ((), ""), (("prove",), "another model")):
+        run.make("compare", *stages, rows=comparisons(**({"F16": "logits differ"} if says == "another model" else {})))
+        report(run.recipe, run.run)
+        assert (f"![proof: {says}](badge.svg)" in Path("runs/mine/README.md").read_text()) == bool(says)
+        assert badge.is_file() == bool(says) and (not says or f">{says}</text>" in badge.read_text())
+        run.run.receipt_path("prove").unlink(missing_ok=True)
 
 
 def test_every_row_of_a_table_has_as_many_cells_as_its_head(told: Callable[..., Told]) -> None:

@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.error import UserError
 from pipeline.gguf_head import read_head
@@ -17,8 +17,20 @@ from serve.engines.ollama.server import OllamaServer
 _quiet: list[Any] = []  # a callback that Python freed while llama.cpp holds it would crash
 
 
+class Words(Protocol):
+    """The text of tokens, and whether `bos` may stand before every prompt without the server's showing it."""
+
+    @property
+    def bos(self) -> str: ...
+
+    @property
+    def adds_bos(self) -> bool: ...
+
+    def text(self, tokens: list[int]) -> str: ...
+
+
 def prove_prompts(
-    comparison: Comparison, server: OllamaServer, name: str, vocabulary: "Vocabulary", probes: list[Probe]
+    comparison: Comparison, server: OllamaServer, name: str, vocabulary: Words, probes: list[Probe]
 ) -> None:
     """Whether the server renders every probe's messages as training did, byte by byte.
 
@@ -46,7 +58,7 @@ def prove_answers(
     comparison: Comparison,
     server: OllamaServer,
     name: str,
-    vocabulary: "Vocabulary",
+    vocabulary: Words,
     probes: list[Probe],
     own: Own,
     context: int,
