@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from ollama_double import OllamaDouble
-from prove_run import Proved, talk
+from prove_run import Proved
 from proxy import proxied
 from test_prove_faults import CHATML, change_gguf, change_json, change_weights
 from test_prove_served import serving, setting
 
+from bench.families import talk
 from train.foreign import tokenizer_of
 from train.locate import Located, locate
 
