@@ -179,7 +179,12 @@ TIED, WINDOW = {"tie_word_embeddings": True}, {"sliding_window": 32}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 SMALL_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 LLAMA3_ROPE = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-LONG_ROPE = rope("longrope", short_factor=[1.0 + n / 32 for n in range(32)], long_factor=[2.0 + n for n in range(32)])
+LONG_ROPE = {
+    "max_position_embeddings": 8192,
+    "original_max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0 + n / 32 for n in range(32)],
+                        "long_factor": [2.0 + n for n in range(32)]},
+}  # fmt: skip
 LOCAL_ROPE = {"rope_parameters": {
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -219,28 +224,27 @@ KINDS = {
     "mistral-wide-heads": Kind("Mistral", gpt2_tokenizer, {"sliding_window": None, "head_dim": 128}, spare=64),
     "mixtral": Kind("Mixtral", llama_tokenizer, EXPERTS),
     "qwen2-moe": Kind("Qwen2Moe", qwen_tokenizer, SMALL_EXPERTS | {"shared_expert_intermediate_size": 256}),
-    "olmoe": Kind("Olmoe", gpt2_tokenizer, {"num_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": Kind("Olmoe", gpt2_tokenizer, {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
     "granite-moe": Kind("GraniteMoe", gpt2_tokenizer, EXPERTS | MULTIPLIERS),
     "gemma": Kind("Gemma", gemma_tokenizer, {"head_dim": 64}),
     "gemma3-rope-linear": Kind("Gemma3Text", gemma_tokenizer, WINDOW | LOCAL_ROPE | {
         "head_dim": 64, "query_pre_attn_scalar": 64, "num_hidden_layers": 7}),
-    "phi": Kind("Phi", gpt2_tokenizer),
-    "phi3-rope-longrope": Kind("Phi3", phi_tokenizer, LONG_ROPE | {"original_max_position_embeddings": 256}),
+    "phi": Kind("Phi", gpt2_tokenizer, {"num_key_value_heads": 4}),
+    "phi3-rope-longrope": Kind("Phi3", phi_tokenizer, LONG_ROPE),
     "phi3-partial-rotary": Kind("Phi3", gpt2_tokenizer, TIED | {"partial_rotary_factor": 0.75}),
     "gpt-neox": Kind("GPTNeoX", gpt2_tokenizer),
     "olmo": Kind("Olmo", gpt2_tokenizer, {"clip_qkv": 4.0}),
     "olmo3": Kind("Olmo3", gpt2_tokenizer, WINDOW | {"num_hidden_layers": 4}),
-    "stablelm-parallel": Kind("StableLm", gpt2_tokenizer, {"use_parallel_residual": True, "qk_layernorm": True}),
+    "stablelm-parallel": Kind("StableLm", gpt2_tokenizer, {"use_parallel_residual": True}),
     "falcon-new": Kind("Falcon", gpt2_tokenizer, {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "starcoder2": Kind("Starcoder2", gpt2_tokenizer),
     "smollm3": Kind("SmolLM3", llama3_tokenizer, {"num_hidden_layers": 4}),
     "cohere": Kind("Cohere", gpt2_tokenizer, {"logit_scale": 0.5}),
     "cohere2": Kind("Cohere2", gpt2_tokenizer, WINDOW | {"logit_scale": 0.5, "num_hidden_layers": 4, "head_dim": 64}),
-    "nemotron": Kind("Nemotron", gpt2_tokenizer, {"head_dim": 64}),
+    "nemotron": Kind("Nemotron", llama_tokenizer, {"head_dim": 64}),
     "ernie": Kind("Ernie4_5", llama_tokenizer, {"head_dim": 64}),
     "seed-oss": Kind("SeedOss", gpt2_tokenizer, {"head_dim": 64}),
-    "glm4": Kind("Glm4", gpt2_tokenizer, {"head_dim": 64}),
-    "exaone4": Kind("Exaone4", gpt2_tokenizer, WINDOW | {"num_hidden_layers": 4}),
+    "exaone4": Kind("Exaone4", gpt2_tokenizer, {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "arcee": Kind("Arcee", llama3_tokenizer, {"head_dim": 64}),
     "apertus": Kind("Apertus", gpt2_tokenizer, LLAMA3_ROPE),
     "hunyuan": Kind("HunYuanDenseV1", gpt2_tokenizer, {"head_dim": 64}),

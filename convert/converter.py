@@ -27,7 +27,7 @@ def main(script: Path, pre: str, model: Path) -> None:
     from pipeline.rows import rendered
 
     sys.path[0] = str(script.parent)
-    from conversion.base import TextModel, gguf  # type: ignore[import-not-found]
+    from conversion.base import ModelBase, TextModel, gguf  # type: ignore[import-not-found]
     from conversion.phi import Phi3MiniModel  # type: ignore[import-not-found]
     from transformers import AutoTokenizer
 
@@ -35,6 +35,12 @@ def main(script: Path, pre: str, model: Path) -> None:
     declared = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     prompt = rendered(tokenizer, QUESTION, prompt=True)
     known, add_to_gguf = TextModel.get_vocab_base_pre, gguf.SpecialVocab.add_to_gguf
+    settings_of, prepared = ModelBase.load_hparams, ModelBase.prepare_metadata
+
+    def settings(*arguments: Any, **options: Any) -> dict[str, Any]:
+        found: dict[str, Any] = settings_of(*arguments, **options)
+        share = (found.get("rope_parameters") or {}).get("partial_rotary_factor", 1.0)
+        return {"rotary_pct": share} | found  # its name for GPT-NeoX and Cohere 2 before transformers 5
 
     def name(of: Any, tokenizer: Any) -> str:
         try:
@@ -56,6 +62,12 @@ def main(script: Path, pre: str, model: Path) -> None:
             if table := re.search(r'"precompiled_charsmap": "([^"]+)"', json.dumps(declared["normalizer"])):
                 writer.add_precompiled_charsmap(base64.b64decode(table[1]))
 
+    def prepare(of: Any, *arguments: Any, **options: Any) -> None:
+        prepared(of, *arguments, **options)
+        if not any("general.file_type" in values for values in of.gguf_writer.kv_data):  # GPT-NeoX's and MPT's
+            of.gguf_writer.add_file_type(of.ftype)
+
+    ModelBase.load_hparams, ModelBase.prepare_metadata = staticmethod(settings), prepare
     TextModel.get_vocab_base_pre = name
     gguf.SpecialVocab.add_to_gguf = say_so
     TextModel.no_mtp = True  # transformers leaves out the layers that predict further tokens, as Qwen3.5's
