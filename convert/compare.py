@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.comparison import Found, Task, gguf_bounds, measured, merged_bounds
+from convert.comparison import Found, Task, compare_weights, gguf_bounds, measured, merged_bounds
 from convert.quantizer import quantize
-from convert.weights import compare_weights
 from pipeline import Made, Recipe, Run, command
 from pipeline.files import fresh_folder, remove, write_whole
 from pipeline.machine import cores, free_bytes

@@ -1,6 +1,6 @@
 """What is asked of the merged weights and of a GGUF alike, and how their answers are compared with the reference.
 
-A GGUF is asked in a process of its own (`convert.measure`), which a crash of native code ends alone.
+Weights are asked here, a GGUF in a process of its own (`convert.measure`), which a crash of native code ends alone.
 """
 
 import json
@@ -10,17 +10,28 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from convert.evaluator import Asked
 from pipeline import Recipe, UserError
-from pipeline.proof import Bounds, Comparison, compare_logits, divergence, first_difference, perplexity, same_share
+from pipeline.model import ends_of, greedy, load, load_adapter, logits
+from pipeline.proof import (
+    Bounds,
+    Comparison,
+    compare_logits,
+    compare_tokens,
+    divergence,
+    first_difference,
+    perplexity,
+    same_share,
+)
 from pipeline.recipe import QUANTIZATIONS
 from pipeline.reference import CONTINUATION_TOKENS, OwnAnswer, Reference, most_likely, own_answer
-from pipeline.rows import GENERATION_TAG
+from pipeline.rows import GENERATION_TAG, rendered
 
 # What the libraries raise for files that are damaged or do not belong together.
 UNREADABLE = (UserError, OSError, ValueError, KeyError, IndexError, RuntimeError, AttributeError)
@@ -196,6 +207,57 @@ class Found:
     comparison: Comparison
     answers: list[str] = field(default_factory=list)
     own: list[OwnAnswer] = field(default_factory=list)
+
+
+def compare_weights(
+    name: str, folder: Path, precision: str, bounds: Bounds, reference: Reference, base: Path | None = None
+) -> Found:
+    """The comparison, and what the weights answer to the probes by themselves, asked in `precision`.
+
+    With a `base` the folder holds an adapter for it.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer
+
+    start = time.monotonic()
+    comparison = Comparison(name)
+    found = Found(comparison)
+    try:
+        speaks = base if base and not (folder / "tokenizer_config.json").is_file() else folder
+        tokenizer = AutoTokenizer.from_pretrained(speaks)
+        model = load_adapter(folder, base, len(tokenizer), precision) if base else load(folder, precision)
+        show = shown_by(tokenizer)
+        check_template(comparison, tokenizer.chat_template or "")
+        if len(tokenizer) > model.config.get_text_config().vocab_size:
+            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the weights fewer")
+        for probe in reference.probes:
+            prompt = rendered(tokenizer, probe.messages, probe.tools, prompt=True)
+            if not compare_text(comparison, "chat template", probe.name, prompt, probe.prompt):
+                break
+            if not compare_tokens(comparison, probe, tokenizer(prompt, add_special_tokens=False)["input_ids"], show):
+                break
+        stops = ends_of(model)
+        check_stops(comparison, reference, stops)
+        begun = measure(comparison, reference, logits_of(model), stops.__contains__, bounds, show)
+        if begun:
+            found.own = continued(
+                begun, reference, logits_of(model), lambda prompts, most: greedy(model, tokenizer, prompts, most)
+            )
+    except (*UNREADABLE, SafetensorError) as error:
+        comparison.problems.append(f"{folder} cannot be used: {reason(error)}")
+    comparison.measures["seconds"] = round(time.monotonic() - start, 2)
+    return found
+
+
+def logits_of(model: Any) -> Logits:
+    """The model's logits at the positions asked for."""
+
+    def asked_for(asked: Iterable[Asked]) -> Iterator[Any]:
+        for ids, positions in asked:
+            found = logits(model, ids, positions[0])
+            yield found[[position - positions[0] for position in positions]].numpy()
+
+    return asked_for
 
 
 def measured(task: Task) -> Found:

@@ -11,10 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.comparison import Found, Task, gguf_bounds, measured, merged_bounds
+from convert.comparison import Found, Task, compare_weights, gguf_bounds, measured, merged_bounds
 from convert.evaluator import Evaluator, greedy_answers, read_header
 from convert.quantizer import file_type
-from convert.weights import compare_weights
 from pipeline import Recipe, UserError
 from pipeline.command import boundary
 from pipeline.files import read_object

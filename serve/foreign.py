@@ -24,10 +24,9 @@ from pipeline.progress import progress
 from pipeline.proof import SAYS, Comparison, badge, in_figures, in_words, read_comparisons, suspects
 from pipeline.recipe import Prove
 from pipeline.reference import Reference, of_trained, read_own_answers, read_probes, read_reference
-from serve.asking.between import LEAST_AGREEMENT, compare_servers
 from serve.asking.endpoint import ERRORS
 from serve.asking.judgement import Own, prove_answers
-from serve.asking.reached import BYTES, OLLAMA, Reached, engine_of, is_server, reach
+from serve.asking.reached import BYTES, LEAST_AGREEMENT, OLLAMA, Reached, compare_servers, engine_of, is_server, reach
 from serve.engines.ollama import proof as ollama
 from serve.engines.ollama.server import OllamaServer
 
