@@ -229,7 +229,6 @@ KINDS = {
     "gemma": Kind("Gemma", gemma_tokenizer, {"head_dim": 64}),
     "gemma3-rope-linear": Kind("Gemma3Text", gemma_tokenizer, WINDOW | LOCAL_ROPE | {
         "head_dim": 64, "query_pre_attn_scalar": 64, "num_hidden_layers": 7}),
-    "phi": Kind("Phi", gpt2_tokenizer, {"num_key_value_heads": 4}),
     "phi3-rope-longrope": Kind("Phi3", phi_tokenizer, LONG_ROPE),
     "phi3-partial-rotary": Kind("Phi3", gpt2_tokenizer, TIED | {"partial_rotary_factor": 0.75}),
     "gpt-neox": Kind("GPTNeoX", gpt2_tokenizer),

@@ -215,7 +215,7 @@ def summed_up(rows: list[dict[str, Any]], bounds: Bounds) -> str:
         largest["model"],
         f"{max(tails):.1e}" if tails else "-",
         f"{bounds.mean_divergence:.1e}",
-        f"{bounds.mean_divergence / largest['kl']:,.1f}" if largest["kl"] else "-",
+        f"{bounds.mean_divergence / largest['kl']:,.0f}" if largest["kl"] else "-",
         f"{min(row['top1'] for row in rows):.0%}",
         f"{bounds.top1_agreement:.0%}",
     ]

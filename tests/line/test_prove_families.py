@@ -19,7 +19,7 @@ from bench.sweep import lost_of, measured, models, wrong
 from convert.llamacpp import CONTRACTIONS, GPT2, convert, pre_tokenizer
 from pipeline import UserError
 
-TENTH = ("mistral-0", "gemma2-0", "qwen3-moe-0", "gpt2-0", "qwen3.5-0", "gemma3-other-layers-0")
+TENTH = ("mistral-0", "gemma2-0", "qwen3-moe-0", "qwen3.5-0", "gemma3-other-layers-0")
 
 
 @pytest.mark.slow
