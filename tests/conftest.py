@@ -1,12 +1,14 @@
 """What the tests share: no network, no variables of a make above, and the tiny model, made once a session."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from copy import copy
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -77,19 +79,27 @@ class Workplace:
 
 
 def copied(source: Path, target: Path) -> Workplace:
-    def copy(here: str, there: str) -> None:
+    def linked(here: str, there: str) -> None:
         os.link(here, there) if here.endswith(LARGE) else shutil.copy2(here, there)
 
-    shutil.copytree(source, target, copy_function=copy, symlinks=True, dirs_exist_ok=True)
+    shutil.copytree(source, target, copy_function=linked, symlinks=True, dirs_exist_ok=True)
     return Workplace(target)
 
 
-def grown(factory: pytest.TempPathFactory, source: Path, *stages: str) -> Path:
-    """A copy of a workplace in which more stages have run."""
-    folder = factory.mktemp("_".join(stages))
-    with contextlib.chdir(folder):
-        copied(source, folder).make(*stages)
-    return folder
+def once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder of that name, filled by the first of the processes that share the tests; only to read."""
+    shared = factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    made, filling = shared / name, shared / f"{name}.filling"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(filling, ignore_errors=True)
+            filling.mkdir()
+            with contextlib.chdir(filling):
+                fill(filling)
+            filling.rename(made)
+    return made
 
 
 @pytest.fixture
@@ -106,10 +116,7 @@ def rows() -> Callable[..., str]:
     return jsonl
 
 
-@pytest.fixture(scope="session")
-def _based(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random base takes ten seconds, most of them to read the packaged tokenizer: once is enough."""
-    folder = tmp_path_factory.mktemp("start")
+def _start(folder: Path) -> None:
     (folder / "line.yaml").write_text(TINY)
     (folder / ".cache").symlink_to(REPOSITORY / ".cache")
     with (folder / "talks.jsonl").open("w") as talks, (folder / "questions.jsonl").open("w") as questions:
@@ -119,22 +126,28 @@ def _based(tmp_path_factory: pytest.TempPathFactory) -> Path:
             talks.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
         question = {"messages": [{"role": "user", "content": "Who says moo?"}], "facts": ["cow|bull"]}
         questions.write(json.dumps(question) + "\n")
-    return grown(tmp_path_factory, folder, "data", "base")
+    Workplace(folder).make("data", "base")
+
+
+@pytest.fixture(scope="session")
+def _based(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random base takes ten seconds, most of them to read the packaged tokenizer."""
+    return once(tmp_path_factory, "based", _start)
 
 
 @pytest.fixture(scope="session")
 def _trained(tmp_path_factory: pytest.TempPathFactory, _based: Path) -> Path:
-    return grown(tmp_path_factory, _based, "train")
+    return once(tmp_path_factory, "trained", lambda folder: copied(_based, folder).make("train"))
 
 
 @pytest.fixture(scope="session")
 def _merged(tmp_path_factory: pytest.TempPathFactory, _trained: Path) -> Path:
-    return grown(tmp_path_factory, _trained, "merge")
+    return once(tmp_path_factory, "merged", lambda folder: copied(_trained, folder).make("merge"))
 
 
 @pytest.fixture(scope="session")
 def _converted(tmp_path_factory: pytest.TempPathFactory, _merged: Path) -> Path:
-    return grown(tmp_path_factory, _merged, "gguf")
+    return once(tmp_path_factory, "converted", lambda folder: copied(_merged, folder).make("gguf"))
 
 
 def _here(source: Path, folder: Path) -> Iterator[Workplace]:
@@ -172,12 +185,22 @@ def base_folder(_based: Path) -> Path:
     return _based / "runs/line/base"
 
 
-@pytest.fixture
-def tokenizer(base_folder: Path) -> Any:
-    """The packaged tokenizer, which the test may change."""
+@pytest.fixture(scope="session")
+def _tokenizer(base_folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(base_folder)
+
+
+@pytest.fixture
+def tokenizer(_tokenizer: Any) -> Iterator[Any]:
+    """The packaged tokenizer, whose template and special tokens the test may change; none may be added."""
+    known = {name: copy(value) if isinstance(value, dict) else value for name, value in vars(_tokenizer).items()}
+    size = len(_tokenizer)
+    yield _tokenizer
+    assert len(_tokenizer) == size, "load a tokenizer of your own"
+    vars(_tokenizer).clear()
+    vars(_tokenizer).update(known)
 
 
 @pytest.fixture
