@@ -12,8 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import chain, islice
 from typing import Any, TypeVar
+
+import psutil
 
 from pipeline import UserError
 
@@ -44,9 +47,9 @@ def in_order(
         for item in chain(first, items):
             yield work(state, item)
         return
-    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(pickle.dumps(state),))
+    others = set(psutil.Process().children())
     waiting: deque[Future[Result]] = deque()
     try:
         for item in chain(first, items):
@@ -62,8 +65,10 @@ def in_order(
             "(taskset -c 0 make ...)"
         ) from None
     finally:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
+        # Also one whose start was interrupted, which the pool does not know: it would hold the pool's pipe open.
+        for process in set(psutil.Process().children()) - others:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
         pool.shutdown(cancel_futures=True)
 
 

@@ -105,3 +105,21 @@ def test_workers_end_with_their_parent(tmp_path: Path, sent: str, code: int) -> 
         parent.send_signal(getattr(signal, sent))
         assert parent.wait(20) == code
     assert psutil.wait_procs(workers, timeout=10)[1] == []
+
+
+def test_a_worker_whose_start_is_interrupted_ends_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not among the pool's own yet, and would hold its pipe open, for which the end of the pool would wait."""
+    began = []
+
+    def interrupted(path: bytes, arguments: list[bytes], descriptors: list[int]) -> int:
+        pid = start(path, arguments, descriptors)
+        if any(b"spawn_main" in os.fsencode(argument) for argument in arguments):
+            began.append(psutil.Process(pid))
+            raise KeyboardInterrupt
+        return pid
+
+    start = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
+    monkeypatch.setattr("multiprocessing.util.spawnv_passfds", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:  # its traceback holds what was being started
+        list(in_order(_slow_when_even, range(20), 0, 2))
+    assert raised.tb and len(began) == 1 and psutil.wait_procs(began, timeout=10)[1] == []
