@@ -201,9 +201,10 @@ prove-sweep: | .venv/.complete ## Measure what healthy models of many families d
 test: | .venv/.complete ## Run the tests that take seconds, one process a core; ARGS='-k name' goes to pytest
 	@$(PYTHON) -m pytest -n auto --dist loadfile -m "not slow" tests/unit tests/line $(ARGS)
 
-test-all: test ## And the slow ones, those in a browser, of the real engines and in containers
-	@$(PYTHON) -m pytest -n auto --dist loadfile -m slow tests/unit tests/line $(ARGS)
-	@$(PYTHON) -m pytest tests/engines tests/browser tests/containers $(ARGS)
+# What takes longest comes first, so that no process waits for another at the end.
+test-all: | .venv/.complete ## Run all tests: the slow ones too, of real engines, in a browser and in containers
+	@$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+		tests/containers tests/browser tests/engines tests/line tests/unit $(ARGS)
 
 test-ollama: | .venv/.complete ## Run the tests of `make register` against the real Ollama at OLLAMA_HOST
 	@test -n "$$OLLAMA_HOST" || { echo "error: OLLAMA_HOST is not set: name a running Ollama" >&2; exit 1; }
