@@ -254,7 +254,7 @@ MERGED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "no stop token": (
         lambda run: change_json(run / "merged/generation_config.json", eos_token_id=None),
-        "stop token: the trained model ends its turn with [2], this one stops at [None]",
+        "stop token: the trained model ends its turn with [2], this one stops at []",
     ),
     "weights cut off": (
         lambda run: (run / "merged/model.safetensors").write_bytes(
@@ -385,7 +385,7 @@ FILES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "no stop token": (
         "Q8_0",
         lambda path: change_gguf(path, tokenizer__ggml__eos_token_id=None),
-        "stop token: the trained model ends its turn with [2], this one stops at [None]",
+        "stop token: the trained model ends its turn with [2], this one stops at []",
     ),
     "cut off": (
         "Q8_0",
