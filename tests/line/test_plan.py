@@ -312,6 +312,7 @@ def plan_of(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_page_goes_to_stdout_and_a_refusal_to_stderr(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-3.1-405b"]))
     done = plan_of("tiny", f"base_model={tmp_path}", "plan.gpu=t4", "plan.tokens=1000")

@@ -21,8 +21,7 @@ TOLERANCE = 1e-4  # as test_tuners: the kernels of another processor sum in anot
 LONG = 1000
 
 
-SLOW = ("dpo-full", "orpo-lora", "kto-lora")
-EVERY = ["dpo-lora", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+EVERY = [pytest.param(name, marks=pytest.mark.slow) for name in ("dpo-lora", "dpo-full", "orpo-lora", "kto-lora")]
 OF_DPO, OF_PAIRS = EVERY[:2], EVERY[:3]
 STARTS = {"dpo": math.log(2), "kto": 0.5}  # the loss of a model that prefers nothing
 

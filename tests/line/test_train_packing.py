@@ -234,9 +234,11 @@ def on(based: Any) -> Callable[..., Any]:
 @pytest.mark.parametrize(
     ("name", "knobs", "why"),
     [
-        ("Falcon", {"tuner": "full"}, "in a packed row its logits are off by"),
-        ("Bloom", {"batch_size": 2}, "it takes no positions"),
-        ("Mamba", {"tuner": "dora"}, "its layers carry a state from token to token"),
+        pytest.param("Falcon", {"tuner": "full"}, "in a packed row its logits are off by", marks=pytest.mark.slow),
+        pytest.param("Bloom", {"batch_size": 2}, "it takes no positions", marks=pytest.mark.slow),
+        pytest.param(
+            "Mamba", {"tuner": "dora"}, "its layers carry a state from token to token", marks=pytest.mark.slow
+        ),
         ("Llama", {"packing": "off", "order": "short_first", "neftune": 5.0}, "train.packing=off"),
     ],
 )

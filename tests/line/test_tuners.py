@@ -23,7 +23,7 @@ FILES = {tuner: ADAPTER for tuner in TUNERS} | {"full": MODEL_FILES | {"kind.jso
 
 @pytest.fixture(
     scope="module",
-    params=[tuner if tuner == "lora" else pytest.param(tuner, marks=pytest.mark.slow) for tuner in TUNERS],
+    params=[pytest.param(tuner, marks=pytest.mark.slow) for tuner in TUNERS],
 )
 def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, _based: Path) -> Iterator[Any]:
     """(the tuner, a workplace in which it went through the line)."""
