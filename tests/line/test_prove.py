@@ -151,7 +151,7 @@ def served_after(healthy: Proved, **values: Any) -> Comparison:
 
 def test_a_server_that_adds_a_beginning_of_text(healthy: Proved) -> None:
     found = served_after(healthy, tokenizer__ggml__add_bos_token=True, tokenizer__ggml__bos_token_id=0)
-    assert found.problems == ["token ids: probe 'plain', position 0: [0], trained with [1]"]
+    assert found.problems == ["token ids: probe 'plain', position 0: [0] is added before all that it was trained with"]
 
 
 def test_a_server_that_adds_the_beginning_of_text_that_the_template_writes(healthy: Proved) -> None:
