@@ -175,8 +175,9 @@ def check_stops(comparison: Comparison, reference: Reference, stops: list[Any]) 
     """Add a problem if a token that ended an answer of the reference would not end it here."""
     ends = {probe.continuation[-1] for probe in reference.probes if probe.stopped}
     if lost := sorted(ends - set(stops)):
+        known = [stop for stop in stops if stop is not None]
         comparison.problems.append(
-            f"stop token: the trained model ends its turn with {lost}, this one stops at {stops}"
+            f"stop token: the trained model ends its turn with {lost}, this one stops at {known}"
         )
     comparison.measures["stops"] = not lost
 

@@ -360,7 +360,7 @@ FILES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "beginning of text added": (
         "Q8_0",
         lambda path: change_gguf(path, tokenizer__ggml__add_bos_token=True, tokenizer__ggml__bos_token_id=0),
-        "token ids: probe 'plain', position 0: '<|endoftext|>' (0), trained with '<|im_start|>' (1)",
+        "token ids: probe 'plain', position 0: '<|endoftext|>' (0) is added before all that it was",
     ),
     "template of another model": (
         "Q8_0",
